@@ -1,0 +1,42 @@
+"""Checks of arguments at the public boundary: one sentence naming argument, rule and value."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+
+def positive(name: str, value: float) -> float:
+    """Return `value` if it is a finite number > 0."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a finite number > 0, got {value}.")
+    return value
+
+
+def non_negative(name: str, value: float) -> float:
+    """Return `value` if it is a finite number >= 0."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number >= 0, got {value}.")
+    return value
+
+
+def at_least_one(name: str, value: int) -> int:
+    """Return `value` if it is an integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value}.")
+    return value
+
+
+def fraction(name: str, value: float, *, one: bool = False) -> float:
+    """Return `value` if it lies in [0, 1), or in (0, 1] when `one` is true."""
+    inside = 0 < value <= 1 if one else 0 <= value < 1
+    if not inside:
+        raise ValueError(f"{name} must be in {'(0, 1]' if one else '[0, 1)'}, got {value}.")
+    return value
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """Return a hint that lists the names nearest to a mistaken one, or an empty string."""
+    matches = difflib.get_close_matches(name, list(names), n=3, cutoff=0.4)
+    return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""

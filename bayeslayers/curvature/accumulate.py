@@ -1,0 +1,60 @@
+"""What the rules share: the leaves they fill, and the accumulation of squares in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Per-example gradients live in chunks of this size. On a CPU a chunk that stays in the cache is up
+# to 4 times faster than one that does not (measured on (256, 256) weights, 16 positions).
+CHUNK_BYTES = {"cpu": 2**21}
+DEFAULT_CHUNK_BYTES = 2**26
+
+
+class Leaves(NamedTuple):
+    """The extra leaves of one module: where autograd puts its sums of squares, and its tally.
+
+    A leaf is None where the parameter is absent or frozen.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    tally: Tensor
+
+
+def chunks(examples: int, elements: int, like: Tensor) -> Iterator[slice]:
+    """Yield slices of the examples, so that `elements` values for each stay within the byte budget."""
+    budget = CHUNK_BYTES.get(like.device.type, DEFAULT_CHUNK_BYTES)
+    size = max(1, budget // max(1, elements * like.element_size()))
+    for start in range(0, examples, size):
+        yield slice(start, start + size)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return `x` in at least float32: squares of half-precision gradients would overflow or vanish."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def sum_of_squares(per_example: Tensor) -> Tensor:
+    """Return the sum over examples (dimension 0) of the squares, in at least float32."""
+    return wide(per_example).square().sum(0)
+
+
+def tally(examples: int) -> Tensor:
+    """Return what one use of an op adds to its tally: the number of examples, and one use."""
+    return torch.tensor([examples, 1.0], dtype=torch.float64)
+
+
+def autocast_operands(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast floating operands to autocast's dtype, where it is on, by differentiable casts.
+
+    Inside a rule the operands then have one dtype, in the backward too.
+    """
+    device = next(x.device.type for x in operands if x is not None)
+    if not torch.is_autocast_enabled(device):
+        return operands
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x is not None and x.is_floating_point() else x for x in operands)

@@ -1,0 +1,133 @@
+"""Curvature of convolutions in one, two and three dimensions, ordinary and transposed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bayeslayers.curvature.accumulate import Leaves, autocast_operands, chunks, sum_of_squares, tally
+
+# Above this many channels (the smaller of in and out, per group), a matmul per kernel offset beats
+# one convolution with the batch as groups: 33 ms against 158 at 256 channels, 40 against 32 at 64.
+WIDE_CHANNELS = 128
+
+
+class Settings(NamedTuple):
+    """A convolution's numbers, each of the tuples one entry per spatial dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: Leaves, settings: Settings) -> Tensor:
+    """Return the convolution of `x` and let the leaves receive squared per-example gradients.
+
+    Args:
+        x: Input `(n, c_in, *spatial)`, or `(c_in, *spatial)` for a single example.
+        weight: `(c_out, c_in / groups, *kernel)`; transposed `(c_in, c_out / groups, *kernel)`.
+        bias: `(c_out,)` or None.
+        leaves: Where the sums of squares go.
+        settings: Stride, padding (zeros), dilation and so on.
+    """
+    x, weight, bias = autocast_operands(x, weight, bias)
+    if x.dim() < weight.dim():
+        return convolution(x.unsqueeze(0), weight, bias, leaves, settings).squeeze(0)
+    return _Convolution.apply(x, weight, bias, *leaves, *settings)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_leaf, bias_leaf, tally_leaf, *settings):
+        ctx.save_for_backward(x, weight)
+        ctx.settings = settings
+        return torch.convolution(x, weight, bias, *settings)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        settings = Settings(*ctx.settings)
+        need_x, need_weight, need_bias, need_weight_squares, need_bias_squares, _ = ctx.needs_input_grad[:6]
+        squares_weight = grad_bias = squares_bias = None
+        with torch.autocast(x.device.type, enabled=False):
+            plain_weight = need_weight and not need_weight_squares
+            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+                g, x, weight, None, *settings, [need_x, plain_weight, False]
+            )
+            if need_weight_squares:
+                grad_weight, squares_weight = weight_gradients(x, g, weight, settings)
+            if need_bias or need_bias_squares:
+                per_example = g.flatten(2).sum(2)
+                grad_bias = per_example.sum(0)
+                squares_bias = sum_of_squares(per_example)
+        return (grad_x, grad_weight, grad_bias, squares_weight, squares_bias, tally(len(x)), *[None] * 6)
+
+
+def weight_gradients(x: Tensor, g: Tensor, weight: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Return the weight's gradient and the sum over examples of its squared per-example gradients.
+
+    The per-example gradients give both, so they replace the kernel of the weight's gradient. In
+    a transposed convolution the input and the output's gradient change places.
+    """
+    if settings.transposed:
+        x, g = g, x
+    narrow = min(weight.shape[0] // settings.groups, weight.shape[1])
+    route = _batch_as_groups if narrow < WIDE_CHANNELS else _offset_by_offset
+    return route(x, g, weight, settings)
+
+
+def _batch_as_groups(x: Tensor, g: Tensor, weight: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Per-example gradients as those of one convolution whose groups are the examples."""
+    grad, squares = torch.zeros_like(weight), torch.zeros_like(weight, dtype=_accumulation_dtype(weight))
+    zeros = [0] * len(settings.stride)
+    for chunk in chunks(len(x), weight.numel(), x):
+        n = len(x[chunk])
+        per_example = torch.ops.aten.convolution_backward(
+            g[chunk].reshape(1, -1, *g.shape[2:]),
+            x[chunk].reshape(1, -1, *x.shape[2:]),
+            weight.new_empty(n * weight.shape[0], *weight.shape[1:]),  # only its shape is read
+            None,
+            settings.stride,
+            settings.padding,
+            settings.dilation,
+            False,
+            zeros,
+            n * settings.groups,
+            [False, True, False],
+        )[1].unflatten(0, (n, -1))
+        grad += per_example.sum(0)
+        squares += sum_of_squares(per_example)
+    return grad, squares
+
+
+def _offset_by_offset(x: Tensor, g: Tensor, weight: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Per-example gradients as one batched matmul over positions for each offset of the kernel."""
+    n, groups, kernel = len(x), settings.groups, weight.shape[2:]
+    g_rows = g.reshape(n, groups, -1, math.prod(g.shape[2:]))  # (n, group, o, p)
+    padded = F.pad(x, [side for pad in reversed(settings.padding) for side in (pad, pad)])
+    grad, squares = torch.zeros_like(weight), torch.zeros_like(weight, dtype=_accumulation_dtype(weight))
+    for offset in itertools.product(*map(range, kernel)):
+        window = tuple(
+            slice(o * dilation, o * dilation + stride * (size - 1) + 1, stride)
+            for o, dilation, stride, size in zip(
+                offset, settings.dilation, settings.stride, g.shape[2:], strict=True
+            )
+        )
+        x_rows = padded[(..., *window)].reshape(n, groups, -1, g_rows.shape[3])  # (n, group, i, p)
+        for chunk in chunks(n, weight.numel() // math.prod(kernel), x):
+            per_example = (g_rows[chunk] @ x_rows[chunk].transpose(2, 3)).flatten(1, 2)  # (n, o, i)
+            grad[(..., *offset)] += per_example.sum(0)
+            squares[(..., *offset)] += sum_of_squares(per_example)
+    return grad, squares
+
+
+def _accumulation_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)

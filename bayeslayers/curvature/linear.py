@@ -1,0 +1,82 @@
+"""Curvature of y = x W^T + b, with any number of positions between example and feature."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bayeslayers.curvature.accumulate import Leaves, autocast_operands, chunks, sum_of_squares, tally, wide
+
+# Up to here the pairs of positions cost less than per-example gradients that are written and read again.
+GRAM_POSITIONS = 4
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: Leaves) -> Tensor:
+    """Return `F.linear(x, weight, bias)` and let the leaves receive squared per-example gradients.
+
+    Args:
+        x: Input `(n, *, i)`, or `(i,)` for a single example.
+        weight: `(o, i)`.
+        bias: `(o,)` or None.
+        leaves: Where the sums of squares go.
+    """
+    x, weight, bias = autocast_operands(x, weight, bias)
+    if x.dim() == 1:
+        return linear(x.unsqueeze(0), weight, bias, leaves).squeeze(0)
+    return _Linear.apply(x, weight, bias, *leaves)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_leaf, bias_leaf, tally_leaf):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = squares_weight = squares_bias = None
+        need_x, need_weight, need_bias, need_weight_squares, need_bias_squares, _ = ctx.needs_input_grad
+        with torch.autocast(x.device.type, enabled=False):
+            if need_x:
+                grad_x = grad_output @ weight
+            if need_weight:
+                folded_x, folded_g = x.flatten(0, -2), grad_output.flatten(0, -2)
+                grad_weight = folded_g.t() @ folded_x
+            if need_weight_squares:
+                squares_weight = outer_product_squares(grad_output, x)
+            if need_bias or need_bias_squares:
+                per_example = grad_output.flatten(1, -2).sum(1) if grad_output.dim() > 2 else grad_output
+                grad_bias = per_example.sum(0)
+                squares_bias = sum_of_squares(per_example)
+        return grad_x, grad_weight, grad_bias, squares_weight, squares_bias, tally(len(x))
+
+
+def outer_product_squares(g: Tensor, x: Tensor) -> Tensor:
+    """Return sum_n (sum_p g_npo x_npi)^2, shape (o, i).
+
+    One position needs one matmul of squares, a few positions one matmul over their pairs (the
+    square written out), and many positions one matmul per example, in chunks.
+
+    Args:
+        g: Gradient of the output, `(n, *, o)`.
+        x: Input, `(n, *, i)`, with the same dimensions between.
+    """
+    g, x = wide(g), wide(x)
+    if g.dim() == 2:
+        return g.square().t() @ x.square()
+    g, x = g.flatten(1, -2), x.flatten(1, -2)  # (n, p, o), (n, p, i)
+    if g.shape[1] <= GRAM_POSITIONS:
+        return _pairs(g).t() @ _pairs(x, off_diagonal=2.0)
+    squares = g.new_zeros(g.shape[2], x.shape[2])
+    for chunk in chunks(len(g), squares.numel(), g):
+        squares += sum_of_squares(g[chunk].transpose(1, 2) @ x[chunk])
+    return squares
+
+
+def _pairs(x: Tensor, off_diagonal: float = 1.0) -> Tensor:
+    """Return x_np x_nq for each pair p <= q of positions, `(n * pairs, features)`."""
+    p, q = torch.triu_indices(x.shape[1], x.shape[1], device=x.device)
+    weight = torch.where(p == q, 1.0, off_diagonal).to(x.dtype)
+    return (x[:, p] * x[:, q] * weight[:, None]).flatten(0, 1)

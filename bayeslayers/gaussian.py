@@ -1,0 +1,60 @@
+"""Pure maths of the diagonal Gaussian q(w) = N(mean, 1/precision): it touches no module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kl_divergence(mean: Tensor, precision: Tensor, prior_mean: Tensor, prior_precision: Tensor) -> Tensor:
+    """Return KL(N(mean, 1/precision) || N(prior_mean, 1/prior_precision)), summed, in nats.
+
+        KL = sum_i [ log(p / p0) + p0 / p + p0 (m - m0)^2 - 1 ] / 2
+
+    The prior's tensors broadcast against the mean: scalars or the same shape.
+    """
+    ratio = prior_precision / precision
+    return 0.5 * (ratio - ratio.log() + prior_precision * (mean - prior_mean).square() - 1).sum()
+
+
+def natural_gradient_step_(
+    mean: Tensor,
+    precision: Tensor,
+    grad: Tensor,
+    curvature: Tensor,
+    *,
+    prior_mean: Tensor,
+    prior_precision: Tensor,
+    ess: float,
+    lr: float,
+    precision_lr: float,
+    damping: float = 0.0,
+) -> None:
+    """Move a diagonal Gaussian posterior, in place, by one VOGN update.
+
+        precision <- (1 - b) precision + b (ess curvature + prior_precision)
+        mean      <- mean - lr (ess grad + prior_precision (mean - prior_mean)) / (precision + ess damping)
+
+    with b = `precision_lr`. The mean's step uses the new precision. The squared per-example
+    gradient stands in for the Hessian, so the precision converges to ess E_q[g^2] + prior_precision,
+    not to the exact mean-field posterior's. Every term of the precision is non-negative and the
+    prior's is positive, so it stays positive without a clamp.
+
+    Source: Osawa et al. 2019 (arXiv 1906.02506), Eqs. 8 and 9; Khan et al. 2018 (arXiv 1806.04854), VOGN.
+
+    Args:
+        mean: Mean of the posterior; changed.
+        precision: Its precision, > 0, the shape of `mean`; changed.
+        grad: Mean over examples of the loss gradient (or its momentum average), in nats.
+        curvature: Mean over examples of the squared loss gradient, >= 0; overwritten, it
+            serves as scratch.
+        prior_mean: Mean of the prior, a scalar or the shape of `mean`.
+        prior_precision: Precision of the prior, > 0, a scalar or the shape of `mean`.
+        ess: Effective sample size, the data set's size divided by the temperature.
+        lr: Step size of the mean.
+        precision_lr: Weight of the new precision in its moving average, in (0, 1].
+        damping: Added to the curvature in the mean's step alone, in units of curvature.
+    """
+    precision.lerp_(prior_precision, precision_lr).add_(curvature, alpha=precision_lr * ess)
+    direction = torch.sub(mean, prior_mean, out=curvature).mul_(prior_precision).add_(grad, alpha=ess)
+    mean.addcdiv_(direction, precision + ess * damping if damping else precision, value=-lr)

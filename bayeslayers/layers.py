@@ -1,0 +1,278 @@
+"""The torch.nn layers with a Gaussian posterior: each parameter is the mean, its precision a buffer beside it.
+
+A plain call uses the means. Inside `sampled(model)` it uses the weights drawn for that scope, and
+inside `tracked(model)` the backward pass also sums squared per-example gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bayeslayers import curvature
+from bayeslayers.checks import positive
+from bayeslayers.curvature.accumulate import Leaves
+from bayeslayers.curvature.conv import Settings
+
+DEFAULT_PRIOR_PRECISION = 1.0
+DEFAULT_INIT_PRECISION = 1e4  # a standard deviation of 0.01, small beside the usual initial weights
+
+POSTERIOR_SUFFIXES = ("_precision", "_prior_mean", "_prior_precision")
+
+
+class BayesianLayer(nn.Module):
+    """What every Bayesian layer adds to its torch.nn layer: a precision and a prior per parameter.
+
+    For a parameter `weight` (the posterior's mean) there are the buffers `weight_precision` (the
+    shape of `weight`), `weight_prior_mean` and `weight_prior_precision` (scalars, or the shape of
+    `weight` once a posterior has become a prior). An ordinary checkpoint, which has none of the
+    three, loads as means and leaves them as they are.
+
+    Args:
+        prior_precision: Precision of the prior N(prior_mean, 1/prior_precision), > 0.
+        init_precision: Precision of the posterior at the start, > 0.
+
+    Other arguments are those of the torch.nn layer.
+    """
+
+    prior_means: ClassVar[Mapping[str, float]] = {}
+    drawn: dict[str, Tensor]
+    leaves: Leaves | None
+
+    def __init__(
+        self,
+        *args: Any,
+        prior_precision: float = DEFAULT_PRIOR_PRECISION,
+        init_precision: float = DEFAULT_INIT_PRECISION,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        positive("prior_precision", prior_precision)
+        positive("init_precision", init_precision)
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            values = (init_precision, self.prior_means.get(name, 0.0), prior_precision)
+            shapes = (parameter.shape, (), ())
+            for suffix, value, shape in zip(POSTERIOR_SUFFIXES, values, shapes, strict=True):
+                buffer = torch.full(shape, value, dtype=parameter.dtype, device=parameter.device)
+                self.register_buffer(name + suffix, buffer)
+        self.drawn = {}
+        self.leaves = None
+
+    def value(self, name: str) -> Tensor | None:
+        """Return the weight to compute with: the draw of the scope, or the mean outside one."""
+        draw = self.drawn.get(name)
+        return getattr(self, name) if draw is None else draw
+
+    def active_leaves(self) -> Leaves | None:
+        """Return the leaves to fill, or None where no gradient will flow."""
+        return self.leaves if torch.is_grad_enabled() else None
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = [name for name in self._buffers if name.endswith(POSTERIOR_SUFFIXES)]
+        for name in own:
+            self._fit_prior(name, state_dict.get(prefix + name))
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        if not any(prefix + name in state_dict for name in own):  # an ordinary checkpoint
+            missing = [key for key in missing if key.removeprefix(prefix) not in own]
+        missing_keys.extend(missing)
+
+    def _fit_prior(self, name: str, loaded: object) -> None:
+        """Give a prior's buffer the loaded shape, where that is a scalar or the parameter's."""
+        if not isinstance(loaded, Tensor) or "_prior_" not in name:
+            return
+        buffer, parameter = self.get_buffer(name), self.get_parameter(name.partition("_prior_")[0])
+        if loaded.shape != buffer.shape and loaded.shape in ((), parameter.shape):
+            setattr(self, name, buffer.new_empty(loaded.shape))
+
+
+class BayesLinear(BayesianLayer, nn.Linear):
+    """`nn.Linear` with a Gaussian posterior; takes `(*, in_features)`, dimension 0 running over examples."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias, leaves = self.value("weight"), self.value("bias"), self.active_leaves()
+        if leaves is None:
+            return F.linear(input, weight, bias)
+        return curvature.linear(input, weight, bias, leaves)
+
+
+class _BayesConv(BayesianLayer):
+    """A convolution: the op itself is torch's, with the drawn weight in place of the mean."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias, leaves = self.value("weight"), self.value("bias"), self.active_leaves()
+        if leaves is None:
+            return self._conv_forward(input, weight, bias)
+        input, padding = self._zero_padded(input)
+        settings = Settings(self.stride, padding, self.dilation, False, (0,) * len(padding), self.groups)
+        return curvature.convolution(input, weight, bias, leaves, settings)
+
+    def _zero_padded(self, input: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Return the input and the symmetric zero padding still to do, having done any other padding."""
+        sides = self._reversed_padding_repeated_twice  # last dimension first, (before, after) each
+        before, after = tuple(sides[-2::-2]), tuple(sides[::-2])
+        if self.padding_mode != "zeros":
+            return F.pad(input, sides, mode=self.padding_mode), (0,) * len(before)
+        if before != after:  # padding="same" with an even kernel
+            return F.pad(input, sides), (0,) * len(before)
+        return input, before
+
+
+class BayesConv1d(_BayesConv, nn.Conv1d):
+    """`nn.Conv1d` with a Gaussian posterior."""
+
+
+class BayesConv2d(_BayesConv, nn.Conv2d):
+    """`nn.Conv2d` with a Gaussian posterior."""
+
+
+class BayesConv3d(_BayesConv, nn.Conv3d):
+    """`nn.Conv3d` with a Gaussian posterior."""
+
+
+class _BayesConvTranspose(BayesianLayer):
+    function: ClassVar[Callable[..., Tensor]]
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        weight, bias, leaves = self.value("weight"), self.value("bias"), self.active_leaves()
+        extra = self._output_padding(
+            input,
+            output_size,
+            list(self.stride),
+            list(self.padding),
+            list(self.kernel_size),
+            weight.dim() - 2,
+            list(self.dilation),
+        )
+        if leaves is None:
+            return self.function(
+                input, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation
+            )
+        settings = Settings(self.stride, self.padding, self.dilation, True, tuple(extra), self.groups)
+        return curvature.convolution(input, weight, bias, leaves, settings)
+
+
+class BayesConvTranspose1d(_BayesConvTranspose, nn.ConvTranspose1d):
+    """`nn.ConvTranspose1d` with a Gaussian posterior."""
+
+    function = staticmethod(F.conv_transpose1d)
+
+
+class BayesConvTranspose2d(_BayesConvTranspose, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d` with a Gaussian posterior."""
+
+    function = staticmethod(F.conv_transpose2d)
+
+
+class BayesConvTranspose3d(_BayesConvTranspose, nn.ConvTranspose3d):
+    """`nn.ConvTranspose3d` with a Gaussian posterior."""
+
+    function = staticmethod(F.conv_transpose3d)
+
+
+class _BayesNorm(BayesianLayer):
+    """A normalisation layer, whose scale has prior mean 1: `_normalise` is its op without the affine part."""
+
+    prior_means = {"weight": 1.0}
+    _normalise: Callable[..., Tensor]  # (input, weight=None, bias=None), each kind of norm has its own
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias, leaves = self.value("weight"), self.value("bias"), self.active_leaves()
+        if leaves is None or weight is None:
+            return self._normalise(input, weight, bias)
+        return curvature.affine(self._normalise(input), weight, bias, leaves, self._positions(input))
+
+    def _positions(self, input: Tensor) -> tuple[int, ...]:
+        return tuple(range(2, input.dim()))
+
+
+class _BayesBatchNorm(_BayesNorm):
+    def _normalise(self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)
+        update = self.training and self.track_running_stats
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if update and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # a cumulative average
+                momentum = 1.0 / float(self.num_batches_tracked)
+        keep = update or not self.training
+        return F.batch_norm(
+            input,
+            self.running_mean if keep else None,
+            self.running_var if keep else None,
+            weight,
+            bias,
+            self.training or self.running_mean is None,
+            momentum,
+            self.eps,
+        )
+
+
+class BayesBatchNorm1d(_BayesBatchNorm, nn.BatchNorm1d):
+    """`nn.BatchNorm1d` with a Gaussian posterior over scale and shift."""
+
+
+class BayesBatchNorm2d(_BayesBatchNorm, nn.BatchNorm2d):
+    """`nn.BatchNorm2d` with a Gaussian posterior over scale and shift."""
+
+
+class BayesBatchNorm3d(_BayesBatchNorm, nn.BatchNorm3d):
+    """`nn.BatchNorm3d` with a Gaussian posterior over scale and shift."""
+
+
+class BayesGroupNorm(_BayesNorm, nn.GroupNorm):
+    """`nn.GroupNorm` with a Gaussian posterior over scale and shift."""
+
+    def _normalise(self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        return F.group_norm(input, self.num_groups, weight, bias, self.eps)
+
+
+class BayesLayerNorm(_BayesNorm, nn.LayerNorm):
+    """`nn.LayerNorm` with a Gaussian posterior over scale and shift; dimension 0 runs over examples."""
+
+    def _normalise(self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+    def _positions(self, input: Tensor) -> tuple[int, ...]:
+        return tuple(range(1, input.dim() - len(self.normalized_shape)))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == len(self.normalized_shape):  # a single example
+            return super().forward(input.unsqueeze(0)).squeeze(0)
+        return super().forward(input)
+
+
+class BayesEmbedding(BayesianLayer, nn.Embedding):
+    """`nn.Embedding` with a Gaussian posterior; takes ids `(n, *)`, dimension 0 running over examples.
+
+    Raises:
+        ValueError: With `max_norm`, `scale_grad_by_freq` or `sparse`, which rewrite the table or its
+            gradient in ways that no posterior has a meaning for.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(self, option):
+                raise ValueError(f"{option} must be off in BayesEmbedding, got {getattr(self, option)}.")
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, leaves = self.value("weight"), self.active_leaves()
+        if leaves is None:
+            return F.embedding(input, weight, self.padding_idx)
+        return curvature.embedding(input, weight, self.padding_idx, leaves)

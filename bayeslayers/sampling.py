@@ -1,0 +1,227 @@
+"""Scopes: `sampled(model)` computes with drawn weights, `tracked(model)` sums squared per-example gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bayeslayers import gaussian
+from bayeslayers.curvature.accumulate import Leaves
+from bayeslayers.layers import BayesianLayer
+from bayeslayers.noise import fill_standard_normal_
+
+
+@dataclass(frozen=True)
+class Site:
+    """One uncertain tensor of a model: `name` is its parameter's name in `model.named_parameters()`.
+
+    The tensors are read from the module each time, so they follow `model.to(...)`.
+    """
+
+    name: str
+    module: BayesianLayer
+    key: str
+
+    @property
+    def mean(self) -> nn.Parameter:
+        return self.module._parameters[self.key]
+
+    @property
+    def precision(self) -> Tensor:
+        return self.module._buffers[f"{self.key}_precision"]
+
+    @property
+    def prior_mean(self) -> Tensor:
+        return self.module._buffers[f"{self.key}_prior_mean"]
+
+    @property
+    def prior_precision(self) -> Tensor:
+        return self.module._buffers[f"{self.key}_prior_precision"]
+
+
+def posterior(model: nn.Module) -> Iterator[Site]:
+    """Yield the uncertain tensors of `model`, each once, in the order of its parameters."""
+    for path, module in model.named_modules():
+        if isinstance(module, BayesianLayer):
+            for key, _ in module.named_parameters(recurse=False):
+                yield Site(f"{path}.{key}" if path else key, module, key)
+
+
+def kl_divergence(model: nn.Module) -> Tensor:
+    """Return KL(posterior || prior) of all Bayesian layers of `model`, in nats."""
+    sites = posterior(model)
+    terms = [gaussian.kl_divergence(s.mean, s.precision, s.prior_mean, s.prior_precision) for s in sites]
+    if not terms:
+        raise ValueError("model must have Bayesian layers, got none. Build it from them, as BayesLinear.")
+    return torch.stack(terms).sum()
+
+
+def sampled(
+    model: nn.Module,
+    generator: torch.Generator | None = None,
+    noise: Mapping[str, Tensor] | None = None,
+) -> AbstractContextManager[None]:
+    """Compute with one draw of the posterior's weights inside the scope, with the means again after it.
+
+    The draw is made beside the means, which are never overwritten, and the gradient with respect
+    to the drawn weight arrives in the mean's `.grad`. Scopes nest: the inner draw holds.
+
+    Args:
+        model: Model with Bayesian layers.
+        generator: Source of the noise, on the model's device; torch's default one if None.
+        noise: Standard normal values by parameter name, in place of drawn ones (for antithetic
+            pairs, say). It must name every site.
+    """
+    return Sampler(list(posterior(model)), generator).draw(noise)
+
+
+class Sampler:
+    """Draws of the weights of some sites, one after the other, into memory that it keeps.
+
+    On a CPU fresh memory costs as much as the arithmetic of a draw. What autograd saved of one
+    draw is overwritten by the next, which autograd notices and refuses.
+
+    Args:
+        sites: The uncertain tensors to draw, on one device and of one dtype.
+        generator: Source of the noise; torch's default one if None.
+        frozen: The posterior will not change between draws, so that standard deviations are kept.
+    """
+
+    def __init__(self, sites: Sequence[Site], generator: torch.Generator | None = None, frozen: bool = False):
+        self.sites = sites
+        self.generator = generator
+        self._draws = [torch.empty_like(site.mean) for site in sites]
+        self._deviations = [site.precision.rsqrt() for site in sites] if frozen else None
+
+    @contextmanager
+    def draw(self, noise: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Compute with a new draw inside the scope; see `sampled`."""
+        before = {site.module: site.module.drawn for site in self.sites}
+        try:
+            for module in before:
+                module.drawn = {}
+            for index, site in enumerate(self.sites):
+                site.module.drawn[site.key] = self._draw_site(index, None if noise is None else noise[site.name])
+            yield
+        finally:
+            for module, drawn in before.items():
+                module.drawn = drawn
+
+    def _draw_site(self, index: int, noise: Tensor | None) -> Tensor:
+        """Return mean + noise / sqrt(precision) of one site."""
+        site = self.sites[index]
+        mean, draw = site.mean, self._draws[index]
+        if (draw.device, draw.dtype) != (mean.device, mean.dtype):  # the model has moved
+            draw = self._draws[index] = torch.empty_like(mean)
+        with torch.no_grad():
+            if noise is None:
+                fill_standard_normal_(draw, self.generator)
+            else:
+                draw.copy_(noise)
+            deviation = site.precision.rsqrt() if self._deviations is None else self._deviations[index]
+            draw.mul_(deviation).add_(mean)
+        connected = torch.is_grad_enabled() and mean.requires_grad
+        return _StraightThrough.apply(mean, draw) if connected else draw
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The draw, whose gradient with respect to the mean is the identity."""
+
+    @staticmethod
+    def forward(ctx, mean, draw):
+        return draw
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def tracked(model: nn.Module) -> AbstractContextManager[Tracker]:
+    """Let backward passes inside the scope sum squared per-example gradients, in the yielded `Tracker`.
+
+    Frozen parameters (`requires_grad=False`) are left out.
+    """
+    return Tracker({name: m for name, m in model.named_modules() if isinstance(m, BayesianLayer)}).track()
+
+
+class Tracker:
+    """Sums of squared per-example gradients of some layers, one scope after the other.
+
+    Attributes:
+        leaves: Per parameter name, the leaf whose `.grad` is the sum of squares of the last scope,
+            in the units of the loss that was back-propagated.
+    """
+
+    def __init__(self, layers: Mapping[str, BayesianLayer]):
+        self.layers = layers
+        self.leaves: dict[str, Tensor] = {}
+        self._tallies: dict[str, Tensor] = {}
+        self._passes: dict[int, tuple[str, int]] = {}
+
+    @property
+    def examples(self) -> int:
+        """Examples that went backward in the last scope, over all its backward passes."""
+        counts = [tally.grad[0] for tally in self._tallies.values() if tally.grad is not None]
+        return int(max(counts, default=0))
+
+    def clear(self) -> None:
+        """Forget the sums."""
+        for leaf in (*self.leaves.values(), *self._tallies.values()):
+            leaf.grad = None
+        self._passes.clear()
+
+    @contextmanager
+    def track(self) -> Iterator[Tracker]:
+        """Sum squared per-example gradients inside the scope, from zero."""
+        self.clear()
+        before = {layer: layer.leaves for layer in self.layers.values()}
+        try:
+            for name, layer in self.layers.items():
+                layer.leaves = self._leaves_of(name, layer)
+            yield self
+        finally:
+            for layer, leaves in before.items():
+                layer.leaves = leaves
+
+    def _leaves_of(self, name: str, layer: BayesianLayer) -> Leaves:
+        """Return the leaves of one layer, those of its frozen parameters None."""
+        if name not in self._tallies:
+            tally = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+            tally.register_hook(partial(self._check, name or type(layer).__name__))
+            self._tallies[name] = tally
+        prefix = f"{name}." if name else ""
+        weight, bias = (self._leaf(prefix + key, layer._parameters.get(key)) for key in ("weight", "bias"))
+        return Leaves(weight, bias, self._tallies[name])
+
+    def _leaf(self, name: str, parameter: Tensor | None) -> Tensor | None:
+        """Return a leaf with the parameter's shape and no memory of its own, the last one if it still fits."""
+        if parameter is None or not parameter.requires_grad:
+            self.leaves.pop(name, None)
+            return None
+        leaf = self.leaves.get(name)
+        if leaf is None or (leaf.device, leaf.dtype) != (parameter.device, parameter.dtype):
+            zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
+            leaf = self.leaves[name] = zero.expand(parameter.shape).requires_grad_()
+        return leaf
+
+    def _check(self, layer: str, tally: Tensor) -> None:
+        """Refuse a backward pass whose per-example gradients are not those of one batch of examples."""
+        examples, uses = (int(x) for x in tally.tolist())
+        if uses > 1:
+            raise RuntimeError(
+                f"layer '{layer}' must run once in each backward pass, ran {uses} times: per-example gradients "
+                "of a reused layer add up before they are squared. Call backward after each forward, or "
+                "exclude the layer from the Bayesian ones."
+            )
+        first, expected = self._passes.setdefault(torch._C._current_graph_task_id(), (layer, examples))
+        if examples != expected:
+            raise RuntimeError(
+                f"dimension 0 of the input of layer '{layer}' must run over the examples, got {examples} there "
+                f"and {expected} in layer '{first}'. Keep examples in dimension 0 (a linear layer takes "
+                "(n, *, features)), or exclude the layer from the Bayesian ones."
+            )
