@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bayeslayers import curvature
 from bayeslayers.checks import positive
@@ -62,8 +64,8 @@ class BayesianLayer(nn.Module):
         self.drawn = {}
         self.leaves = None
 
-    def value(self, name: str) -> Tensor | None:
-        """Return the weight to compute with: the draw of the scope, or the mean outside one."""
+    def value(self, name: str) -> Any:
+        """Return the tensor to compute with: the scope's draw, the mean outside one, None if there is no such."""
         draw = self.drawn.get(name)
         return getattr(self, name) if draw is None else draw
 
@@ -85,9 +87,7 @@ class BayesianLayer(nn.Module):
         for name in own:
             self._fit_prior(name, state_dict.get(prefix + name))
         missing: list[str] = []
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         if not any(prefix + name in state_dict for name in own):  # an ordinary checkpoint
             missing = [key for key in missing if key.removeprefix(prefix) not in own]
         missing_keys.extend(missing)
@@ -111,7 +111,7 @@ class BayesLinear(BayesianLayer, nn.Linear):
         return curvature.linear(input, weight, bias, leaves)
 
 
-class _BayesConv(BayesianLayer):
+class _BayesConv(BayesianLayer, _ConvNd):
     """A convolution: the op itself is torch's, with the drawn weight in place of the mean."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -145,7 +145,8 @@ class BayesConv3d(_BayesConv, nn.Conv3d):
     """`nn.Conv3d` with a Gaussian posterior."""
 
 
-class _BayesConvTranspose(BayesianLayer):
+class _BayesConvTranspose(BayesianLayer, _ConvTransposeNd):
+    padding: tuple[int, ...]  # never a string here
     function: ClassVar[Callable[..., Tensor]]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -160,9 +161,7 @@ class _BayesConvTranspose(BayesianLayer):
             list(self.dilation),
         )
         if leaves is None:
-            return self.function(
-                input, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation
-            )
+            return self.function(input, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
         settings = Settings(self.stride, self.padding, self.dilation, True, tuple(extra), self.groups)
         return curvature.convolution(input, weight, bias, leaves, settings)
 
@@ -188,7 +187,7 @@ class BayesConvTranspose3d(_BayesConvTranspose, nn.ConvTranspose3d):
 class _BayesNorm(BayesianLayer):
     """A normalisation layer, whose scale has prior mean 1: `_normalise` is its op without the affine part."""
 
-    prior_means = {"weight": 1.0}
+    prior_means: ClassVar[Mapping[str, float]] = {"weight": 1.0}
     _normalise: Callable[..., Tensor]  # (input, weight=None, bias=None), each kind of norm has its own
 
     def forward(self, input: Tensor) -> Tensor:
@@ -201,7 +200,7 @@ class _BayesNorm(BayesianLayer):
         return tuple(range(2, input.dim()))
 
 
-class _BayesBatchNorm(_BayesNorm):
+class _BayesBatchNorm(_BayesNorm, _BatchNorm):
     def _normalise(self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
         update = self.training and self.track_running_stats

@@ -29,19 +29,19 @@ class Site:
 
     @property
     def mean(self) -> nn.Parameter:
-        return self.module._parameters[self.key]
+        return getattr(self.module, self.key)
 
     @property
     def precision(self) -> Tensor:
-        return self.module._buffers[f"{self.key}_precision"]
+        return getattr(self.module, f"{self.key}_precision")
 
     @property
     def prior_mean(self) -> Tensor:
-        return self.module._buffers[f"{self.key}_prior_mean"]
+        return getattr(self.module, f"{self.key}_prior_mean")
 
     @property
     def prior_precision(self) -> Tensor:
-        return self.module._buffers[f"{self.key}_prior_precision"]
+        return getattr(self.module, f"{self.key}_prior_precision")
 
 
 def posterior(model: nn.Module) -> Iterator[Site]:

@@ -48,13 +48,10 @@ def tally(examples: int) -> Tensor:
     return torch.tensor([examples, 1.0], dtype=torch.float64)
 
 
-def autocast_operands(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast floating operands to autocast's dtype, where it is on, by differentiable casts.
+def autocast_operand(x: Tensor) -> Tensor:
+    """Cast to autocast's dtype, where it is on, by a differentiable cast.
 
-    Inside a rule the operands then have one dtype, in the backward too.
+    Inside a rule all operands then have one dtype, in the backward too.
     """
-    device = next(x.device.type for x in operands if x is not None)
-    if not torch.is_autocast_enabled(device):
-        return operands
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x is not None and x.is_floating_point() else x for x in operands)
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

@@ -13,9 +13,7 @@ from torch import Tensor
 from bayeslayers.curvature.accumulate import Leaves, sum_of_squares, tally
 
 
-def affine(
-    x_hat: Tensor, scale: Tensor, shift: Tensor | None, leaves: Leaves, positions: tuple[int, ...]
-) -> Tensor:
+def affine(x_hat: Tensor, scale: Tensor, shift: Tensor | None, leaves: Leaves, positions: tuple[int, ...]) -> Tensor:
     """Return `x_hat * scale + shift` and let the leaves receive squared per-example gradients.
 
     Args:

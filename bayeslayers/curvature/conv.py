@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayeslayers.curvature.accumulate import Leaves, autocast_operands, chunks, sum_of_squares, tally
+from bayeslayers.curvature.accumulate import Leaves, autocast_operand, chunks, sum_of_squares, tally
 
 # Above this many channels (the smaller of in and out, per group), a matmul per kernel offset beats
 # one convolution with the batch as groups: 33 ms against 158 at 256 channels, 40 against 32 at 64.
@@ -38,7 +38,8 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: Leaves, 
         leaves: Where the sums of squares go.
         settings: Stride, padding (zeros), dilation and so on.
     """
-    x, weight, bias = autocast_operands(x, weight, bias)
+    x, weight = autocast_operand(x), autocast_operand(weight)
+    bias = None if bias is None else autocast_operand(bias)
     if x.dim() < weight.dim():
         return convolution(x.unsqueeze(0), weight, bias, leaves, settings).squeeze(0)
     return _Convolution.apply(x, weight, bias, *leaves, *settings)
@@ -117,9 +118,7 @@ def _offset_by_offset(x: Tensor, g: Tensor, weight: Tensor, settings: Settings) 
     for offset in itertools.product(*map(range, kernel)):
         window = tuple(
             slice(o * dilation, o * dilation + stride * (size - 1) + 1, stride)
-            for o, dilation, stride, size in zip(
-                offset, settings.dilation, settings.stride, g.shape[2:], strict=True
-            )
+            for o, dilation, stride, size in zip(offset, settings.dilation, settings.stride, g.shape[2:], strict=True)
         )
         x_rows = padded[(..., *window)].reshape(n, groups, -1, g_rows.shape[3])  # (n, group, i, p)
         for chunk in chunks(n, weight.numel() // math.prod(kernel), x):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayeslayers.curvature.accumulate import Leaves, autocast_operands, chunks, sum_of_squares, tally, wide
+from bayeslayers.curvature.accumulate import Leaves, autocast_operand, chunks, sum_of_squares, tally, wide
 
 # Up to here the pairs of positions cost less than per-example gradients that are written and read again.
 GRAM_POSITIONS = 4
@@ -21,7 +21,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: Leaves) -> Te
         bias: `(o,)` or None.
         leaves: Where the sums of squares go.
     """
-    x, weight, bias = autocast_operands(x, weight, bias)
+    x, weight = autocast_operand(x), autocast_operand(weight)
+    bias = None if bias is None else autocast_operand(bias)
     if x.dim() == 1:
         return linear(x.unsqueeze(0), weight, bias, leaves).squeeze(0)
     return _Linear.apply(x, weight, bias, *leaves)

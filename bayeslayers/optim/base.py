@@ -128,12 +128,11 @@ class VariationalOptimizer(torch.optim.Optimizer):
 
     def _average(self, mean: Tensor | None, new: Tensor | None) -> Tensor | None:
         """Return the mean over `self._draws` draws, from that of all but the last and the last."""
-        if self._draws == 1:
+        if self._draws == 1 or (mean is None and new is None):
             return new
-        if mean is None and new is None:
-            return None
-        zero = torch.zeros_like(mean if new is None else new)
-        return torch.lerp(zero if mean is None else mean, zero if new is None else new, 1 / self._draws)
+        if mean is None:
+            return new / self._draws  # pyright: ignore[reportOptionalOperand]
+        return torch.lerp(mean, torch.zeros_like(mean) if new is None else new, 1 / self._draws)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients; inside a scope those of this draw alone, outside one those of every draw."""
@@ -146,18 +145,18 @@ class VariationalOptimizer(torch.optim.Optimizer):
     def _run(self, closure: Callable[[], Any]) -> tuple[Tensor, Any]:
         """Run the closure in `num_samples` scopes; return the means of loss and output."""
         self._curvature, self._draws = {}, 0
-        results = []
+        losses, outputs = [], []
         for _ in range(self.num_samples):
             with torch.enable_grad(), self.sampled():
                 result = closure()
                 loss, output = result if isinstance(result, tuple) else (result, None)
                 if not torch.isfinite(torch.as_tensor(loss)).all():
                     raise FloatingPointError(
-                        f"the loss must be finite, got {float(loss)}: the step is refused, the posterior is as it was. "
-                        "Lower lr, or look at the batch."
+                        f"the loss must be finite, got {float(loss)}: the step is refused, the posterior is as it "
+                        "was. Lower lr, or look at the batch."
                     )
-            results.append((loss.detach(), output.detach() if isinstance(output, Tensor) else output))
-        losses, outputs = zip(*results, strict=True)
+            losses.append(loss.detach())
+            outputs.append(output.detach() if isinstance(output, Tensor) else output)
         averages = isinstance(outputs[0], Tensor) and len(outputs) > 1
         return torch.stack(losses).mean(), torch.stack(outputs).mean(0) if averages else outputs[-1]
 

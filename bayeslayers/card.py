@@ -1,0 +1,144 @@
+"""The card of a posterior: what `config.json` beside the weights says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+FORMAT_VERSION = 1
+
+
+class PosteriorError(ValueError):
+    """A posterior on disk is not what it should be; the message names the file and what is wrong."""
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class Card:
+    """What a posterior is, how it was made and how good it was measured to be.
+
+    Attributes:
+        name: Name of the posterior.
+        builder: Name of its network in the zoo's registry, or None for a network of the user's own.
+        kwargs: Arguments of the builder.
+        likelihood: "categorical", "bernoulli" or "gaussian".
+        class_names: Names of the classes, in the order of the outputs.
+        input_size: Shape of one example, `(c, h, w)` for images.
+        dataset: Data it was trained on, and how many examples it was measured on.
+        dataset_size: Number of training examples N.
+        temperature: T of the tempered posterior.
+        optimizer: Name and hyperparameters of the optimiser.
+        recipe: Command that trained it.
+        versions: Library versions at training.
+        metrics: Measured figures, with `num_samples` and `seed` of the measurement.
+        baseline: The same figures for the same network trained by `baseline["optimizer"]`.
+        notes: Anything a user should know.
+        sha256: Hash of `model.safetensors`.
+        format_version: Version of this format.
+    """
+
+    name: str = "posterior"
+    builder: str | None = None
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    likelihood: str = "categorical"
+    class_names: list[str] = dataclasses.field(default_factory=list)
+    input_size: list[int] = dataclasses.field(default_factory=list)
+    dataset: str = ""
+    dataset_size: int | None = None
+    temperature: float | None = None
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    recipe: str = ""
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, float | int] = dataclasses.field(default_factory=dict)
+    baseline: dict[str, float | int | str] = dataclasses.field(default_factory=dict)
+    notes: str = ""
+    sha256: str = ""
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """Return the text of `config.json`."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def card_from_json(text: str | bytes, source: str) -> Card:
+    """Return the card that a `config.json` holds.
+
+    Args:
+        text: Contents of the file.
+        source: Its path, for messages.
+
+    Raises:
+        PosteriorError: If it is no JSON object, of a newer format, or has an unknown, missing or
+            wrongly typed field.
+    """
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise PosteriorError(f"{source} must be JSON, got a file that is not: {error}.") from None
+    if not isinstance(fields, dict):
+        raise PosteriorError(f"{source} must hold a JSON object, got {type(fields).__name__}.")
+    version = fields.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise PosteriorError(
+            f"{source} must have a format_version up to {FORMAT_VERSION}, got {version}. Update bayeslayers."
+        )
+    try:
+        return TypeAdapter(Card).validate_json(json.dumps(fields))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PosteriorError(f"{source} has a bad field '{where}': {first['msg']}.") from None
+
+
+def model_card(card: Card) -> str:
+    """Return the README.md of a posterior: the Hub's front matter, how to use it, how it was made."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=card.dataset.split()[0].lower(),
+            dataset_name=card.dataset,
+            metric_type=key,
+            metric_value=card.metrics[key],
+        )
+        for key in ("accuracy", "nll", "ece")
+        if card.dataset and key in card.metrics
+    ]
+    front = ModelCardData(
+        license="apache-2.0",
+        library_name="bayeslayers",
+        tags=["bayesian", "uncertainty", "variational-inference"],
+        model_name=card.name,
+        eval_results=results or None,
+    )
+    facts = {
+        "network": f"`{card.builder}` {json.dumps(card.kwargs)}" if card.builder else "the author's own",
+        "data": card.dataset,
+        "optimiser": json.dumps(card.optimizer) if card.optimizer else "",
+        "temperature": card.temperature,
+        "trained by": f"`{card.recipe}`" if card.recipe else "",
+    }
+    lines = [f"- {key}: {value}" for key, value in facts.items() if value not in ("", None)]
+    use = f'model = zoo.load("{card.name}")\nprediction = bl.predict(model, images, num_samples=64)'
+    return (
+        f"---\n{front.to_yaml()}\n---\n\n# {card.name}\n\nA Gaussian posterior over the weights of a network: "
+        f"means and precisions.\n\n```python\nimport bayeslayers as bl, zoo\n\n{use}\n```\n\n"
+        + "\n".join(lines)
+        + f"\n\n{_metrics_table(card)}{card.notes}\n"
+    )
+
+
+def _metrics_table(card: Card) -> str:
+    if not card.metrics:
+        return ""
+    other = str(card.baseline.get("optimizer", ""))
+    header = f"| metric | this posterior | {other} |\n|---|---|---|\n" if other else "| metric | value |\n|---|---|\n"
+    rows = [
+        f"| {key} | {value:.6g} |" + (f" {card.baseline.get(key, '')} |" if other else "")
+        for key, value in card.metrics.items()
+    ]
+    return header + "\n".join(rows) + "\n\n"

@@ -1,0 +1,166 @@
+"""Likelihoods: the loss to train by, and what a draw of the network's output says about the target.
+
+A likelihood gives per draw a predictive mean and an aleatoric uncertainty; `predict` averages both
+over draws, and `total` closes the decomposition total = aleatoric + epistemic.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bayeslayers.checks import near, positive
+
+
+class Likelihood(Protocol):
+    """p(target | output of the network)."""
+
+    name: ClassVar[str]
+    discrete: ClassVar[bool]
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the mean negative log-likelihood over the batch, in nats."""
+        ...
+
+    def per_draw(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the predictive mean and the aleatoric uncertainty under one draw of the weights."""
+        ...
+
+    def total(self, mean: Tensor, variance: Tensor, aleatoric: Tensor) -> Tensor:
+        """Return the total uncertainty from averages over draws.
+
+        Args:
+            mean: Mean over draws of the predictive mean.
+            variance: Variance over draws of the predictive mean.
+            aleatoric: Mean over draws of the aleatoric uncertainty.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """Classes in dimension 1 of the logits: `(n, c)`, or `(n, c, *)` with a label per position.
+
+    Uncertainties are entropies in nats, per example or position: total H(E[p]), aleatoric E[H(p)],
+    epistemic their difference, the mutual information of label and weights.
+    Source: Depeweg et al. 2018 (arXiv 1710.07283), Eq. 4; Houlsby et al. 2011 (arXiv 1112.5745).
+    """
+
+    name: ClassVar[str] = "categorical"
+    discrete: ClassVar[bool] = True
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the mean cross entropy; `target` holds class indices, `(n,)` or `(n, *)`."""
+        return F.cross_entropy(_with_classes(output), target)
+
+    def per_draw(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        probs = _with_classes(output).softmax(1)
+        return probs, torch.special.entr(probs).sum(1)
+
+    def total(self, mean: Tensor, variance: Tensor, aleatoric: Tensor) -> Tensor:
+        return torch.special.entr(mean).sum(1)
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """A yes or no per element of the logits, of any shape `(n, *)`; probabilities are those of yes.
+
+    Uncertainties are entropies in nats, as for `Categorical`.
+    """
+
+    name: ClassVar[str] = "bernoulli"
+    discrete: ClassVar[bool] = True
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the mean binary cross entropy; `target` is 0 or 1 in the shape of `output`."""
+        _same_shape(output, target)
+        return F.binary_cross_entropy_with_logits(output, target.to(output.dtype))
+
+    def per_draw(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        prob = output.sigmoid()
+        return prob, _binary_entropy(prob)
+
+    def total(self, mean: Tensor, variance: Tensor, aleatoric: Tensor) -> Tensor:
+        return _binary_entropy(mean)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A real target with Gaussian noise, whose variance is known or an output of the network.
+
+    Uncertainties are variances in the target's squared units: aleatoric E[noise variance], epistemic
+    Var[mean], total their sum (Kendall & Gal 2017, arXiv 1703.04977, Eq. 9).
+
+    Args:
+        variance: Variance of the noise, > 0; the output is then the mean. None: the output holds
+            the mean in the first half of dimension 1 and the log variance in the second.
+    """
+
+    variance: float | None = None
+    name: ClassVar[str] = "gaussian"
+    discrete: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.variance is not None:
+            positive("variance", self.variance)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the mean over examples of the negative log density, summed over an example's elements."""
+        mean, variance = self.per_draw(output)
+        _same_shape(mean, target)
+        density = 0.5 * ((target - mean).square() / variance + (2 * math.pi * variance).log())
+        return density.sum() / len(target)
+
+    def per_draw(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        if self.variance is not None:
+            return output, torch.full_like(output, self.variance)
+        if output.dim() < 2 or output.shape[1] % 2:
+            raise ValueError(
+                f"output must hold means and log variances in two halves of dimension 1, got shape "
+                f"{tuple(output.shape)}. Double the network's last layer, or give Gaussian a variance."
+            )
+        mean, log_variance = output.chunk(2, dim=1)
+        return mean, log_variance.exp()
+
+    def total(self, mean: Tensor, variance: Tensor, aleatoric: Tensor) -> Tensor:
+        return aleatoric + variance
+
+
+KINDS: dict[str, type[Categorical] | type[Bernoulli] | type[Gaussian]] = {
+    kind.name: kind for kind in (Categorical, Bernoulli, Gaussian)
+}
+
+
+def likelihood_named(name: str) -> Likelihood:
+    """Return the likelihood of that name."""
+    if name not in KINDS:
+        raise ValueError(f"unknown likelihood {name!r}.{near(name, KINDS)} Known: {', '.join(KINDS)}.")
+    return KINDS[name]()
+
+
+def likelihood_of(model: nn.Module) -> Likelihood:
+    """Return `model.likelihood` where there is one, as in a model of the zoo, else `Categorical()`."""
+    return getattr(model, "likelihood", None) or Categorical()
+
+
+def _with_classes(output: Tensor) -> Tensor:
+    if output.dim() < 2 or output.shape[1] < 2:
+        raise ValueError(
+            f"output must have two or more classes in dimension 1, got shape {tuple(output.shape)}. "
+            "One logit per example is a Bernoulli()."
+        )
+    return output
+
+
+def _same_shape(output: Tensor, target: Tensor) -> None:
+    if output.shape != target.shape:
+        raise ValueError(f"target must have the shape {tuple(output.shape)}, got {tuple(target.shape)}.")
+
+
+def _binary_entropy(prob: Tensor) -> Tensor:
+    return torch.special.entr(prob) + torch.special.entr(1 - prob)

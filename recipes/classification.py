@@ -1,0 +1,236 @@
+"""Image classification: one configuration in, one run folder with a measured posterior out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+import bayeslayers as bl
+import zoo
+from bayeslayers.checkpoint import write_atomically
+from bayeslayers.checks import at_least_one, near
+from bayeslayers.likelihoods import likelihood_of
+from bayeslayers.metrics import classification_metrics, ood_auroc
+from bayeslayers.predict import Prediction, predict
+from recipes.data import Split, load_split, num_batches
+from recipes.training import CHECKPOINT, Training
+
+METRICS, POSTERIOR = "metrics.json", "posterior"
+
+
+@dataclass
+class Evaluation:
+    """How a run is measured.
+
+    Attributes:
+        num_samples: Draws of the final measurement.
+        epoch_samples: Draws of the measurement after each epoch.
+        seed: Of the draws.
+        ood: Data set of strangers, for the AUROC of total entropy, or None.
+        batch_size: Examples per forward pass.
+    """
+
+    num_samples: int = 64
+    epoch_samples: int = 8
+    seed: int = 0
+    ood: str | None = None
+    batch_size: int = 1000
+
+
+@dataclass
+class Config:
+    """A training run.
+
+    Attributes:
+        name: Name of the run and its posterior.
+        model: `name` in the zoo, and the arguments of its builder.
+        data: Data set to train and test on.
+        optimizer: `name` ("vogn" or "adam"), and its arguments.
+        batch_size: Examples per step.
+        epochs: Passes over the training data.
+        schedule: Learning rate over the run: "cosine" to zero, or "constant".
+        seed: Of initial weights, order of the data, and draws.
+        evaluation: How the result is measured.
+        baseline: Run folder of a twin, whose figures go into the card beside ours.
+        output: Run folder; `runs/NAME` if None.
+        data_root: Folder of data already there; downloaded to `data` if None.
+        limit: Use the first so many examples of each split alone.
+        notes: Text for the card.
+    """
+
+    name: str
+    model: dict[str, Any]
+    data: str
+    optimizer: dict[str, Any]
+    batch_size: int = 128
+    epochs: int = 10
+    schedule: str = "cosine"
+    seed: int = 0
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    baseline: str | None = None
+    output: str | None = None
+    data_root: str | None = None
+    limit: int | None = None
+    notes: str = ""
+
+
+OPTIMIZERS = {"vogn": bl.VOGN, "adam": torch.optim.Adam}
+SCHEDULES = {
+    "cosine": torch.optim.lr_scheduler.CosineAnnealingLR,
+    "constant": torch.optim.lr_scheduler.ConstantLR,
+}
+
+
+def train(config: Config, resume: bool = False) -> dict[str, float] | None:
+    """Train, measure and save one posterior.
+
+    Args:
+        config: The run.
+        resume: Continue from the run folder's checkpoint.
+
+    Returns:
+        The metrics, or None if Ctrl-C stopped the run, which is then saved.
+    """
+    console = Console(stderr=True)
+    folder = Path(config.output or f"runs/{config.name}")
+    if not resume and (folder / CHECKPOINT).exists():
+        raise FileExistsError(
+            f"output must be a new run, got {folder} with a checkpoint. Add --resume or choose another."
+        )
+    at_least_one("epochs", config.epochs)
+    at_least_one("batch_size", config.batch_size)
+    baseline = read_baseline(config.baseline)
+    train_data = load_split(config.data, config.data_root, train=True).head(config.limit)
+    test_data = load_split(config.data, config.data_root, train=False).head(config.limit)
+    strangers = config.evaluation.ood and load_split(config.evaluation.ood, config.data_root, train=False).head(
+        config.limit
+    )
+    torch.manual_seed(config.seed)
+    model = zoo.create(**config.model)
+    optimizer = make_optimizer(config, model, len(train_data))
+    bayesian = isinstance(optimizer, bl.VOGN)
+
+    def measure() -> dict[str, float]:
+        prediction = predict_split(model, test_data, config.evaluation.epoch_samples, config.evaluation, bayesian)
+        return {f"test_{key}": value for key, value in classification_metrics(prediction, test_data.labels).items()}
+
+    steps = config.epochs * num_batches(train_data, config.batch_size)
+    schedule = {"T_max": steps} if config.schedule == "cosine" else {"factor": 1.0}
+    if config.schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {config.schedule!r}.")
+    run = Training(
+        folder=folder,
+        model=model,
+        optimizer=optimizer,
+        scheduler=SCHEDULES[config.schedule](optimizer, **schedule),
+        likelihood=likelihood_of(model),
+        data=train_data,
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        seed=config.seed,
+        measure=measure,
+        identity={key: value for key, value in dataclasses.asdict(config).items() if key in _IDENTITY},
+    )
+    if resume:
+        run.resume()
+    if not run.run():
+        console.print(f"stopped and saved in epoch {run.epoch + 1}; continue with --resume")
+        return None
+    metrics = final_metrics(model, config, test_data, strangers or None, bayesian)
+    write_atomically(folder / METRICS, json.dumps(metrics, indent=2).encode())
+    if bayesian:
+        save(model, config, folder / POSTERIOR, metrics, baseline, len(train_data), test_data)
+    console.print_json(json.dumps(metrics))
+    console.print(f"written to {folder}")
+    return metrics
+
+
+_IDENTITY = ("model", "data", "optimizer", "batch_size", "epochs", "schedule", "seed", "limit")
+
+
+def make_optimizer(config: Config, model: nn.Module, dataset_size: int) -> torch.optim.Optimizer:
+    """Return the configured optimiser; Adam trains the means alone, as the deterministic twin."""
+    kwargs = dict(config.optimizer)
+    name = kwargs.pop("name", None)
+    if name not in OPTIMIZERS:
+        raise ValueError(
+            f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}.{near(str(name), OPTIMIZERS)}"
+        )
+    if name == "adam":
+        return torch.optim.Adam(model.parameters(), **kwargs)
+    return bl.VOGN(model, dataset_size, generator=torch.Generator().manual_seed(config.seed), **kwargs)
+
+
+def predict_split(model: nn.Module, data: Split, num_samples: int, how: Evaluation, bayesian: bool) -> Prediction:
+    """Return the prediction for a split, by draws or, for a deterministic twin, by the means."""
+    return predict(
+        model,
+        data.inputs(slice(None)),
+        num_samples,
+        batch_size=how.batch_size,
+        generator=torch.Generator().manual_seed(how.seed),
+        method="sample" if bayesian else "mean",
+    )
+
+
+def final_metrics(
+    model: nn.Module, config: Config, test: Split, strangers: Split | None, bayesian: bool
+) -> dict[str, float]:
+    """Measure the trained model on the test split, and against strangers."""
+    how = config.evaluation
+    known = predict_split(model, test, how.num_samples, how, bayesian)
+    metrics = classification_metrics(known, test.labels)
+    if strangers is not None:
+        strange = predict_split(model, strangers, how.num_samples, how, bayesian)
+        metrics[f"ood_auroc_{how.ood}"] = ood_auroc(known.total, strange.total)
+        if bayesian:
+            metrics[f"ood_auroc_{how.ood}_epistemic"] = ood_auroc(known.epistemic, strange.epistemic)
+    counts = {"num_samples": how.num_samples if bayesian else 1, "seed": how.seed}
+    return metrics | {"test_examples": len(test)} | counts
+
+
+def read_baseline(folder: str | None) -> dict[str, float | int | str]:
+    """Return the figures of a twin's run, rounded, with the name of its optimiser."""
+    if folder is None:
+        return {}
+    path = Path(folder) / METRICS
+    if not path.is_file():
+        raise FileNotFoundError(f"baseline must be a finished run, got {folder} without {METRICS}. Train it first.")
+    return {"optimizer": "adam"} | {key: round(value, 5) for key, value in json.loads(path.read_text()).items()}
+
+
+def save(
+    model: nn.Module,
+    config: Config,
+    folder: Path,
+    metrics: dict[str, float],
+    baseline: dict[str, float | int | str],
+    dataset_size: int,
+    test: Split,
+) -> None:
+    """Save the posterior with its card."""
+    import torchvision
+
+    bl.save_posterior(
+        model,
+        folder,
+        name=config.name,
+        class_names=test.classes,
+        dataset=f"{config.data} ({dataset_size} train, {len(test)} test)",
+        dataset_size=dataset_size,
+        temperature=float(config.optimizer.get("temperature", 1.0)),
+        optimizer=config.optimizer | {"batch_size": config.batch_size, "epochs": config.epochs},
+        recipe=" ".join(["bayeslayers", *sys.argv[1:]]),
+        versions={"bayeslayers": bl.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
+        metrics={key: round(value, 5) for key, value in metrics.items()},
+        baseline=baseline,
+        notes=config.notes,
+    )

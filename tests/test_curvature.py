@@ -1,0 +1,311 @@
+"""Every layer's curvature against squared per-example gradients, taken one example at a time by vmap(grad)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import bayeslayers as bl
+from bayeslayers.curvature import accumulate, conv
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+# (kind of torch.nn layer, arguments, keyword arguments, shape of the input)
+LINEAR = [
+    ("Linear", (3, 4), {}, (5, 3)),
+    *[("Linear", (3, 4), {}, (5, t, 3)) for t in (1, 3, 4, 5, 17)],
+    ("Linear", (3, 4), {}, (4, 2, 3, 3)),
+    ("Linear", (3, 4), {}, (3,)),
+    ("Linear", (3, 4), {"bias": False}, (5, 3)),
+    ("Linear", (3, 4), {"bias": False}, (5, 3, 3)),
+]
+CONV = [
+    ("Conv1d", (2, 3, 3), {}, (4, 2, 8)),
+    ("Conv1d", (2, 3, 4), {"padding": "same"}, (4, 2, 7)),
+    ("Conv1d", (2, 3, 3), {"padding": 2, "padding_mode": "circular"}, (4, 2, 7)),
+    ("Conv1d", (2, 3, 3), {}, (2, 8)),
+    ("Conv2d", (2, 3, 3), {"stride": 2, "padding": 1}, (4, 2, 8, 8)),
+    ("Conv2d", (2, 3, 1), {"stride": 2}, (4, 2, 5, 5)),
+    ("Conv2d", (2, 3, (3, 2)), {"stride": (2, 1), "padding": (0, 1), "dilation": (1, 2)}, (4, 2, 7, 6)),
+    ("Conv2d", (2, 3, 3), {"padding": "same"}, (4, 2, 5, 5)),
+    ("Conv2d", (2, 3, (2, 3)), {"padding": "same", "dilation": (3, 1)}, (4, 2, 6, 5)),
+    ("Conv2d", (2, 3, 3), {"padding": "valid"}, (4, 2, 5, 5)),
+    ("Conv2d", (2, 3, 4), {"padding": "same", "padding_mode": "replicate"}, (4, 2, 5, 5)),
+    ("Conv2d", (2, 3, 3), {"padding": (1, 2), "padding_mode": "reflect"}, (4, 2, 5, 5)),
+    ("Conv2d", (2, 3, 3), {"padding": (2, 1), "padding_mode": "circular", "stride": 2}, (4, 2, 5, 5)),
+    ("Conv2d", (4, 6, 3), {"groups": 2, "padding": 1}, (4, 4, 5, 5)),
+    ("Conv2d", (4, 8, 3), {"groups": 4, "bias": False}, (4, 4, 5, 5)),
+    ("Conv2d", (2, 3, 3), {"bias": False}, (2, 5, 5)),
+    ("Conv3d", (2, 3, 2), {"padding": 1, "stride": (1, 2, 2)}, (3, 2, 3, 4, 4)),
+    ("Conv3d", (2, 2, (1, 2, 3)), {"padding": "same", "groups": 2}, (3, 2, 2, 4, 4)),
+    ("ConvTranspose1d", (2, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}, (4, 2, 5)),
+    ("ConvTranspose2d", (2, 3, 3), {"bias": False}, (4, 2, 4, 4)),
+    ("ConvTranspose2d", (4, 6, (3, 2)), {"stride": (2, 3), "groups": 2, "output_padding": (1, 2)}, (4, 4, 3, 3)),
+    ("ConvTranspose2d", (3, 3, 2), {"dilation": 2, "padding": 1, "groups": 3}, (4, 3, 4, 4)),
+    ("ConvTranspose2d", (2, 3, 3), {"dilation": 3, "output_padding": 2}, (4, 2, 4, 4)),
+    ("ConvTranspose2d", (2, 3, 3), {"stride": 2}, (2, 4, 4)),
+    ("ConvTranspose3d", (2, 2, 2), {"stride": 2, "output_padding": (0, 1, 0)}, (3, 2, 2, 2, 2)),
+]
+NORM = [
+    ("LayerNorm", (4,), {}, (5, 4)),
+    ("LayerNorm", (4,), {}, (5, 3, 4)),
+    ("LayerNorm", (4,), {"bias": False}, (5, 2, 3, 4)),
+    ("LayerNorm", ((3, 4),), {}, (5, 2, 3, 4)),
+    ("LayerNorm", ((3, 4),), {}, (3, 4)),
+    ("GroupNorm", (2, 4), {}, (5, 4)),
+    ("GroupNorm", (2, 4), {}, (5, 4, 3, 3)),
+    ("GroupNorm", (1, 4), {}, (5, 4, 3)),
+]
+EMBEDDING = [("Embedding", (6, 3), {"padding_idx": padding}, shape) for padding, shape in
+             [(None, (5, 4)), (2, (5, 4)), (-1, (5, 2, 3)), (None, (7,)), (None, ())]]  # fmt: skip
+
+
+def case_id(value: object) -> str:
+    return str(value).replace(" ", "")
+
+
+def per_case(cases: list[tuple]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("kind", "args", "kwargs", "shape"), cases, ids=case_id)
+
+
+def make_pair(kind: str, args: tuple, kwargs: dict) -> tuple[bl.BayesianLayer, nn.Module]:
+    """Return a Bayesian layer and its torch.nn twin, in float64, with the same random parameters."""
+    torch.manual_seed(0)
+    layer, twin = getattr(bl, "Bayes" + kind)(*args, **kwargs), getattr(nn, kind)(*args, **kwargs)
+    for parameter in twin.parameters():
+        nn.init.normal_(parameter)
+    layer.load_state_dict(twin.state_dict())
+    return layer.double(), twin.double()
+
+
+def make_input(kind: str, shape: tuple) -> torch.Tensor:
+    if kind == "Embedding":  # 6 ids for up to 6 places: some occur twice in an example
+        return torch.randint(6, shape)
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def potential(y: torch.Tensor) -> torch.Tensor:
+    """A loss that is summed over examples and whose gradient depends on every output."""
+    return (y.square() + y.sin()).sum()
+
+
+def tracked_curvature(net: nn.Module, x: torch.Tensor, n: int, halves: int = 1) -> dict[str, torch.Tensor]:
+    """Return the mean of squared per-example gradients by name; the mean loss's gradients are left in `.grad`."""
+    with bl.tracked(net) as tracker:
+        for part in x.chunk(halves) if halves > 1 else [x]:
+            (potential(net(part)) / n).backward()
+    assert_close(tracker.examples, n)
+    return {name: leaf.grad * n for name, leaf in tracker.leaves.items()}
+
+
+def oracle(twin: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the mean of squared per-example gradients by vmap(grad)."""
+    weights = {name: p.detach() for name, p in twin.named_parameters()}
+    per_example = vmap(grad(lambda w, x_i: potential(functional_call(twin, w, x_i[None]))), (None, 0))(weights, x)
+    return {name: g.square().mean(0) for name, g in per_example.items()}
+
+
+def check(kind: str, args: tuple, kwargs: dict, shape: tuple) -> None:
+    """Assert that a layer's output, gradients and curvature are those of its twin, example by example."""
+    layer, twin = make_pair(kind, args, kwargs)
+    x = make_input(kind, shape)
+    x_twin = x.detach().clone().requires_grad_(x.requires_grad)
+    axes = {"Linear": 2, "LayerNorm": twin.weight.dim() + 1, "Embedding": 1, "GroupNorm": 2}
+    alone = x.dim() < axes.get(kind, twin.weight.dim())  # a single example without its dimension
+    n = 1 if alone else len(x)
+    curvature = tracked_curvature(layer, x, n)
+    (potential(twin(x_twin)) / n).backward()
+    assert_close(layer(x), twin(x_twin), **EXACT)
+    assert_close(x.grad, x_twin.grad, **EXACT)
+    grads = [{name: p.grad for name, p in net.named_parameters()} for net in (layer, twin)]
+    assert_close(*grads, **EXACT)
+    assert_close(curvature, oracle(twin, x.detach()[None] if alone else x.detach()), **EXACT)
+
+
+@per_case([*LINEAR, *CONV, *NORM, *EMBEDDING])
+def test_curvature_is_that_of_per_example_gradients(kind, args, kwargs, shape):
+    check(kind, args, kwargs, shape)
+
+
+@per_case(CONV)
+def test_curvature_of_wide_convolutions(kind, args, kwargs, shape, monkeypatch):
+    monkeypatch.setattr(conv, "WIDE_CHANNELS", 0)
+    check(kind, args, kwargs, shape)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 0, 1), (2, 1, 1), (3, 2, 2)])
+def test_convolution_routes_agree(stride, padding, dilation, groups):
+    torch.manual_seed(0)
+    settings = conv.Settings((stride,) * 2, (padding,) * 2, (dilation,) * 2, False, (0, 0), groups)
+    x = torch.randn(5, 4, 8, 9, dtype=torch.float64)
+    weight = torch.randn(8, 4 // groups, 3, 2, dtype=torch.float64)
+    g = torch.randn_like(torch.convolution(x, weight, None, *settings))
+    routes = (conv._batch_as_groups, conv._offset_by_offset)
+    results = [route(x, g, weight, settings) for route in routes]
+    assert_close(*results, **EXACT)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@per_case([
+    ("BatchNorm1d", (3,), {}, (6, 3)), ("BatchNorm1d", (3,), {}, (6, 3, 4)),
+    ("BatchNorm2d", (3,), {}, (6, 3, 4, 2)), ("BatchNorm3d", (3,), {"momentum": None}, (6, 3, 2, 2, 2)),
+])  # fmt: skip
+def test_batch_norm_curvature_holds_the_normalised_input_fixed(kind, args, kwargs, shape, training):
+    layer, twin = make_pair(kind, args, kwargs)
+    twin.running_mean.normal_()
+    twin.running_var.uniform_(0.5, 2)
+    layer.load_state_dict(twin.state_dict())
+    layer.train(training), twin.train(training)
+    x = make_input(kind, shape)
+    x_twin = x.detach().clone().requires_grad_()
+    running = (twin.running_mean.clone(), twin.running_var.clone())
+    x_hat = F.batch_norm(x_twin.detach(), *running, training=training, eps=twin.eps)
+
+    def loss_of_example(weights, x_hat_i):  # (c, *positions)
+        scale, shift = (w.reshape(-1, *[1] * (x_hat_i.dim() - 1)) for w in weights)
+        return potential(x_hat_i * scale + shift)
+
+    weights = (twin.weight.detach(), twin.bias.detach())
+    expected = [g.square().mean(0) for g in vmap(grad(loss_of_example), (None, 0))(weights, x_hat)]
+    curvature = tracked_curvature(layer, x, len(x))
+    (potential(twin(x_twin)) / len(x)).backward()
+    assert_close([curvature["weight"], curvature["bias"]], expected, **EXACT)
+    assert_close([x.grad, layer.weight.grad, layer.bias.grad], [x_twin.grad, twin.weight.grad, twin.bias.grad], **EXACT)
+    assert_close([layer.running_mean, layer.running_var], [twin.running_mean, twin.running_var], **EXACT)
+
+
+CHUNKED = [
+    ("Linear", (3, 4), {}, (5, 6, 3)), ("Conv2d", (2, 3, 3), {}, (5, 2, 5, 5)),
+    ("ConvTranspose2d", (2, 3, 2), {}, (5, 2, 3, 3)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("budget", [1, 300], ids=["one_example", "a_few_examples"])
+@pytest.mark.parametrize("wide_channels", [0, 128])
+@per_case(CHUNKED)
+def test_chunks_change_nothing(kind, args, kwargs, shape, wide_channels, budget, monkeypatch):
+    layer, twin = make_pair(kind, args, kwargs)
+    x = make_input(kind, shape)
+    monkeypatch.setattr(conv, "WIDE_CHANNELS", wide_channels)
+    monkeypatch.setitem(accumulate.CHUNK_BYTES, "cpu", budget)
+    assert len(list(accumulate.chunks(len(x), layer.weight.numel(), x))) > 1
+    assert_close(tracked_curvature(layer, x, len(x)), oracle(twin, x.detach()), **EXACT)
+
+
+@per_case([*CHUNKED, ("LayerNorm", (4,), {}, (5, 3, 4)), ("Embedding", (6, 3), {}, (5, 4))])
+def test_parts_of_a_batch_add_up_in_one_scope(kind, args, kwargs, shape):
+    layer, _ = make_pair(kind, args, kwargs)
+    x = make_input(kind, shape)
+    assert_close(tracked_curvature(layer, x, len(x), halves=2), tracked_curvature(layer, x, len(x)), **EXACT)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+@per_case([CHUNKED[0], CHUNKED[1], CHUNKED[2], ("GroupNorm", (2, 4), {}, (5, 4, 3))])
+def test_frozen_parameter_gets_no_leaf(kind, args, kwargs, shape, frozen):
+    layer, twin = make_pair(kind, args, kwargs)
+    layer.get_parameter(frozen).requires_grad_(False)
+    x = make_input(kind, shape)
+    expected = oracle(twin, x.detach())
+    del expected[frozen]
+    assert_close(tracked_curvature(layer, x, len(x)), expected, **EXACT)
+
+
+def small_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        bl.BayesConv2d(2, 4, 3, padding=1), bl.BayesGroupNorm(2, 4), nn.Tanh(), nn.Flatten(), bl.BayesLinear(64, 3)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_nothing(reentrant):
+    net, x = small_net().double(), torch.randn(5, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    expected = tracked_curvature(net, x, len(x))
+    with bl.tracked(net) as tracker:
+        h = checkpoint(net[:3], x, use_reentrant=reentrant)
+        (potential(checkpoint(net[3:], h, use_reentrant=reentrant)) / len(x)).backward()
+    assert_close({name: leaf.grad * len(x) for name, leaf in tracker.leaves.items()}, expected, **EXACT)
+
+
+def call(module, x):
+    return module(x)
+
+
+def call_reentrant(module, x):
+    return checkpoint(module, x, use_reentrant=True)
+
+
+def call_checkpointed(module, x):
+    return checkpoint(module, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("first", [call, call_reentrant, call_checkpointed])
+@pytest.mark.parametrize("second", [call, call_reentrant, call_checkpointed])
+def test_reused_layer_is_refused_by_name(first, second):
+    net = nn.ModuleDict({"twice": bl.BayesLinear(3, 3)})
+    with bl.tracked(net), pytest.raises(RuntimeError, match="layer 'twice' must run once"):
+        potential(second(net["twice"], first(net["twice"], torch.randn(4, 3, requires_grad=True)))).backward()
+
+
+@pytest.mark.parametrize("second", [call, call_reentrant, call_checkpointed])
+def test_layer_that_folds_examples_is_refused_with_both_names(second):
+    net = nn.ModuleDict({"before": bl.BayesLinear(3, 3), "after": bl.BayesLinear(3, 3)})
+    with bl.tracked(net), pytest.raises(RuntimeError, match="layer 'before'.* got 4 there and 8 in layer 'after'"):
+        potential(second(net["after"], net["before"](torch.randn(4, 2, 3)).flatten(0, 1))).backward()
+
+
+def test_autocast_sums_squares_in_float32():
+    net, x = small_net(), torch.randn(16, 2, 4, 4)
+    exact = tracked_curvature(net, x, len(x))
+    with bl.tracked(net) as tracker:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(x)
+        (potential(y.float()) / len(x)).backward()
+    for name, leaf in tracker.leaves.items():
+        assert_close(leaf.grad * len(x), exact[name], rtol=0.05, atol=0.02 * float(exact[name].max()))
+
+
+def drawn_curvature(net: nn.Module, forward: nn.Module, noise: dict, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    with bl.sampled(net, noise=noise):
+        with bl.tracked(net) as tracker:
+            potential(forward(x)).backward()
+    return {name: leaf.grad for name, leaf in tracker.leaves.items()}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at the draws
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_net_gives_the_same_curvature(backend):
+    torch._dynamo.reset()
+    net = small_net().double()
+    compiled = torch.compile(net, backend=backend, fullgraph=True)
+    for _ in range(2):  # the second pass meets the first one's leaves and another draw
+        x = torch.randn(5, 2, 4, 4, dtype=torch.float64)
+        noise = {name: torch.randn_like(p) for name, p in net.named_parameters()}
+        expected = drawn_curvature(net, net, noise, x)
+        assert_close(drawn_curvature(net, compiled, noise, x), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_curvature_is_backpack_sum_grad_squared():
+    backpack = pytest.importorskip("backpack")
+    extensions = pytest.importorskip("backpack.extensions")
+    torch.manual_seed(0)
+    shape, classes = (6, 2, 6, 6), torch.randint(3, (6,))
+    layers = [nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)]
+    twin, x = nn.Sequential(*layers).double(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    net = nn.Sequential(bl.BayesConv2d(2, 4, 3, stride=2, padding=1), *layers[1:3], bl.BayesLinear(36, 3)).double()
+    net.load_state_dict(twin.state_dict())
+    with bl.tracked(net) as tracker:
+        F.cross_entropy(net(x), classes).backward()
+    backpack.extend(twin)
+    loss = backpack.extend(nn.CrossEntropyLoss())(twin(x), classes)
+    with backpack.backpack(extensions.SumGradSquared()):
+        loss.backward()
+    expected = {name: p.sum_grad_squared for name, p in twin.named_parameters()}
+    assert_close({name: leaf.grad for name, leaf in tracker.leaves.items()}, expected, **EXACT)

@@ -1,0 +1,73 @@
+"""The registry of networks: a name, the function that builds it, and nothing looked up from a string."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from bayeslayers.card import Card
+from bayeslayers.checks import near
+from bayeslayers.likelihoods import likelihood_named
+
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register(builder: Builder) -> Builder:
+    """Register a function that builds a network under its own name."""
+    name = builder.__name__
+    if name in _BUILDERS:
+        raise ValueError(f"model name must be new, got {name!r} again.")
+    _BUILDERS[name] = builder
+    return builder
+
+
+def list_models() -> list[str]:
+    """Return the names that `create` takes, sorted."""
+    return sorted(_BUILDERS)
+
+
+def create(name: str, **kwargs: Any) -> nn.Module:
+    """Build a network of Bayesian layers, untrained.
+
+    Args:
+        name: One of `list_models()`.
+        kwargs: Arguments of its builder, plain values, so that a posterior can record them.
+
+    Returns:
+        The network; its `card` records name and arguments, its `likelihood` what outputs mean.
+
+    Raises:
+        ValueError: If the name is unknown.
+        TypeError: If the builder has no such argument.
+    """
+    if name not in _BUILDERS:
+        raise ValueError(f"unknown model {name!r}.{near(name, _BUILDERS)} zoo.list_models() has them all.")
+    builder = _BUILDERS[name]
+    known = inspect.signature(builder).parameters
+    if unknown := [key for key in kwargs if key not in known]:
+        raise TypeError(f"model {name!r} must get arguments among {', '.join(known)}, got {unknown[0]!r}.")
+    model = builder(**kwargs)
+    size = list(kwargs.get("input_size", known["input_size"].default))
+    return describe(model, Card(name=name, builder=name, kwargs=kwargs, input_size=size))
+
+
+def describe(model: nn.Module, card: Card) -> nn.Module:
+    """Give a network its card, and the likelihood that the card names."""
+    model.__dict__.update(card=card, likelihood=likelihood_named(card.likelihood))
+    return model
+
+
+def card_of(model: nn.Module) -> Card:
+    """Return the card of a network of the zoo.
+
+    Raises:
+        TypeError: If it has none.
+    """
+    card = getattr(model, "card", None)
+    if not isinstance(card, Card):
+        raise TypeError(f"model must come from zoo.create or zoo.load, got a {type(model).__name__} without a card.")
+    return card
