@@ -9,7 +9,7 @@ from torch import nn
 from bayeslayers.card import PosteriorError
 from bayeslayers.checkpoint import CONFIG, load_posterior, read_card
 from bayeslayers.checks import near
-from zoo.registry import create, describe
+from zoo.registry import card_of, create, describe
 
 BUNDLED = Path(__file__).parent
 
@@ -58,8 +58,11 @@ def load(name: str | Path) -> nn.Module:
         )
     try:
         model = create(card.builder, **card.kwargs)
+        if card_of(model).input_size != card.input_size:
+            raise ValueError(f"input_size must be {card_of(model).input_size}, as its network's, got {card.input_size}.")
         describe(model, card)
-    except (TypeError, ValueError) as error:
-        raise PosteriorError(f"{folder / CONFIG} must describe a network of the zoo: {error}") from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise PosteriorError(f"{folder / CONFIG} must describe a network of the zoo: {reason}") from None
     load_posterior(folder, model)
     return model.eval()

@@ -1,0 +1,12 @@
+"""Sphinx configuration: Markdown pages, and the reference from the docstrings."""
+
+project = "bayeslayers"
+author = "the bayeslayers developers"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+html_theme = "furo"
+exclude_patterns = ["_build"]
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+default_role = "literal"  # docstrings use single backticks for code
