@@ -17,11 +17,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bayeslayers import curvature
 from bayeslayers.checks import positive
-from bayeslayers.curvature.accumulate import Leaves
+from bayeslayers.curvature.accumulate import Leaves, wide
 from bayeslayers.curvature.conv import Settings
 
-DEFAULT_PRIOR_PRECISION = 1.0
-DEFAULT_INIT_PRECISION = 1e4  # a standard deviation of 0.01, small beside the usual initial weights
+DEFAULT_PRIOR_PRECISION = 50.0  # a standard deviation of 0.14, the usual initial one of a unit with 50 inputs
+DEFAULT_INIT_PRECISION = 1e3  # a standard deviation of 0.03, small beside it
 
 POSTERIOR_SUFFIXES = ("_precision", "_prior_mean", "_prior_precision")
 
@@ -44,6 +44,7 @@ class BayesianLayer(nn.Module):
     prior_means: ClassVar[Mapping[str, float]] = {}
     drawn: dict[str, Tensor]
     leaves: Leaves | None
+    recomputed_in: int = -1  # the backward pass that ran the last forward, to recompute it; -1 if none did
 
     def __init__(
         self,
@@ -71,7 +72,11 @@ class BayesianLayer(nn.Module):
 
     def active_leaves(self) -> Leaves | None:
         """Return the leaves to fill, or None where no gradient will flow."""
-        return self.leaves if torch.is_grad_enabled() else None
+        if self.leaves is None or not torch.is_grad_enabled():
+            return None
+        if not torch.compiler.is_compiling():
+            self.recomputed_in = torch._C._current_graph_task_id()
+        return self.leaves
 
     def _load_from_state_dict(
         self,
@@ -254,6 +259,64 @@ class BayesLayerNorm(_BayesNorm, nn.LayerNorm):
         if input.dim() == len(self.normalized_shape):  # a single example
             return super().forward(input.unsqueeze(0)).squeeze(0)
         return super().forward(input)
+
+
+class FilterResponseNorm2d(nn.Module):
+    """Filter response normalisation: each channel of each example over its root mean square, scaled and shifted.
+
+        y = x / sqrt(mean_hw(x^2) + eps) * weight + bias
+
+    No example sees another, as under BatchNorm, and no mean is subtracted. The paper follows it by
+    max(y, threshold) with a learned threshold, for without centred inputs whole channels can die
+    under a ReLU. Follow it by SiLU instead, as Izmailov et al. 2021 do (arXiv 2104.14421): it passes
+    a gradient on both sides of 0, the loss stays smooth in the weights, as a Gaussian posterior
+    would have it, and there is no third kind of parameter.
+
+    Source: Singh & Krishnan 2020 (arXiv 1911.09737), Eq. 1, with eps fixed.
+
+    Args:
+        num_features: Channels.
+        eps: Added to the mean square, > 0.
+        device: Device of the parameters.
+        dtype: Their type.
+
+    Raises:
+        ValueError: In the forward pass, if the input is not `(n, num_features, h, w)` with h w > 1.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.num_features, self.eps = num_features, positive("eps", eps)
+        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._normalise(input, self.weight, self.bias)
+
+    def _normalise(self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        if input.dim() != 4 or input.shape[1] != self.num_features or input.shape[2] * input.shape[3] == 1:
+            raise ValueError(
+                f"input must have the shape (n, {self.num_features}, h, w) with h w > 1, got {tuple(input.shape)}: "
+                "of a single position the norm keeps no more than the sign. Use larger inputs, or BayesGroupNorm."
+            )
+        mean_square = wide(input).square().mean((2, 3), keepdim=True)
+        x_hat = input * (mean_square + self.eps).rsqrt().to(input.dtype)
+        if weight is not None:
+            x_hat = x_hat * weight[:, None, None]
+        return x_hat if bias is None else x_hat + bias[:, None, None]
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}"
+
+
+class BayesFilterResponseNorm2d(_BayesNorm, FilterResponseNorm2d):
+    """`FilterResponseNorm2d` with a Gaussian posterior over scale and shift."""
 
 
 class BayesEmbedding(BayesianLayer, nn.Embedding):

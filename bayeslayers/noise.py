@@ -13,7 +13,7 @@ _BLOCK = 2**16  # values that stay in the cache from the first operation to the 
 
 
 def fill_standard_normal_(out: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Fill a contiguous tensor with standard normal values.
+    """Fill a tensor with standard normal values.
 
     For many float32 values on a CPU this inverts the distribution function at uniform values of 24
     bits, the resolution of float32 and of `Tensor.normal_`. The bits come from NumPy's SFC64, seeded
@@ -24,7 +24,7 @@ def fill_standard_normal_(out: Tensor, generator: torch.Generator | None = None)
         out: Tensor to fill.
         generator: Source of randomness on the tensor's device; torch's default one if None.
     """
-    if out.device.type != "cpu" or out.dtype != torch.float32 or out.numel() < _FEW:
+    if out.device.type != "cpu" or out.dtype != torch.float32 or out.numel() < _FEW or not out.is_contiguous():
         return out.normal_(generator=generator)
     source = np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_(generator=generator)))
     for block in out.view(-1).split(_BLOCK):

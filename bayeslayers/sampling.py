@@ -123,8 +123,10 @@ class Sampler:
                 fill_standard_normal_(draw, self.generator)
             else:
                 draw.copy_(noise)
-            deviation = site.precision.rsqrt() if self._deviations is None else self._deviations[index]
-            draw.mul_(deviation).add_(mean)
+            if self._deviations is None:
+                torch.addcdiv(mean, draw, site.precision.sqrt(), out=draw)
+            else:
+                torch.addcmul(mean, draw, self._deviations[index], out=draw)
         connected = torch.is_grad_enabled() and mean.requires_grad
         return _StraightThrough.apply(mean, draw) if connected else draw
 
@@ -161,7 +163,8 @@ class Tracker:
         self.layers = layers
         self.leaves: dict[str, Tensor] = {}
         self._tallies: dict[str, Tensor] = {}
-        self._passes: dict[int, tuple[str, int]] = {}
+        self._passes: dict[int, tuple[str, int]] = {}  # per backward pass, a layer and how many examples it saw
+        self._uses: dict[tuple[str, int], int] = {}  # per layer and backward pass
 
     @property
     def examples(self) -> int:
@@ -174,6 +177,7 @@ class Tracker:
         for leaf in (*self.leaves.values(), *self._tallies.values()):
             leaf.grad = None
         self._passes.clear()
+        self._uses.clear()
 
     @contextmanager
     def track(self) -> Iterator[Tracker]:
@@ -192,7 +196,7 @@ class Tracker:
         """Return the leaves of one layer, those of its frozen parameters None."""
         if name not in self._tallies:
             tally = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-            tally.register_hook(partial(self._check, name or type(layer).__name__))
+            tally.register_hook(partial(self._check, name or type(layer).__name__, layer))
             self._tallies[name] = tally
         prefix = f"{name}." if name else ""
         weight, bias = (self._leaf(prefix + key, layer._parameters.get(key)) for key in ("weight", "bias"))
@@ -209,19 +213,25 @@ class Tracker:
             leaf = self.leaves[name] = zero.expand(parameter.shape).requires_grad_()
         return leaf
 
-    def _check(self, layer: str, tally: Tensor) -> None:
-        """Refuse a backward pass whose per-example gradients are not those of one batch of examples."""
+    def _check(self, name: str, layer: BayesianLayer, tally: Tensor) -> None:
+        """Refuse a backward pass whose per-example gradients are not those of one batch of examples.
+
+        A reentrant checkpoint runs a backward pass of its own inside the outer one, to which its
+        uses belong: it is the pass in which the forward was recomputed.
+        """
         examples, uses = (int(x) for x in tally.tolist())
+        current = torch._C._current_graph_task_id() if layer.recomputed_in == -1 else layer.recomputed_in
+        uses = self._uses[name, current] = self._uses.get((name, current), 0) + uses
         if uses > 1:
             raise RuntimeError(
-                f"layer '{layer}' must run once in each backward pass, ran {uses} times: per-example gradients "
+                f"layer '{name}' must run once in each backward pass, ran {uses} times: per-example gradients "
                 "of a reused layer add up before they are squared. Call backward after each forward, or "
                 "exclude the layer from the Bayesian ones."
             )
-        first, expected = self._passes.setdefault(torch._C._current_graph_task_id(), (layer, examples))
+        first, expected = self._passes.setdefault(current, (name, examples))
         if examples != expected:
             raise RuntimeError(
-                f"dimension 0 of the input of layer '{layer}' must run over the examples, got {examples} there "
+                f"dimension 0 of the input of layer '{name}' must run over the examples, got {examples} there "
                 f"and {expected} in layer '{first}'. Keep examples in dimension 0 (a linear layer takes "
                 "(n, *, features)), or exclude the layer from the Bayesian ones."
             )

@@ -14,7 +14,7 @@ from torch.func import functional_call, vmap
 from torch.testing import assert_close
 
 import bayeslayers as bl
-from bayeslayers.layers import POSTERIOR_SUFFIXES
+from bayeslayers.layers import DEFAULT_INIT_PRECISION, DEFAULT_PRIOR_PRECISION, POSTERIOR_SUFFIXES
 
 SAME = {"rtol": 0, "atol": 0}
 
@@ -87,7 +87,8 @@ def test_state_is_the_twins_with_a_posterior_beside_it(kind, args, kwargs, shape
     assert_close({key: state[key] for key in twin.state_dict()}, dict(twin.state_dict()), **SAME)
     for name, parameter in twin.named_parameters():
         prior_mean = torch.tensor(1.0 if name == "weight" and "Norm" in kind else 0.0)
-        values = (torch.full_like(parameter, 1e4), prior_mean, torch.tensor(1.0))
+        precision = torch.full_like(parameter, DEFAULT_INIT_PRECISION)
+        values = (precision, prior_mean, torch.tensor(DEFAULT_PRIOR_PRECISION))
         assert_close(tuple(state[name + suffix] for suffix in POSTERIOR_SUFFIXES), values, **SAME)
     assert layer.extra_repr() == twin.extra_repr()
     assert isinstance(layer, type(twin))
@@ -178,7 +179,7 @@ def test_priors_load_in_the_shape_they_come_in(to_tensor, assign):
 def test_prior_of_a_wrong_shape_is_refused():
     net = make_net()
     state = {**net.state_dict(), "4.weight_prior_mean": torch.zeros(5)}
-    with pytest.raises(RuntimeError, match="size mismatch for 4.weight_prior_mean"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for 4\.weight_prior_mean"):
         net.load_state_dict(state)
 
 

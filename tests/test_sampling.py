@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -55,6 +56,20 @@ def test_noise_fills_every_size(n):
     z = fill_standard_normal_(torch.full((n,), math.nan), seeded())
     assert_close(z.isfinite().all(), torch.tensor(True))
     assert len(z.unique()) >= 0.99 * n  # no part repeats another
+
+
+def test_noise_of_the_extreme_words_is_finite(monkeypatch):
+    class ExtremeWords:  # 32-bit words -2^31 and 2^31 - 1, in turn
+        def __init__(self, seed):
+            pass
+
+        def random_raw(self, size):
+            return np.full(size, 0x7FFFFFFF80000000, dtype=np.uint64)
+
+    monkeypatch.setattr(np.random, "SFC64", ExtremeWords)
+    z = fill_standard_normal_(torch.empty(2**14), seeded())
+    bound = torch.special.erfinv(torch.tensor(1 - 2**-24)) * 2**0.5
+    assert_close(z.view(-1, 2), torch.stack([-bound, bound]).expand(2**13, 2))
 
 
 @pytest.mark.parametrize("n", [100, 10**5])
@@ -133,7 +148,8 @@ def test_draw_of_every_memory_format_and_dtype():
     net.to(torch.float64)
     noise = {name: torch.randn_like(p) for name, p in net.named_parameters()}
     with bl.sampled(net, noise=noise):
-        assert_close(weights(net)["weight"], net.weight.detach() + 0.01 * noise["weight"])
+        expected = net.weight.detach() + noise["weight"] / net.weight_precision.sqrt()
+        assert_close(weights(net)["weight"], expected)
 
 
 def test_weights_are_the_means_again_after_the_scope():

@@ -80,6 +80,10 @@ def weight_gradients(x: Tensor, g: Tensor, weight: Tensor, settings: Settings) -
     """
     if settings.transposed:
         x, g = g, x
+        # Output padding takes from the padding on the far side, and more than that cuts positions off.
+        sides = zip(settings.padding, settings.output_padding, strict=True)
+        x = F.pad(x, [side for pad, extra in reversed([*sides]) for side in (pad, pad - extra)])
+        settings = settings._replace(padding=(0,) * len(settings.padding))
     narrow = min(weight.shape[0] // settings.groups, weight.shape[1])
     route = _batch_as_groups if narrow < WIDE_CHANNELS else _offset_by_offset
     return route(x, g, weight, settings)

@@ -47,6 +47,9 @@ class VariationalOptimizer(torch.optim.Optimizer):
         self.model = model
         self.dataset_size = positive("dataset_size", dataset_size)
         self.num_samples = at_least_one("num_samples", num_samples)
+        for name, value in (("prior_precision", prior_precision), ("init_precision", init_precision)):
+            if value is not None:
+                positive(name, value)
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}.")
         self.loss_reduction = loss_reduction
@@ -63,15 +66,11 @@ class VariationalOptimizer(torch.optim.Optimizer):
         others = [p for p in model.parameters() if p not in self._sites]
         groups = [{"params": list(self._sites), "kind": "bayesian"}, {"params": others, "kind": "deterministic"}]
         super().__init__([group for group in groups if group["params"]], defaults)
-        self._set_posterior("prior_precision", prior_precision)
-        self._set_posterior("precision", init_precision)
-
-    def _set_posterior(self, quantity: str, value: float | None) -> None:
-        if value is None:
-            return
-        positive("init_precision" if quantity == "precision" else quantity, value)
-        for site in self._sites.values():
-            getattr(site, quantity).fill_(value)
+        for site in sites:
+            if prior_precision is not None:
+                site.prior_precision.fill_(prior_precision)
+            if init_precision is not None:
+                site.precision.fill_(init_precision)
 
     @contextmanager
     def sampled(self, noise: Mapping[str, Tensor] | None = None) -> Iterator[None]:
@@ -93,8 +92,7 @@ class VariationalOptimizer(torch.optim.Optimizer):
                 yield
             self._collect(earlier)
         except BaseException:
-            for parameter, grad in earlier.items():
-                parameter.grad = grad
+            self._restore(earlier)
             raise
         finally:
             self._inside = False
@@ -104,8 +102,7 @@ class VariationalOptimizer(torch.optim.Optimizer):
         """Fold the scope's gradient and curvature into the means over draws."""
         examples = self._tracker.examples
         if examples == 0:  # nothing went backward: no draw to count
-            for parameter, grad in earlier.items():
-                parameter.grad = grad
+            self._restore(earlier)
             return
         self._draws += 1
         for parameter, name in self._names.items():
@@ -144,21 +141,34 @@ class VariationalOptimizer(torch.optim.Optimizer):
 
     def _run(self, closure: Callable[[], Any]) -> tuple[Tensor, Any]:
         """Run the closure in `num_samples` scopes; return the means of loss and output."""
+        earlier = {p: p.grad for p in self._names}
         self._curvature, self._draws = {}, 0
-        losses, outputs = [], []
-        for _ in range(self.num_samples):
-            with torch.enable_grad(), self.sampled():
-                result = closure()
-                loss, output = result if isinstance(result, tuple) else (result, None)
-                if not torch.isfinite(torch.as_tensor(loss)).all():
-                    raise FloatingPointError(
-                        f"the loss must be finite, got {float(loss)}: the step is refused, the posterior is as it "
-                        "was. Lower lr, or look at the batch."
-                    )
-            losses.append(loss.detach())
-            outputs.append(output.detach() if isinstance(output, Tensor) else output)
+        try:
+            results = [self._run_once(closure) for _ in range(self.num_samples)]
+        except BaseException:
+            self._restore(earlier)
+            self._curvature, self._draws = {}, 0
+            raise
+        losses, outputs = [loss for loss, _ in results], [output for _, output in results]
         averages = isinstance(outputs[0], Tensor) and len(outputs) > 1
         return torch.stack(losses).mean(), torch.stack(outputs).mean(0) if averages else outputs[-1]
+
+    def _run_once(self, closure: Callable[[], Any]) -> tuple[Tensor, Any]:
+        with torch.enable_grad(), self.sampled():
+            result = closure()
+            loss, output = result if isinstance(result, tuple) else (result, None)
+            loss = torch.as_tensor(loss).detach()
+            if not loss.isfinite().all():
+                raise FloatingPointError(
+                    f"the loss must be finite, got {loss.tolist()}: the step is refused, the posterior is as it was. "
+                    "Lower lr, or look at the batch."
+                )
+        return loss, output.detach() if isinstance(output, Tensor) else output
+
+    @staticmethod
+    def _restore(grads: Mapping[nn.Parameter, Tensor | None]) -> None:
+        for parameter, grad in grads.items():
+            parameter.grad = grad
 
     def _refuse_bad_step(self) -> None:
         """Raise if no draw was made, or if a gradient or curvature is not finite; nothing is changed by then."""
@@ -169,12 +179,14 @@ class VariationalOptimizer(torch.optim.Optimizer):
             )
         grads = {p: p.grad for p in self._names if p.grad is not None}
         tensors = [*grads.values(), *self._curvature.values()]
+        # What the step adds to the precision is this much larger, and must be finite too.
+        ess = self.dataset_size / min(group["temperature"] for group in self.param_groups)
         # A sum is finite only if every entry is: one reduction each, one look at the result.
-        if torch.stack([t.sum() for t in tensors]).isfinite().all():
+        if (torch.stack([t.sum() for t in tensors]) * ess).isfinite().all():
             return
         for quantity, values in (("gradient", grads), ("curvature", self._curvature)):
             for parameter, tensor in values.items():
-                if bad := int((~tensor.isfinite()).sum()):
+                if bad := int((~(tensor * ess).isfinite()).sum()):
                     self._curvature, self._draws = {}, 0
                     raise FloatingPointError(
                         f"the {quantity} of '{self._names[parameter]}' must be finite, got {bad} of "
