@@ -29,6 +29,7 @@ def natural_gradient_step_(
     lr: float,
     precision_lr: float,
     damping: float = 0.0,
+    curvature_scale: float = 1.0,
 ) -> None:
     """Move a diagonal Gaussian posterior, in place, by one VOGN update.
 
@@ -54,7 +55,46 @@ def natural_gradient_step_(
         lr: Step size of the mean.
         precision_lr: Weight of the new precision in its moving average, in (0, 1].
         damping: Added to the curvature in the mean's step alone, in units of curvature.
+        curvature_scale: Factor that makes `curvature` a mean over examples; here it costs no pass.
     """
-    precision.lerp_(prior_precision, precision_lr).add_(curvature, alpha=precision_lr * ess)
+    precision.lerp_(prior_precision, precision_lr).add_(curvature, alpha=precision_lr * ess * curvature_scale)
     direction = torch.sub(mean, prior_mean, out=curvature).mul_(prior_precision).add_(grad, alpha=ess)
     mean.addcdiv_(direction, precision + ess * damping if damping else precision, value=-lr)
+
+
+def product(means: Tensor, precisions: Tensor, prior_mean: Tensor, prior_precision: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and precision of the product of K posteriors, the prior that they share counted once.
+
+        q(w) ~ prod_k q_k(w) / p(w)^(K - 1)
+        precision = sum_k p_k - (K - 1) p0
+        mean      = (sum_k p_k m_k - (K - 1) p0 m0) / precision
+
+    The precision is not positive where the posteriors are together less certain than K - 1 priors;
+    there is no such Gaussian then. Source: Broderick et al. 2013 (arXiv 1307.6769), section 2.2.
+
+    Args:
+        means: `(K, *)`.
+        precisions: Likewise.
+        prior_mean: Mean of the prior, a scalar or `(*)`.
+        prior_precision: Precision of the prior, > 0, likewise.
+    """
+    repeats = len(means) - 1
+    precision = precisions.sum(0) - repeats * prior_precision
+    return ((precisions * means).sum(0) - repeats * prior_precision * prior_mean) / precision, precision
+
+
+def mixture(means: Tensor, precisions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and precision of the Gaussian with the moments of a uniform mixture of K Gaussians.
+
+        mean        = mean_k m_k
+        1/precision = mean_k (1/p_k + (m_k - mean)^2)
+
+    Among Gaussians it is the nearest in KL(mixture || Gaussian); entries are taken as independent.
+    Source: Lakshminarayanan et al. 2017 (arXiv 1612.01474), section 2.4.
+
+    Args:
+        means: `(K, *)`.
+        precisions: Likewise, > 0.
+    """
+    mean = means.mean(0)
+    return mean, 1 / (1 / precisions + (means - mean).square()).mean(0)

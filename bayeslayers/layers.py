@@ -74,8 +74,7 @@ class BayesianLayer(nn.Module):
         """Return the leaves to fill, or None where no gradient will flow."""
         if self.leaves is None or not torch.is_grad_enabled():
             return None
-        if not torch.compiler.is_compiling():
-            self.recomputed_in = torch._C._current_graph_task_id()
+        self.recomputed_in = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
         return self.leaves
 
     def _load_from_state_dict(
@@ -336,5 +335,11 @@ class BayesEmbedding(BayesianLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         weight, leaves = self.value("weight"), self.active_leaves()
         if leaves is None:
-            return F.embedding(input, weight, self.padding_idx)
-        return curvature.embedding(input, weight, self.padding_idx, leaves)
+            output = F.embedding(input, weight, self.padding_idx)
+        else:
+            output = curvature.embedding(input, weight, self.padding_idx, leaves)
+        if self.padding_idx is None or not self.drawn:
+            return output
+        # Padding stands for nothing, of which there is no uncertainty: its row is not drawn.
+        padding = (input == self.padding_idx).unsqueeze(-1)
+        return torch.where(padding, self.weight[self.padding_idx].detach(), output)

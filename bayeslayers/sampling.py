@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bayeslayers import gaussian
 from bayeslayers.curvature.accumulate import Leaves
 from bayeslayers.layers import BayesianLayer
-from bayeslayers.noise import fill_standard_normal_
+from bayeslayers.noise import StandardNormal
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,22 @@ class Site:
 
 
 def posterior(model: nn.Module) -> Iterator[Site]:
-    """Yield the uncertain tensors of `model`, each once, in the order of its parameters."""
+    """Yield the uncertain tensors of `model`, in the order of its parameters.
+
+    Raises:
+        ValueError: If two Bayesian layers share a parameter: it cannot have two posteriors.
+    """
+    names: dict[nn.Parameter, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, BayesianLayer):
-            for key, _ in module.named_parameters(recurse=False):
-                yield Site(f"{path}.{key}" if path else key, module, key)
+            for key, parameter in module.named_parameters(recurse=False):
+                name = f"{path}.{key}" if path else key
+                if names.setdefault(parameter, name) != name:
+                    raise ValueError(
+                        f"parameter '{name}' must belong to one Bayesian layer, got that of '{names[parameter]}'. Use "
+                        "the same layer twice, or ordinary layers for tied weights."
+                    )
+                yield Site(name, module, key)
 
 
 def kl_divergence(model: nn.Module) -> Tensor:
@@ -81,13 +92,10 @@ def sampled(
 
 
 class Sampler:
-    """Draws of the weights of some sites, one after the other, into memory that it keeps.
-
-    On a CPU fresh memory costs as much as the arithmetic of a draw. What autograd saved of one
-    draw is overwritten by the next, which autograd notices and refuses.
+    """Draws of the weights of some sites, one after the other.
 
     Args:
-        sites: The uncertain tensors to draw, on one device and of one dtype.
+        sites: The uncertain tensors to draw.
         generator: Source of the noise; torch's default one if None.
         frozen: The posterior will not change between draws, so that standard deviations are kept.
     """
@@ -95,52 +103,42 @@ class Sampler:
     def __init__(self, sites: Sequence[Site], generator: torch.Generator | None = None, frozen: bool = False):
         self.sites = sites
         self.generator = generator
-        self._draws = [torch.empty_like(site.mean) for site in sites]
+        # Memory is kept from draw to draw: on a CPU its allocation costs as much as the arithmetic.
+        self._noise = [torch.empty_like(site.mean) for site in sites]
         self._deviations = [site.precision.rsqrt() for site in sites] if frozen else None
 
     @contextmanager
     def draw(self, noise: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Compute with a new draw inside the scope; see `sampled`."""
         before = {site.module: site.module.drawn for site in self.sites}
+        normal = StandardNormal(self.generator)
         try:
             for module in before:
                 module.drawn = {}
             for index, site in enumerate(self.sites):
-                site.module.drawn[site.key] = self._draw_site(index, None if noise is None else noise[site.name])
+                values, factor = self._noise_of(index, normal) if noise is None else (_given(noise, site), 1.0)
+                deviation = site.precision.rsqrt() if self._deviations is None else self._deviations[index]
+                # The node of addcmul keeps nothing for the mean: several backward passes may go through it.
+                site.module.drawn[site.key] = torch.addcmul(site.mean, values, deviation, value=factor)
             yield
         finally:
             for module, drawn in before.items():
                 module.drawn = drawn
 
-    def _draw_site(self, index: int, noise: Tensor | None) -> Tensor:
-        """Return mean + noise / sqrt(precision) of one site."""
-        site = self.sites[index]
-        mean, draw = site.mean, self._draws[index]
-        if (draw.device, draw.dtype) != (mean.device, mean.dtype):  # the model has moved
-            draw = self._draws[index] = torch.empty_like(mean)
-        with torch.no_grad():
-            if noise is None:
-                fill_standard_normal_(draw, self.generator)
-            else:
-                draw.copy_(noise)
-            if self._deviations is None:
-                torch.addcdiv(mean, draw, site.precision.sqrt(), out=draw)
-            else:
-                torch.addcmul(mean, draw, self._deviations[index], out=draw)
-        connected = torch.is_grad_enabled() and mean.requires_grad
-        return _StraightThrough.apply(mean, draw) if connected else draw
+    def _noise_of(self, index: int, normal: StandardNormal) -> tuple[Tensor, float]:
+        """Return values for one site, in the memory of the last, and the factor that makes them standard normal."""
+        mean, noise = self.sites[index].mean, self._noise[index]
+        if (noise.device, noise.dtype) != (mean.device, mean.dtype):  # the model has moved
+            noise = self._noise[index] = torch.empty_like(mean)
+        return noise, normal.fill_unscaled_(noise)
 
 
-class _StraightThrough(torch.autograd.Function):
-    """The draw, whose gradient with respect to the mean is the identity."""
-
-    @staticmethod
-    def forward(ctx, mean, draw):
-        return draw
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
+def _given(noise: Mapping[str, Tensor], site: Site) -> Tensor:
+    values = noise.get(site.name)
+    if values is None or values.shape != site.mean.shape:
+        got = "none" if values is None else f"shape {tuple(values.shape)}"
+        raise ValueError(f"noise must hold '{site.name}' of shape {tuple(site.mean.shape)}, got {got}.")
+    return values
 
 
 def tracked(model: nn.Module) -> AbstractContextManager[Tracker]:

@@ -241,8 +241,9 @@ def test_checkpointing_changes_nothing(reentrant):
     net, x = small_net().double(), torch.randn(5, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     expected = tracked_curvature(net, x, len(x))
     with bl.tracked(net) as tracker:
-        h = checkpoint(net[:3], x, use_reentrant=reentrant)
-        (potential(checkpoint(net[3:], h, use_reentrant=reentrant)) / len(x)).backward()
+        for part in x.chunk(2):  # two backward passes, which are no reuse
+            h = checkpoint(net[:3], part, use_reentrant=reentrant)
+            (potential(checkpoint(net[3:], h, use_reentrant=reentrant)) / len(x)).backward()
     assert_close({name: leaf.grad * len(x) for name, leaf in tracker.leaves.items()}, expected, **EXACT)
 
 
@@ -304,6 +305,18 @@ def test_compiled_net_gives_the_same_curvature(backend):
         with torch.compiler.set_stance(stance):
             result = drawn_curvature(net, compiled, noise, x)
         assert_close(result, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_compiled_passes_after_a_checkpointed_one_are_no_reuse():
+    net, x = nn.Sequential(bl.BayesLinear(3, 3)), torch.randn(4, 3)
+    compiled = torch.compile(net, backend="aot_eager")
+    expected = tracked_curvature(net, x, len(x))
+    with bl.tracked(net):
+        potential(call_checkpointed(net, x)).backward()
+    with bl.tracked(net) as tracker:
+        for part in x.chunk(2):
+            potential(compiled(part)).backward()
+    assert_close({name: leaf.grad / len(x) for name, leaf in tracker.leaves.items()}, expected)
 
 
 def test_curvature_is_backpack_sum_grad_squared():

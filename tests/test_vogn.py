@@ -487,3 +487,36 @@ def test_frozen_bayesian_tensor_stays_as_it_is():
     after = state_of(net)
     changed = {key for key in after if not torch.equal(after[key], before[key])}
     assert changed == {f"{name}{suffix}" for name in ("0.bias", "2.weight", "2.bias") for suffix in ("", "_precision")}
+
+
+def scaled_step(net: nn.Module, optimizer: bl.VOGN, scaler: torch.amp.GradScaler, factor: float = 1.0) -> None:
+    with optimizer.sampled(noise=make_noise(net)):
+        scaler.scale(squared_error(net, *make_batch()) * factor).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def test_grad_scaler_leaves_the_step_as_it_is():
+    nets = [make_net(), make_net()]
+    for net, enabled in zip(nets, (False, True), strict=True):
+        scaled_step(net, make_optimizer(net), torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled))
+    assert_close(nets[1].state_dict(), nets[0].state_dict(), rtol=1e-10, atol=0)
+
+
+def test_grad_scaler_leaves_out_a_step_that_overflows():
+    net = make_net()
+    optimizer, scaler = make_optimizer(net), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = state_of(net, optimizer)
+    scaled_step(net, optimizer, scaler, factor=math.inf)
+    assert_same_state(state_of(net, optimizer), before)
+    assert scaler.get_scale() == 512.0
+
+
+def test_unscaled_gradients_of_a_grad_scaler_are_refused():
+    net = make_net()
+    optimizer, scaler = make_optimizer(net), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with optimizer.sampled():
+        scaler.scale(squared_error(net, *make_batch())).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="as GradScaler scaled them"):
+        scaler.step(optimizer)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayeslayers.curvature.accumulate import Leaves, autocast_operand, chunks, sum_of_squares, tally
+from bayeslayers.curvature.accumulate import Leaves, autocast_operand, chunks, full_precision, sum_of_squares, tally
 
 # Above this many channels (the smaller of in and out, per group), a matmul per kernel offset beats
 # one convolution with the batch as groups: 33 ms against 158 at 256 channels, 40 against 32 at 64.
@@ -58,7 +58,7 @@ class _Convolution(torch.autograd.Function):
         settings = Settings(*ctx.settings)
         need_x, need_weight, need_bias, need_weight_squares, need_bias_squares, _ = ctx.needs_input_grad[:6]
         squares_weight = grad_bias = squares_bias = None
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device.type):
             plain_weight = need_weight and not need_weight_squares
             grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
                 g, x, weight, None, *settings, [need_x, plain_weight, False]

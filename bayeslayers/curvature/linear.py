@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayeslayers.curvature.accumulate import Leaves, autocast_operand, chunks, sum_of_squares, tally, wide
+from bayeslayers.curvature.accumulate import (
+    Leaves,
+    autocast_operand,
+    chunks,
+    full_precision,
+    sum_of_squares,
+    tally,
+    wide,
+)
 
 # Up to here the pairs of positions cost less than per-example gradients that are written and read again.
 GRAM_POSITIONS = 4
@@ -38,8 +46,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad_output):
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = squares_weight = squares_bias = None
-        need_x, need_weight, need_bias, need_weight_squares, need_bias_squares, _ = ctx.needs_input_grad
-        with torch.autocast(x.device.type, enabled=False):
+        need_x, need_weight, need_bias, need_weight_squares, *_ = ctx.needs_input_grad
+        with full_precision(x.device.type):
             if need_x:
                 grad_x = grad_output @ weight
             if need_weight:
@@ -47,10 +55,9 @@ class _Linear(torch.autograd.Function):
                 grad_weight = folded_g.t() @ folded_x
             if need_weight_squares:
                 squares_weight = outer_product_squares(grad_output, x)
-            if need_bias or need_bias_squares:
+            if need_bias:
                 per_example = grad_output.flatten(1, -2).sum(1) if grad_output.dim() > 2 else grad_output
-                grad_bias = per_example.sum(0)
-                squares_bias = sum_of_squares(per_example)
+                grad_bias, squares_bias = per_example.sum(0), sum_of_squares(per_example)
         return grad_x, grad_weight, grad_bias, squares_weight, squares_bias, tally(len(x))
 
 

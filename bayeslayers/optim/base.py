@@ -32,6 +32,8 @@ class VariationalOptimizer(torch.optim.Optimizer):
         loss_reduction: Whether the loss is the mean or the sum over the batch's examples.
     """
 
+    _step_supports_amp_scaling = True  # see _unscale
+
     def __init__(
         self,
         model: nn.Module,
@@ -61,7 +63,8 @@ class VariationalOptimizer(torch.optim.Optimizer):
         self._sampler = Sampler(sites, generator)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._inside = False  # an open scope
-        self._curvature: dict[nn.Parameter, Tensor] = {}  # mean over the draws since the last step
+        self._curvature: dict[nn.Parameter, Tensor] = {}  # mean over the draws since the last step,
+        self._curvature_scale = 1.0  # once multiplied by this
         self._draws = 0
         others = [p for p in model.parameters() if p not in self._sites]
         groups = [{"params": list(self._sites), "kind": "bayesian"}, {"params": others, "kind": "deterministic"}]
@@ -85,7 +88,9 @@ class VariationalOptimizer(torch.optim.Optimizer):
         if self._inside:
             raise RuntimeError("sampled() must not be nested in itself; leave one scope before the next.")
         earlier = {p: p.grad for p in self._names}
-        super().zero_grad()
+        if all(grad is None for grad in earlier.values()):  # cleared past the optimizer: no draw to average with
+            self._curvature, self._draws = {}, 0
+        self._restore(dict.fromkeys(self._names))
         try:
             with self._sampler.draw(noise), self._tracker.track():
                 self._inside = True
@@ -105,6 +110,10 @@ class VariationalOptimizer(torch.optim.Optimizer):
             self._restore(earlier)
             return
         self._draws += 1
+        # What makes sums over examples, in the units of the loss, means over examples.
+        scale = 1 / examples if self.loss_reduction == "sum" else float(examples)
+        if self._draws == 1:
+            self._curvature_scale = scale
         for parameter, name in self._names.items():
             grad, leaf = parameter.grad, self._tracker.leaves.get(name)
             squares = None if leaf is None else leaf.grad
@@ -113,11 +122,10 @@ class VariationalOptimizer(torch.optim.Optimizer):
                     f"parameter '{name}' must get its gradient through its own layer, got it past the layer. "
                     "Read it by calling the layer, or use an ordinary parameter."
                 )
-            # Fix the units: a mean over the examples of the gradient, and of its square.
-            if self.loss_reduction == "sum":
-                grad, squares = (x if x is None else x / examples for x in (grad, squares))
-            elif squares is not None:
-                squares = squares.mul_(examples)
+            if grad is not None and self.loss_reduction == "sum":
+                grad = grad / examples
+            if squares is not None and scale != self._curvature_scale:  # a draw on a batch of another size
+                squares = squares * (scale / self._curvature_scale)
             before = earlier[parameter] if self._draws > 1 else None
             parameter.grad = self._average(before, grad)
             if (curvature := self._average(self._curvature.get(parameter), squares)) is not None:
@@ -170,6 +178,29 @@ class VariationalOptimizer(torch.optim.Optimizer):
         for parameter, grad in grads.items():
             parameter.grad = grad
 
+    def _unscale(self) -> bool:
+        """Take the scale of a `torch.amp.GradScaler` out of gradient and curvature; return whether to go on.
+
+        The scaler hands an optimizer that supports it `grad_scale` and `found_inf` for the time of its step.
+        """
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None:
+            return True
+        if found_inf:  # the scaler lowers its scale, and the step is left out
+            self._curvature, self._draws = {}, 0
+            return False
+        scale = getattr(self, "grad_scale", None)
+        if scale is None:
+            raise RuntimeError(
+                "gradients must reach step() as GradScaler scaled them, got them unscaled: the curvature, their "
+                "square, would keep the scale. Leave scaler.unscale_(optimizer) out."
+            )
+        for parameter in self._names:
+            if parameter.grad is not None:
+                parameter.grad /= scale
+        self._curvature_scale /= float(scale) ** 2
+        return True
+
     def _refuse_bad_step(self) -> None:
         """Raise if no draw was made, or if a gradient or curvature is not finite; nothing is changed by then."""
         if self._draws == 0:
@@ -181,6 +212,7 @@ class VariationalOptimizer(torch.optim.Optimizer):
         tensors = [*grads.values(), *self._curvature.values()]
         # What the step adds to the precision is this much larger, and must be finite too.
         ess = self.dataset_size / min(group["temperature"] for group in self.param_groups)
+        ess *= max(1.0, self._curvature_scale)
         # A sum is finite only if every entry is: one reduction each, one look at the result.
         if (torch.stack([t.sum() for t in tensors]) * ess).isfinite().all():
             return

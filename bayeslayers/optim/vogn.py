@@ -105,6 +105,8 @@ class VOGN(VariationalOptimizer):
             RuntimeError: If there was no draw since the last step.
         """
         loss, output = (None, None) if closure is None else self._run(closure)
+        if not self._unscale():
+            return None
         self._refuse_bad_step()
         for group in self.param_groups:
             if group["kind"] == "bayesian":
@@ -131,4 +133,5 @@ class VOGN(VariationalOptimizer):
                 lr=group["lr"],
                 precision_lr=group["precision_lr"],
                 damping=group["damping"],
+                curvature_scale=self._curvature_scale,
             )
