@@ -2,6 +2,8 @@
 
 from bayeslayers.card import Card, PosteriorError
 from bayeslayers.checkpoint import load_posterior, save_posterior
+from bayeslayers.convert import register_rule, to_bayesian, to_deterministic
+from bayeslayers.export import to_exported, to_onnx
 from bayeslayers.layers import (
     BayesBatchNorm1d,
     BayesBatchNorm2d,
@@ -13,15 +15,19 @@ from bayeslayers.layers import (
     BayesConvTranspose2d,
     BayesConvTranspose3d,
     BayesEmbedding,
+    BayesFilterResponseNorm2d,
     BayesGroupNorm,
     BayesianLayer,
     BayesLayerNorm,
     BayesLinear,
 )
 from bayeslayers.likelihoods import Bernoulli, Categorical, Gaussian
+from bayeslayers.merge import merge, posterior_to_prior
 from bayeslayers.optim import VOGN
 from bayeslayers.predict import Prediction, predict
+from bayeslayers.report import ConversionReport
 from bayeslayers.sampling import kl_divergence, posterior, sampled, tracked
+from bayeslayers.selection import last_layer, norms
 
 __all__ = [
     "BayesBatchNorm1d",
@@ -34,6 +40,7 @@ __all__ = [
     "BayesConvTranspose2d",
     "BayesConvTranspose3d",
     "BayesEmbedding",
+    "BayesFilterResponseNorm2d",
     "BayesGroupNorm",
     "BayesLayerNorm",
     "BayesLinear",
@@ -41,16 +48,26 @@ __all__ = [
     "Bernoulli",
     "Card",
     "Categorical",
+    "ConversionReport",
     "Gaussian",
     "PosteriorError",
     "Prediction",
     "VOGN",
     "kl_divergence",
+    "last_layer",
     "load_posterior",
+    "merge",
+    "norms",
     "posterior",
+    "posterior_to_prior",
     "predict",
+    "register_rule",
     "sampled",
     "save_posterior",
+    "to_bayesian",
+    "to_deterministic",
+    "to_exported",
+    "to_onnx",
     "tracked",
 ]
 __version__ = "0.1.0"

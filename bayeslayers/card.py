@@ -13,7 +13,14 @@ FORMAT_VERSION = 1
 
 
 class PosteriorError(ValueError):
-    """A posterior on disk is not what it should be; the message names the file and what is wrong."""
+    """A posterior on disk is not what it should be; the message names the file and what is wrong.
+
+    The message is one printable line, whatever the names in a file that came from elsewhere.
+    """
+
+    def __init__(self, message: str):
+        line = "".join(character if character.isprintable() else "?" for character in " ".join(message.split()))
+        super().__init__(line if len(line) <= 600 else f"{line[:400]} ... {line[-180:]}")
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
@@ -35,9 +42,11 @@ class Card:
         versions: Library versions at training.
         metrics: Measured figures, with `num_samples` and `seed` of the measurement.
         baseline: The same figures for the same network trained by `baseline["optimizer"]`.
+        verification: Figures on the small bundled slice of the test data, with `num_samples` and `seed`, for
+            `bayeslayers verify`.
         notes: Anything a user should know.
         sha256: Hash of `model.safetensors`.
-        format_version: Version of this format.
+        format_version: Version of this format, which a `config.json` must name.
     """
 
     name: str = "posterior"
@@ -54,6 +63,7 @@ class Card:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     metrics: dict[str, float | int] = dataclasses.field(default_factory=dict)
     baseline: dict[str, float | int | str] = dataclasses.field(default_factory=dict)
+    verification: dict[str, float | int] = dataclasses.field(default_factory=dict)
     notes: str = ""
     sha256: str = ""
     format_version: int = FORMAT_VERSION
@@ -76,21 +86,27 @@ def card_from_json(text: str | bytes, source: str) -> Card:
     """
     try:
         fields = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PosteriorError(f"{source} must be JSON, got a file that is not: {error}.") from None
     if not isinstance(fields, dict):
         raise PosteriorError(f"{source} must hold a JSON object, got {type(fields).__name__}.")
     version = fields.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise PosteriorError(
-            f"{source} must have a format_version up to {FORMAT_VERSION}, got {version}. Update bayeslayers."
-        )
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        newer = " Update bayeslayers." if type(version) is int and version > FORMAT_VERSION else ""
+        raise PosteriorError(f"{source} must have a format_version from 1 to {FORMAT_VERSION}, got {version!r}.{newer}")
     try:
         return TypeAdapter(Card).validate_json(json.dumps(fields))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise PosteriorError(f"{source} has a bad field '{where}': {first['msg']}.") from None
+        raise PosteriorError(f"{source} has a bad {first_bad_field(error)}") from None
+    except RecursionError:
+        raise PosteriorError(f"{source} must not be nested so deeply.") from None
+
+
+def first_bad_field(error: ValidationError) -> str:
+    """Return which field of a card is bad, and why, in a sentence of one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"field '{where}': {first['msg']}." if where else f"structure: {first['msg']}."
 
 
 def model_card(card: Card) -> str:
@@ -100,7 +116,7 @@ def model_card(card: Card) -> str:
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=card.dataset.split()[0].lower(),
+            dataset_type=card.dataset.partition(" ")[0].lower(),
             dataset_name=card.dataset,
             metric_type=key,
             metric_value=card.metrics[key],

@@ -12,23 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from bayeslayers.card import Card, PosteriorError, card_from_json, model_card
+from bayeslayers.card import Card, PosteriorError, card_from_json, first_bad_field, model_card
 from bayeslayers.sampling import posterior
+from bayeslayers.weights import CONFIG, README, WEIGHTS, check_values, member, open_weights
 
-WEIGHTS, CONFIG, README = "model.safetensors", "config.json", "README.md"
-_HEADER_BYTES = 2**20  # what a weight file may hold beside its tensors
+_CONFIG_BYTES = 4 * 2**20  # the names of some 100,000 classes
 
 
 def save_posterior(model: nn.Module, folder: str | Path, **fields: Any) -> Card:
     """Write a model's posterior to a folder: weights, `config.json` and a model card.
 
     The folder is written beside its place and moved there when complete, so that an interruption
-    leaves what was there before.
+    leaves what was there before. (Only a power cut between the two renames of a replacement can leave
+    it aside, whole, as `.NAME-*.old`.)
 
     Args:
         model: Model with Bayesian layers.
@@ -37,31 +38,76 @@ def save_posterior(model: nn.Module, folder: str | Path, **fields: Any) -> Card:
 
     Returns:
         The card as written.
+
+    Raises:
+        ValueError: If the model has no Bayesian layer, a value that is not finite or a precision
+            that is not positive, or a field of the card is bad.
+        FileExistsError: If the folder holds anything but a posterior.
     """
-    folder = Path(folder)
-    weights = save_tensors({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
+    folder = Path(folder).resolve()
+    if not any(True for _ in posterior(model)):
+        raise ValueError("model must have Bayesian layers, got none. Build it from them, as BayesLinear.")
+    # Cloned, for a safetensors file has no two names for one memory, as a layer used twice gives.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    for name, tensor in tensors.items():
+        check_values(name, tensor, "model")
+    weights = save_tensors(tensors)
     card = getattr(model, "card", None) or Card()
-    card = dataclasses.replace(card, **{"name": folder.name} | fields, sha256=hashlib.sha256(weights).hexdigest())
+    try:
+        card = dataclasses.replace(card, **{"name": folder.name} | fields, sha256=hashlib.sha256(weights).hexdigest())
+    except ValidationError as error:
+        raise ValueError(f"card has a bad {first_bad_field(error)}") from None
+    write_folder(folder, {WEIGHTS: weights, CONFIG: card.to_json().encode(), README: model_card(card).encode()})
+    return card
+
+
+def write_folder(folder: Path, contents: dict[str, bytes]) -> None:
+    """Make or replace a posterior's folder, whole or not at all.
+
+    Args:
+        folder: Folder, resolved.
+        contents: Its files.
+
+    Raises:
+        FileExistsError: If the folder holds anything but a posterior.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
-        raise FileExistsError(f"folder must be new, empty or a posterior, got {folder} with other files in it.")
+    if folder.exists() and not _replaceable(folder):
+        raise FileExistsError(
+            f"folder must be new, empty or a posterior, got {folder}, which holds something else. Choose another."
+        )
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        for name, content in ((WEIGHTS, weights), (CONFIG, card.to_json()), (README, model_card(card))):
-            write_atomically(fresh / name, content if isinstance(content, bytes) else content.encode())
+        for name, content in contents.items():
+            write_atomically(fresh / name, content)
         fresh.chmod(0o755)
         _replace_folder(fresh, folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    return card
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether a folder is empty or a posterior and nothing else, by its card: any project may have a config.json."""
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if held - {WEIGHTS, CONFIG, README}:
+        return False
+    try:
+        return not held or bool(read_card(folder))
+    except PosteriorError:
+        return False
 
 
 def _replace_folder(fresh: Path, folder: Path) -> None:
     """Move `fresh` to `folder`; what was there is gone only once the new one is in place."""
     old = fresh.with_name(fresh.name + ".old")
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
+    try:
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -71,9 +117,9 @@ def read_card(folder: str | Path) -> Card:
     Raises:
         PosteriorError: If the folder or its `config.json` is missing or bad.
     """
-    path = Path(folder) / CONFIG
-    if not path.is_file():
-        raise PosteriorError(f"{folder} must hold a posterior, got no {CONFIG} in it.")
+    path = member(folder, CONFIG)
+    if (size := path.stat().st_size) > _CONFIG_BYTES:
+        raise PosteriorError(f"{path} must have at most {_CONFIG_BYTES} bytes, got {size}.")
     return card_from_json(path.read_bytes(), str(path))
 
 
@@ -92,48 +138,9 @@ def load_posterior(folder: str | Path, model: nn.Module) -> Card:
             unknown or of another shape, a value is not finite, or a precision is not positive.
     """
     card = read_card(folder)
-    path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        raise PosteriorError(f"{folder} must hold a posterior, got no {WEIGHTS} in it.")
-    own = model.state_dict()
-    # A prior may be stored as one tensor where the model still has a scalar: room for three per mean.
-    limit = 4 * sum(t.numel() * t.element_size() for t in own.values()) + _HEADER_BYTES
-    if path.stat().st_size > limit:
-        raise PosteriorError(f"{path} must be a posterior of this model, got {path.stat().st_size} bytes, too many.")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != card.sha256:
-        raise PosteriorError(f"{path} must have the sha256 that {CONFIG} names, got another: it is damaged or changed.")
-    try:
-        tensors = load_tensors(data)
-    except SafetensorError as error:
-        raise PosteriorError(f"{path} must be a safetensors file, got one that is not: {error}.") from None
-    _check_tensors(tensors, model, str(path))
-    model.load_state_dict(tensors)
+    with open_weights(folder, card.sha256) as weights:
+        weights.fill(model)
     return card
-
-
-def _check_tensors(tensors: dict[str, Tensor], model: nn.Module, source: str) -> None:
-    own = model.state_dict()
-    if missing := sorted(own.keys() - tensors.keys()):
-        raise PosteriorError(
-            f"{source} must hold tensor '{missing[0]}', got none of that name ({len(missing)} missing)."
-        )
-    if unknown := sorted(tensors.keys() - own.keys()):
-        raise PosteriorError(f"{source} must hold the model's tensors, got '{unknown[0]}' ({len(unknown)} unknown).")
-    mean_shapes = {site.name: site.mean.shape for site in posterior(model)}
-    for name, tensor in tensors.items():
-        expected = own[name]
-        prior_of = name.partition("_prior_")[0] if "_prior_" in name else None
-        shapes = {expected.shape} | ({torch.Size(()), mean_shapes[prior_of]} if prior_of in mean_shapes else set())
-        if tensor.shape not in shapes or tensor.dtype.is_floating_point != expected.dtype.is_floating_point:
-            raise PosteriorError(
-                f"{source}: tensor '{name}' must be {expected.dtype} of shape {tuple(expected.shape)}, got "
-                f"{tensor.dtype} of shape {tuple(tensor.shape)}."
-            )
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise PosteriorError(f"{source}: tensor '{name}' must be finite, got NaN or infinite values.")
-        if name.endswith("_precision") and not (tensor > 0).all():
-            raise PosteriorError(f"{source}: precision '{name}' must be > 0, got {float(tensor.min()):.4g}.")
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -141,27 +148,40 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
     Args:
         path: File to write.
-        state: Nested dicts, lists and tuples of tensors and plain values, as `state_dict()`s are.
+        state: Nested dicts, lists and tuples of tensors and plain values, as a `state_dict` is.
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_take_apart(state, tensors))
-    write_atomically(Path(path), save_tensors(tensors, metadata={"state": tree}))
+    write_atomically(Path(path), save_tensors(tensors, metadata={"state": tree, "sha256": _digest(tree, tensors)}))
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return the state that `save_checkpoint` wrote.
 
     Raises:
-        PosteriorError: If the file is missing, truncated or no checkpoint.
+        PosteriorError: If the file is missing, truncated, changed or no checkpoint.
     """
     if not Path(path).is_file():
         raise PosteriorError(f"{path} must be a training checkpoint, got no such file.")
     try:
         with safe_open(path, framework="pt") as file:
-            tree = json.loads((file.metadata() or {})["state"])
-            return _put_together(tree, {name: file.get_tensor(name) for name in file.keys()})
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tree = metadata["state"]
+        if metadata["sha256"] != _digest(tree, tensors):
+            raise ValueError("its sha256 is another")
+        return _put_together(json.loads(tree), tensors)
     except (SafetensorError, KeyError, ValueError) as error:
         raise PosteriorError(f"{path} must be a training checkpoint, got a damaged or other file: {error}.") from None
+
+
+def _digest(tree: str, tensors: dict[str, Tensor]) -> str:
+    """Return a hash of the whole state, which the safetensors format itself does not keep."""
+    digest = hashlib.sha256(tree.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _take_apart(node: Any, tensors: dict[str, Tensor]) -> Any:

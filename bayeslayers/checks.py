@@ -5,10 +5,19 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from numbers import Integral
+
+
+def _number(name: str, value: float) -> None:
+    try:
+        float(value + 0)  # what calculates is a number; a string of digits is not
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}.") from None
 
 
 def positive(name: str, value: float) -> float:
     """Return `value` if it is a finite number > 0."""
+    _number(name, value)
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a finite number > 0, got {value}.")
     return value
@@ -16,6 +25,7 @@ def positive(name: str, value: float) -> float:
 
 def non_negative(name: str, value: float) -> float:
     """Return `value` if it is a finite number >= 0."""
+    _number(name, value)
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be a finite number >= 0, got {value}.")
     return value
@@ -23,13 +33,14 @@ def non_negative(name: str, value: float) -> float:
 
 def at_least_one(name: str, value: int) -> int:
     """Return `value` if it is an integer >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value}.")
-    return value
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+    return int(value)
 
 
 def fraction(name: str, value: float, *, one: bool = False) -> float:
     """Return `value` if it lies in [0, 1), or in (0, 1] when `one` is true."""
+    _number(name, value)
     inside = 0 < value <= 1 if one else 0 <= value < 1
     if not inside:
         raise ValueError(f"{name} must be in {'(0, 1]' if one else '[0, 1)'}, got {value}.")

@@ -1,7 +1,7 @@
 """Likelihoods: the loss to train by, and what a draw of the network's output says about the target.
 
 A likelihood gives per draw a predictive mean and an aleatoric uncertainty; `predict` averages both
-over draws, and `total` closes the decomposition total = aleatoric + epistemic.
+over draws, and `split` closes the decomposition total = aleatoric + epistemic.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Likelihood(Protocol):
         """Return the predictive mean and the aleatoric uncertainty under one draw of the weights."""
         ...
 
-    def total(self, mean: Tensor, variance: Tensor, aleatoric: Tensor) -> Tensor:
-        """Return the total uncertainty from averages over draws.
+    def split(self, mean: Tensor, variance: Tensor, aleatoric: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the total and the epistemic uncertainty from averages over draws.
 
         Args:
             mean: Mean over draws of the predictive mean.
@@ -62,8 +62,8 @@ class Categorical:
         probs = _with_classes(output).softmax(1)
         return probs, torch.special.entr(probs).sum(1)
 
-    def total(self, mean: Tensor, variance: Tensor, aleatoric: Tensor) -> Tensor:
-        return torch.special.entr(mean).sum(1)
+    def split(self, mean: Tensor, variance: Tensor, aleatoric: Tensor) -> tuple[Tensor, Tensor]:
+        return _mutual_information(torch.special.entr(mean).sum(1), aleatoric)
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Bernoulli:
         prob = output.sigmoid()
         return prob, _binary_entropy(prob)
 
-    def total(self, mean: Tensor, variance: Tensor, aleatoric: Tensor) -> Tensor:
-        return _binary_entropy(mean)
+    def split(self, mean: Tensor, variance: Tensor, aleatoric: Tensor) -> tuple[Tensor, Tensor]:
+        return _mutual_information(_binary_entropy(mean), aleatoric)
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ class Gaussian:
         mean, log_variance = output.chunk(2, dim=1)
         return mean, log_variance.exp()
 
-    def total(self, mean: Tensor, variance: Tensor, aleatoric: Tensor) -> Tensor:
-        return aleatoric + variance
+    def split(self, mean: Tensor, variance: Tensor, aleatoric: Tensor) -> tuple[Tensor, Tensor]:
+        return aleatoric + variance, variance
 
 
 KINDS: dict[str, type[Categorical] | type[Bernoulli] | type[Gaussian]] = {
@@ -160,6 +160,11 @@ def _with_classes(output: Tensor) -> Tensor:
 def _same_shape(output: Tensor, target: Tensor) -> None:
     if output.shape != target.shape:
         raise ValueError(f"target must have the shape {tuple(output.shape)}, got {tuple(target.shape)}.")
+
+
+def _mutual_information(total: Tensor, aleatoric: Tensor) -> tuple[Tensor, Tensor]:
+    # Their difference is non-negative by Jensen's inequality; rounding alone can leave it a hair below.
+    return total, (total - aleatoric).clamp_min(0)
 
 
 def _binary_entropy(prob: Tensor) -> Tensor:

@@ -144,9 +144,7 @@ class _Average:
 
     def result(self, likelihood: Likelihood) -> tuple[Tensor, ...]:
         """Return mean, total, aleatoric, epistemic and the standard error of the mean."""
-        total = likelihood.total(self.mean, self.squares / self.count, self.aleatoric)
-        # Non-negative by Jensen's inequality; rounding alone can leave it a hair below.
-        epistemic = (total - self.aleatoric).clamp_min(0)
+        total, epistemic = likelihood.split(self.mean, self.squares / self.count, self.aleatoric)
         error = (self.squares / (self.count - 1) / self.count).sqrt() if self.count > 1 else self.mean * math.nan
         return self.mean, total, self.aleatoric, epistemic, error
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import bayeslayers as bl
 import zoo
+from bayeslayers.checkpoint import WEIGHTS
+from bayeslayers.checks import at_least_one
 
 BATCH = 128
 
@@ -36,11 +41,12 @@ def benchmark_step(rounds: int = 100, seed: int = 0) -> list[Row]:
         rounds: Interleaved steps of each, after a tenth as many to warm up.
         seed: Of weights and data.
     """
+    at_least_one("rounds", rounds)
     rows = []
     for name in ("mlp", "lenet5"):
         torch.manual_seed(seed)
         model = zoo.create(name)
-        twin = deterministic_twin(model)
+        twin = bl.to_deterministic(model)
         x, y = torch.rand(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
         adam = torch.optim.Adam(twin.parameters(), foreach=True)
         steps = {"adam": _step(twin, adam, x, y), "vogn": _step(model, bl.VOGN(model, 60_000), x, y)}
@@ -50,6 +56,93 @@ def benchmark_step(rounds: int = 100, seed: int = 0) -> list[Row]:
             for optimizer, median in medians.items()
         ]
     return rows
+
+
+@dataclass(frozen=True)
+class LoadRow:
+    """One measurement: a posterior loaded to predict one image, and the ratio of its median time to plain torch's."""
+
+    posterior: str
+    num_samples: int
+    median_ms: float
+    plain_ms: float
+    ratio_to_plain: float
+
+
+def benchmark_load(rounds: int = 100) -> list[LoadRow]:
+    """Time `zoo.load` and `predict` for one image beside plain torch that does what of it is needed.
+
+    Plain torch builds the same network of torch.nn layers, reads the same file, and averages as many
+    draws made into the network's own weights. It checks nothing and gives the mean alone.
+
+    Args:
+        rounds: Interleaved runs of each, after a tenth as many to warm up.
+    """
+    at_least_one("rounds", rounds)
+    x, rows = torch.rand(1, 1, 28, 28), []
+    for name, build in {"lenet5-mnist": _plain_lenet5, "mlp-mnist": _plain_mlp}.items():
+        path = zoo.resolve(name) / WEIGHTS
+        for num_samples in (1, 64):
+            medians = interleaved_medians(
+                {
+                    "plain": partial(_plain_prediction, build, path, x, num_samples),
+                    "ours": partial(_prediction, name, x, num_samples),
+                },
+                rounds,
+            )
+            ratio = round(medians["ours"] / medians["plain"], 3)
+            rows.append(
+                LoadRow(name, num_samples, round(1e3 * medians["ours"], 3), round(1e3 * medians["plain"], 3), ratio)
+            )
+    return rows
+
+
+def _prediction(name: str, x: Tensor, num_samples: int) -> Tensor:
+    return bl.predict(zoo.load(name), x, num_samples).mean
+
+
+@torch.no_grad()
+def _plain_prediction(build: Callable[[], nn.Module], path: Path, x: Tensor, num_samples: int) -> Tensor:
+    net, tensors = build().eval(), load_file(path)
+    net.load_state_dict({name: tensors[name] for name, _ in net.named_parameters()})
+    deviations = {name: tensors[f"{name}_precision"].rsqrt() for name, _ in net.named_parameters()}
+    x = (x - tensors["normalise.mean"]) / tensors["normalise.std"]
+    probs = torch.zeros(())
+    for _ in range(num_samples):
+        for name, parameter in net.named_parameters():
+            torch.addcmul(tensors[name], parameter.normal_(), deviations[name], out=parameter)
+        probs = probs + net(x).softmax(1)
+    return probs / num_samples
+
+
+def _plain_lenet5() -> nn.Module:
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        conv1=nn.Conv2d(1, 6, 5, padding=2),
+        act1=nn.ReLU(),
+        pool1=nn.MaxPool2d(2),
+        conv2=nn.Conv2d(6, 16, 5),
+        act2=nn.ReLU(),
+        pool2=nn.MaxPool2d(2),
+        flatten=nn.Flatten(),
+        linear1=nn.Linear(400, 120),
+        act3=nn.ReLU(),
+        linear2=nn.Linear(120, 84),
+        act4=nn.ReLU(),
+        output=nn.Linear(84, 10),
+    )
+    return nn.Sequential(layers)
+
+
+def _plain_mlp() -> nn.Module:
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        flatten=nn.Flatten(),
+        hidden1=nn.Linear(784, 400),
+        act1=nn.ReLU(),
+        hidden2=nn.Linear(400, 400),
+        act2=nn.ReLU(),
+        output=nn.Linear(400, 10),
+    )
+    return nn.Sequential(layers)
 
 
 def interleaved_medians(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -62,28 +155,6 @@ def interleaved_medians(actions: dict[str, Callable[[], object]], rounds: int) -
             if number >= rounds // 10:
                 times[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def deterministic_twin(model: nn.Module) -> nn.Module:
-    """Return the same network of torch.nn layers, with the posterior means as weights."""
-    twin = copy.deepcopy(model)
-    for parent in list(twin.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, bl.BayesianLayer):
-                setattr(parent, name, _ordinary(child))
-    return twin
-
-
-def _ordinary(layer: bl.BayesianLayer) -> nn.Module:
-    if isinstance(layer, bl.BayesLinear):
-        plain: nn.Module = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-    elif isinstance(layer, bl.BayesConv2d):
-        sizes = (layer.kernel_size, layer.stride, layer.padding)
-        plain = nn.Conv2d(layer.in_channels, layer.out_channels, *sizes)  # pyright: ignore[reportArgumentType]
-    else:
-        raise TypeError(f"no ordinary twin for {type(layer).__name__}.")
-    plain.load_state_dict(layer.state_dict(), strict=False)
-    return plain
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Callable[[], object]:

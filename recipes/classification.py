@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,24 +88,26 @@ SCHEDULES = {
 }
 
 
-def train(config: Config, resume: bool = False) -> dict[str, float] | None:
+def train(config: Config, resume: bool = False, command: str = "") -> dict[str, float] | None:
     """Train, measure and save one posterior.
 
     Args:
         config: The run.
         resume: Continue from the run folder's checkpoint.
+        command: How this run was asked for, for the card.
 
     Returns:
         The metrics, or None if Ctrl-C stopped the run, which is then saved.
     """
     console = Console(stderr=True)
     folder = Path(config.output or f"runs/{config.name}")
+    check(config)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"output must be a folder, got {folder}, which is a file.")
     if not resume and (folder / CHECKPOINT).exists():
         raise FileExistsError(
             f"output must be a new run, got {folder} with a checkpoint. Add --resume or choose another."
         )
-    at_least_one("epochs", config.epochs)
-    at_least_one("batch_size", config.batch_size)
     baseline = read_baseline(config.baseline)
     train_data = load_split(config.data, config.data_root, train=True).head(config.limit)
     test_data = load_split(config.data, config.data_root, train=False).head(config.limit)
@@ -124,8 +125,6 @@ def train(config: Config, resume: bool = False) -> dict[str, float] | None:
 
     steps = config.epochs * num_batches(train_data, config.batch_size)
     schedule = {"T_max": steps} if config.schedule == "cosine" else {"factor": 1.0}
-    if config.schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {config.schedule!r}.")
     run = Training(
         folder=folder,
         model=model,
@@ -137,7 +136,8 @@ def train(config: Config, resume: bool = False) -> dict[str, float] | None:
         epochs=config.epochs,
         seed=config.seed,
         measure=measure,
-        identity={key: value for key, value in dataclasses.asdict(config).items() if key in _IDENTITY},
+        identity={key: value for key, value in dataclasses.asdict(config).items() if key in _IDENTITY}
+        | {"training examples": len(train_data)},
     )
     if resume:
         run.resume()
@@ -147,13 +147,26 @@ def train(config: Config, resume: bool = False) -> dict[str, float] | None:
     metrics = final_metrics(model, config, test_data, strangers or None, bayesian)
     write_atomically(folder / METRICS, json.dumps(metrics, indent=2).encode())
     if bayesian:
-        save(model, config, folder / POSTERIOR, metrics, baseline, len(train_data), test_data)
+        save(model, config, folder / POSTERIOR, command, metrics, baseline, len(train_data), test_data)
     console.print_json(json.dumps(metrics))
     console.print(f"written to {folder}")
     return metrics
 
 
 _IDENTITY = ("model", "data", "optimizer", "batch_size", "epochs", "schedule", "seed", "limit")
+
+
+def check(config: Config) -> None:
+    """Refuse a configuration that would fail only after the training."""
+    for name in ("epochs", "batch_size"):
+        at_least_one(name, getattr(config, name))
+    for name in ("num_samples", "epoch_samples", "batch_size"):
+        at_least_one(f"evaluation.{name}", getattr(config.evaluation, name))
+    if config.limit is not None:
+        at_least_one("limit", config.limit)
+    if config.schedule not in SCHEDULES:
+        hint = near(config.schedule, SCHEDULES)
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {config.schedule!r}.{hint}")
 
 
 def make_optimizer(config: Config, model: nn.Module, dataset_size: int) -> torch.optim.Optimizer:
@@ -204,13 +217,20 @@ def read_baseline(folder: str | None) -> dict[str, float | int | str]:
     path = Path(folder) / METRICS
     if not path.is_file():
         raise FileNotFoundError(f"baseline must be a finished run, got {folder} without {METRICS}. Train it first.")
-    return {"optimizer": "adam"} | {key: round(value, 5) for key, value in json.loads(path.read_text()).items()}
+    try:
+        figures = {key: round(value, 5) for key, value in json.loads(path.read_text()).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(
+            f"baseline must be a finished run, got {path}, which holds no figures. Train it anew."
+        ) from None
+    return {"optimizer": "adam"} | figures
 
 
 def save(
     model: nn.Module,
     config: Config,
     folder: Path,
+    command: str,
     metrics: dict[str, float],
     baseline: dict[str, float | int | str],
     dataset_size: int,
@@ -228,7 +248,7 @@ def save(
         dataset_size=dataset_size,
         temperature=float(config.optimizer.get("temperature", 1.0)),
         optimizer=config.optimizer | {"batch_size": config.batch_size, "epochs": config.epochs},
-        recipe=" ".join(["bayeslayers", *sys.argv[1:]]),
+        recipe=command,
         versions={"bayeslayers": bl.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
         metrics={key: round(value, 5) for key, value in metrics.items()},
         baseline=baseline,

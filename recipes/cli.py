@@ -6,27 +6,42 @@ import argparse
 import dataclasses
 import json
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recipes import hub_commands
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIGS = Path(__file__).parent / "configs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status. Errors are one sentence; BAYESLAYERS_TRACEBACK=1 shows where."""
-    arguments, rest = _parser().parse_known_args(argv)
-    if rest and arguments.command is not train:
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    arguments.rest = rest
+    words = sys.argv[1:] if argv is None else list(argv)
+    trains = words[:1] == ["train"]  # whose options are those of its configuration
+    arguments = _parser().parse_args(words[:1] if trains else words)
+    if trains:
+        arguments.words = words[1:]
     try:
-        return arguments.command(arguments)
+        status = arguments.command(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
-    except (ValueError, TypeError, OSError, ArithmeticError) as error:
+    except BrokenPipeError:  # the reader has gone, as in `bayeslayers list | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
+        return 141
+    except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("BAYESLAYERS_TRACEBACK"):
             raise
-        print(f"bayeslayers: {error}", file=sys.stderr)
+        print("bayeslayers:", " ".join(str(error).split()), file=sys.stderr)
         return 1
 
 
@@ -48,22 +63,47 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(own)
 
     own = add(info)
-    own.add_argument("posterior", help="a bundled name, or a folder")
+    own.add_argument("posterior", help="a bundled name, a folder, or OWNER/REPO[@REVISION]")
     _add_json(own)
 
     own = add(predict)
-    own.add_argument("posterior", help="a bundled name, or a folder")
+    own.add_argument("posterior", help="a bundled name, a folder, or OWNER/REPO[@REVISION]")
     own.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files of any size, grey or RGB")
     own.add_argument("--invert", action="store_true", help="swap black and white first (MNIST is white on black)")
     _add_draws(own)
     _add_json(own)
 
-    own = add(train, parse_help=False)
-    own.add_argument("config", nargs="?", help="a YAML file, or the name of a bundled one as mnist/lenet5_vogn")
-    own.add_argument("--resume", action="store_true", help="continue a run exactly where it was saved")
+    add(train, parse_help=False)
+
+    own = add(hub_commands.publish)
+    own.add_argument("folder", type=Path, help="folder of the posterior")
+    own.add_argument("repository", metavar="OWNER/REPO", help="repository of the Hub, made if there is none")
+    own.add_argument("--private", action="store_true", help="make the repository private")
+    own.add_argument("--revision", metavar="BRANCH", help="branch to commit to, made if there is none (main)")
+
+    own = add(hub_commands.download)
+    own.add_argument("posterior", metavar="NAME", help="OWNER/REPO[@REVISION], or a bundled name")
+    own.add_argument("--output", type=Path, metavar="FOLDER", help="copy it there, out of the Hub's cache")
+
+    own = add(hub_commands.search)
+    own.add_argument("query", nargs="?", default="", help="part of the name")
+    _add_json(own)
+
+    own = add(verify)
+    which = own.add_mutually_exclusive_group(required=True)
+    which.add_argument("posterior", nargs="?", help="a bundled name, a folder, or OWNER/REPO[@REVISION]")
+    which.add_argument("--all", action="store_true", help="every bundled posterior")
+    own.add_argument("--data-root", type=Path, metavar="PATH", help="folder of test data, to check all figures on")
+    own.add_argument("--record", action="store_true", help="measure on the bundled slice, and write to the card")
+    _add_json(own)
 
     own = add(benchmark)
-    own.add_argument("what", choices=["step"], help="step: a training step of VOGN beside one of Adam")
+    own.add_argument(
+        "what",
+        choices=["step", "load"],
+        help="step: a training step of VOGN beside one of Adam; load: a posterior loaded to predict one image, beside "
+        "plain torch",
+    )
     own.add_argument("--rounds", type=int, default=100, help="interleaved runs of each (%(default)s)")
     _add_json(own)
     return parser
@@ -138,10 +178,16 @@ def predict(arguments: argparse.Namespace) -> int:
 
     model = zoo.load(arguments.posterior)
     convert = zoo.transforms(model)
-    x = torch.stack([convert(_open_image(path)) for path in arguments.images])
+    x = torch.stack([_input(path, convert) for path in arguments.images])
     generator = torch.Generator().manual_seed(arguments.seed)
-    prediction = bl.predict(model, 1 - x if arguments.invert else x, arguments.num_samples, generator=generator)
-    names = zoo.card_of(model).class_names or [str(k) for k in range(prediction.probs.shape[1])]
+    x = 1 - x if arguments.invert else x
+    prediction = bl.predict(model, x, arguments.num_samples, generator=generator, batch_size=256)
+    if prediction.likelihood.name != "categorical" or prediction.mean.dim() != 2:
+        raise ValueError(f"posterior must be one of classes, got a {prediction.likelihood.name} one.")
+    classes = prediction.probs.shape[1]
+    names = zoo.card_of(model).class_names or [str(k) for k in range(classes)]
+    if len(names) != classes:
+        raise ValueError(f"posterior's card must name all {classes} classes, got {len(names)} names.")
     keys = ("confidence", "total", "aleatoric", "epistemic")
     rows = [
         {"image": str(path), "label": names[int(prediction.labels[i])]}
@@ -156,37 +202,59 @@ def predict(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _open_image(path: Path) -> object:
-    from PIL import Image, UnidentifiedImageError
+def _input(path: Path, convert: Callable[[object], Tensor]) -> Tensor:
+    from PIL import Image, ImageOps
 
     if not path.is_file():
         raise FileNotFoundError(f"image must be a file, got {path}, which is none.")
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"image must be a picture that Pillow reads, got {path}: {error}.") from None
+            return convert(ImageOps.exif_transpose(image))  # upright, as viewers show it
+    except Exception as error:  # Pillow's formats raise what they will for a damaged file
+        reason = str(error).rstrip(".")
+        raise ValueError(f"image must be a picture that Pillow reads, got {path}: {reason}.") from None
 
 
 def train(arguments: argparse.Namespace) -> int:
     """Train a posterior from a configuration file."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentError, ArgumentParser
 
     from recipes.classification import Config
     from recipes.classification import train as run
 
     parser = ArgumentParser(
-        prog="bayeslayers train CONFIG", description="Train a posterior; options override the configuration."
+        prog="bayeslayers train CONFIG",
+        description="Train a posterior. CONFIG is a YAML file, or the name of a bundled one as mnist/lenet5_vogn; "
+        "options override it.",
+        exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="the YAML file, in place of CONFIG")
     parser.add_argument("--resume", action="store_true", help="continue a run exactly where it was saved")
     parser.add_class_arguments(Config)
-    given = [] if arguments.config is None else ["--config", str(_config_file(arguments.config))]
-    options = parser.parse_args([*given, *_dashes(arguments.rest)])
-    config = parser.instantiate(options).as_dict()
-    for key in ("config", "resume"):
-        config.pop(key)
-    return 0 if run(Config(**config), arguments.resume) is not None else 130
+    try:
+        options = parser.parse_args(_config_first(_underscores(arguments.words)))
+        config = parser.instantiate(options).as_dict()
+    except ArgumentError as error:
+        raise ValueError(f"{str(error).rstrip('.')}. See bayeslayers train --help.") from None
+    del config["config"]
+    resume = config.pop("resume")
+    return 0 if run(Config(**config), resume, _command(arguments.words)) is not None else 130
+
+
+def _underscores(words: Sequence[str]) -> list[str]:
+    """Let --data-root stand for --data_root."""
+    return [re.sub("(?<=^--)[^=]+", lambda name: name[0].replace("-", "_"), word) for word in words]
+
+
+def _config_first(words: Sequence[str]) -> list[str]:
+    """Return the options behind the configuration that they override, wherever it was written."""
+    before = ""
+    for index, word in enumerate(words):
+        takes_value = before.startswith("--") and "=" not in before and before not in _FLAGS
+        if not (takes_value or word.startswith("-")):
+            return ["--config", str(_config_file(word)), *words[:index], *words[index + 1 :]]
+        before = word
+    return list(words)
 
 
 def _config_file(name: str) -> Path:
@@ -199,16 +267,47 @@ def _config_file(name: str) -> Path:
     raise FileNotFoundError(f"config must be a YAML file or one of {', '.join(known)}, got {name}.")
 
 
-def _dashes(arguments: Sequence[str]) -> list[str]:
-    """Let --data-root stand for --data_root."""
-    return ["--" + a[2:].replace("-", "_") if a.startswith("--") and "=" not in a else a for a in arguments]
+def _command(words: Sequence[str]) -> str:
+    """Return the command for the card, without the options that say where files are on this machine."""
+    kept, rest = ["bayeslayers", "train"], iter(words)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if name in _PLACES and not equals:
+            next(rest, None)
+        elif name not in _PLACES and word not in _FLAGS:
+            kept.append(word)
+    return shlex.join(kept)
+
+
+_FLAGS = ("--resume", "--help")
+_PLACES = ("--data-root", "--data_root", "--output", "--baseline")
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Measure posteriors anew beside what their cards claim; status 1 if a figure is another."""
+    import zoo
+    from recipes.verify import record
+    from recipes.verify import verify as run
+
+    names = zoo.list_posteriors() if arguments.all else [arguments.posterior]
+    if arguments.record:
+        for name in names:
+            record(name)
+    checks = [check for name in names for check in run(name, arguments.data_root)]
+    rows = [dataclasses.asdict(check) | {"ok": check.ok} for check in checks]
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _print_table(rows, tuple(rows[0]))
+    return 0 if all(check.ok for check in checks) else 1
 
 
 def benchmark(arguments: argparse.Namespace) -> int:
     """Measure costs as ratios, side by side in one process."""
-    from recipes.benchmark import benchmark_step
+    from recipes.benchmark import benchmark_load, benchmark_step
 
-    rows = [dataclasses.asdict(row) for row in benchmark_step(arguments.rounds)]
+    measure = {"step": benchmark_step, "load": benchmark_load}[arguments.what]
+    rows = [dataclasses.asdict(row) for row in measure(arguments.rounds)]
     if arguments.json:
         print(json.dumps(rows, indent=2))
     else:
@@ -218,13 +317,14 @@ def benchmark(arguments: argparse.Namespace) -> int:
 
 def _print_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table()
     for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(f"{row[c]:.4f}" if isinstance(row[c], float) else str(row[c]) for c in columns))
+        table.add_row(*(f"{row[c]:.4f}" if isinstance(row[c], float) else escape(str(row[c])) for c in columns))
     Console().print(table)
 
 

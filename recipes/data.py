@@ -52,6 +52,7 @@ def load_split(name: str, root: str | Path | None, *, train: bool) -> Split:
     Raises:
         ValueError: If the name is unknown.
         FileNotFoundError: If `root` has no such data.
+        ValueError: If the data is damaged.
     """
     from torchvision import datasets
 
@@ -66,6 +67,13 @@ def load_split(name: str, root: str | Path | None, *, train: bool) -> Split:
             f"data root must hold {NAMES[name]} as torchvision lays it out, got {root} without it. Leave --data-root "
             "out to download it."
         ) from None
+    except (ValueError, AssertionError, LookupError):  # what torchvision raises for damaged files
+        raise ValueError(
+            f"{NAMES[name]} must be as torchvision lays it out, got a damaged file in {root or 'data'}. "
+            "Download it anew."
+        ) from None
+    if len(data.data) != len(data.targets):
+        raise ValueError(f"{NAMES[name]} must have a label per image, got {len(data.targets)} for {len(data.data)}.")
     return Split(data.data[:, None], data.targets, [str(name) for name in data.classes])
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
 import bayeslayers as bl
 import zoo
+from bayeslayers.checks import at_least_one
 from bayeslayers.plots import predictive_panels
 
 ASSETS = Path(__file__).parent / "assets" / "demo.safetensors"
@@ -26,6 +28,10 @@ def demo(output: Path, num_samples: int = 64, seed: int = 0) -> None:
         num_samples: Draws per prediction.
         seed: Of the draws.
     """
+    at_least_one("num_samples", num_samples)
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"output must be a .png file, got {output}.")
+    output.parent.mkdir(parents=True, exist_ok=True)
     groups = demo_images()
     console = Console()
     for name in ("lenet5-mnist", "mlp-mnist"):
@@ -40,19 +46,20 @@ def demo(output: Path, num_samples: int = 64, seed: int = 0) -> None:
             predictive_panels(rows, [str(digit) for digit in range(10)], output)
     console.print(
         "Uncertainties are entropies in nats, at most log 10 = 2.30. Aleatoric: the image itself is ambiguous. "
-        f"Epistemic: the draws of the weights disagree, for the net has seen nothing like it.\nPicture: {output}"
+        "Epistemic: the draws of the weights disagree, for the net has seen nothing like it.\n"
+        f"Picture: {escape(str(output))}"
     )
 
 
 def demo_images() -> dict[str, tuple[Tensor, list[str]]]:
     """Return per group its title, images in [0, 1] and what they show: the first test image of each class."""
-    from torchvision.transforms.functional import rotate
+    from torchvision.transforms.functional import InterpolationMode, rotate
 
     images = {name: data.float()[:, None] / 255 for name, data in load_file(ASSETS).items()}
     digits = [str(digit) for digit in range(10)]
     return {
         "MNIST digits": (images["digits"], digits),
-        "The same digits, rotated by 70 degrees": (rotate(images["digits"], 70.0), digits),
+        "The same digits, rotated by 70 degrees": (rotate(images["digits"], 70.0, InterpolationMode.BILINEAR), digits),
         "Fashion-MNIST articles, which are no digits": (images["articles"], list(ARTICLES)),
     }
 

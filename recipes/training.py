@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -72,7 +73,8 @@ class Training:
         )
         per_epoch = num_batches(self.data, self.batch_size)
         done = self.epoch * per_epoch + self.step
-        with Progress(*columns) as progress, interruption() as interrupted, self._tensorboard() as write:
+        bar = Progress(*columns, console=Console(stderr=True))
+        with bar as progress, interruption() as interrupted, self._tensorboard() as write:
             shown = {"epochs": self.epochs, "loss": 0.0, "accuracy": 0.0, "lr": 0.0, "epoch": self.epoch + 1}
             task = progress.add_task("", total=self.epochs * per_epoch, completed=done, **shown)
             while self.epoch < self.epochs:
@@ -107,7 +109,7 @@ class Training:
         loss, output = self.optimizer.step(closure)  # pyright: ignore
         self.scheduler.step()
         self.step += 1
-        self.sums["loss"] += float(loss)
+        self.sums["loss"] += loss.item()
         self.sums["accuracy"] += float((output.argmax(1) == y).float().mean())
         self.sums["seconds"] += time.perf_counter() - began
 

@@ -1,6 +1,6 @@
 """The model zoo: networks of Bayesian layers by name, and trained posteriors of them."""
 
-from zoo import lenet, mlp  # noqa: F401  the families register their networks
+from zoo import alexnet, lenet, mlp, resnet, segmentation, vgg  # noqa: F401  the families register their networks
 from zoo.posteriors import list_posteriors, load, resolve
 from zoo.registry import card_of, create, list_models
 from zoo.transforms import transforms

@@ -3,32 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from bayeslayers.checks import at_least_one
+
+
+def image_size(size: Sequence[int], minimum: int = 1) -> tuple[int, int, int]:
+    """Return `input_size` as `(c, h, w)`.
+
+    Raises:
+        ValueError: If it is not three integers >= 1, or h or w is below `minimum`.
+    """
+    numbers = tuple(size) if isinstance(size, Sequence) else (size,)
+    if len(numbers) != 3 or not all(type(n) is int for n in numbers) or numbers[0] < 1 or min(numbers[1:]) < minimum:
+        raise ValueError(f"input_size must be (c, h, w), integers with c >= 1 and h, w >= {minimum}, got {size!r}.")
+    return numbers
 
 
 class Normalise(nn.Module):
     """`(x - mean) / std` per channel, for inputs of one size as `ToTensor` gives them, in [0, 1].
 
     Args:
-        size: Shape of one example, `(c, h, w)` or `(features,)`.
+        size: Shape of one example, `(c, h, w)` or `(features,)`, every number >= 1.
         mean: Mean per channel, or one for all.
         std: Standard deviation per channel, or one for all, > 0.
+        any_size: Check the channels alone, for networks that take images of any height and width.
+
+    A checkpoint of a torch.nn network, which has neither mean nor std, loads and leaves them as they are.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, size: Sequence[int], mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)):
+    def __init__(
+        self,
+        size: Sequence[int],
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        any_size: bool = False,
+    ):
         super().__init__()
-        self.size = tuple(size)
+        self.any_size = any_size
+        self.size = tuple(at_least_one("input_size", n) for n in size)
+        if not self.size:
+            raise ValueError("input_size must have one dimension or more, got none.")
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (1, self.size[0]):
                 raise ValueError(f"{name} must have 1 or {self.size[0]} values, one per channel, got {len(values)}.")
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).reshape(-1, *[1] * (len(size) - 1)))
-        if not (self.std > 0).all():
-            raise ValueError(f"std must be > 0, got {list(std)}.")
+            # Checked on the CPU: a network on the meta device has no values.
+            numbers = torch.tensor(values, dtype=torch.float32, device="cpu")
+            if not numbers.isfinite().all() or (name == "std" and not (numbers > 0).all()):
+                raise ValueError(f"{name} must be finite{' and > 0' * (name == 'std')}, got {list(values)}.")
+            self.register_buffer(name, numbers.to(torch.get_default_device()).reshape(-1, *[1] * (len(size) - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():
@@ -36,12 +65,23 @@ class Normalise(nn.Module):
                 f"x must be floating point in [0, 1], got {x.dtype}. zoo.transforms(model) converts images, "
                 "x / 255 bytes."
             )
-        if tuple(x.shape[1:]) != self.size:
-            expected = ", ".join(str(n) for n in self.size)
+        if not self._fits(tuple(x.shape[1:])):
+            expected = f"{self.size[0]}, h, w" if self.any_size else ", ".join(str(n) for n in self.size)
             raise ValueError(
                 f"x must have the shape (n, {expected}), got {tuple(x.shape)}. zoo.transforms(model) resizes images."
             )
-        return (x - self.mean) / self.std
+        return (x.to(self.mean.dtype) - self.mean) / self.std
+
+    def _fits(self, size: tuple[int, ...]) -> bool:
+        """Return whether examples of this shape are taken."""
+        if not self.any_size:
+            return size == self.size
+        return len(size) == len(self.size) and size[0] == self.size[0] and min(size) > 0
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not any(prefix + name in state_dict for name in self._buffers):  # an ordinary checkpoint
+            state_dict = {**state_dict, **{prefix + name: buffer for name, buffer in self._buffers.items()}}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"size={self.size}"

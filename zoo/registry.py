@@ -30,22 +30,30 @@ def list_models() -> list[str]:
     return sorted(_BUILDERS)
 
 
-def create(name: str, **kwargs: Any) -> nn.Module:
-    """Build a network of Bayesian layers, untrained.
+def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build a network of Bayesian layers, untrained or with ordinary weights as its means.
 
     Args:
-        name: One of `list_models()`.
-        kwargs: Arguments of its builder, plain values, so that a posterior can record them.
+        name: One of `list_models()`, or "torchvision:NAME", "timm:NAME", "smp:ARCHITECTURE/ENCODER".
+        pretrained: Load the library's ordinary weights, for a network of another library.
+        kwargs: Arguments of its builder, plain values, so that a posterior can record them; those of
+            `zoo.backbones.build` for a network of another library.
 
     Returns:
         The network; its `card` records name and arguments, its `likelihood` what outputs mean.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is unknown, or `pretrained` asks for weights that do not exist.
         TypeError: If the builder has no such argument.
     """
+    if ":" in name:
+        from zoo import backbones
+
+        return describe(*backbones.build(name, pretrained, **kwargs))
     if name not in _BUILDERS:
         raise ValueError(f"unknown model {name!r}.{near(name, _BUILDERS)} zoo.list_models() has them all.")
+    if pretrained:
+        raise ValueError(f"pretrained must be False for {name!r}: it has no ordinary weights. zoo.load has posteriors.")
     builder = _BUILDERS[name]
     known = inspect.signature(builder).parameters
     if unknown := [key for key in kwargs if key not in known]:
@@ -53,6 +61,21 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     model = builder(**kwargs)
     size = list(kwargs.get("input_size", known["input_size"].default))
     return describe(model, Card(name=name, builder=name, kwargs=kwargs, input_size=size))
+
+
+def rebuild(card: Card) -> nn.Module:
+    """Build the network that a card describes, whoever wrote the card: nothing is downloaded.
+
+    Args:
+        card: Card with the name of a builder.
+
+    Raises:
+        ValueError: If the builder or an argument is not what `create` takes.
+        TypeError: If the builder has no such argument.
+    """
+    if unknown := {"name", "pretrained"} & card.kwargs.keys():
+        raise ValueError(f"a card must not have the argument {min(unknown)!r}.")
+    return create(str(card.builder), **card.kwargs)
 
 
 def describe(model: nn.Module, card: Card) -> nn.Module:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from zoo.registry import card_of
 
+_CHANNELS = (1, 3, 4)  # grey, RGB, RGB with opacity
+
 
 def transforms(model: nn.Module) -> Callable[[Any], Tensor]:
     """Return a function from an image to the input of `model`: float in [0, 1], `(c, h, w)` at its size.
 
-    It takes a PIL image, a NumPy array or tensor `(h, w)`, `(h, w, c)` or `(c, h, w)`, bytes or
-    float, grey or RGB. Normalisation is the model's own.
+    It takes a PIL image of any mode, a NumPy array or tensor `(h, w)`, `(h, w, c)` or `(c, h, w)`,
+    of bytes, 16-bit integers, booleans or floats in [0, 1], grey or RGB; what is transparent becomes
+    white. Normalisation is the model's own.
 
     Args:
         model: A model that `zoo.create` or `zoo.load` returned, for images.
@@ -23,15 +27,61 @@ def transforms(model: nn.Module) -> Callable[[Any], Tensor]:
     from torchvision.transforms import v2
 
     size = card_of(model).input_size
-    if len(size) != 3:
-        raise ValueError(f"model must take images, got one for inputs of shape {tuple(size)}.")
-    convert = v2.Compose(
-        [
-            v2.ToImage(),
-            v2.Grayscale() if size[0] == 1 else v2.RGB(),
-            v2.Resize(size[1:], antialias=True),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.ToPureTensor(),
-        ]
-    )
-    return lambda image: convert(image).clamp(0, 1)
+    if len(size) != 3 or size[0] not in (1, 3):
+        raise ValueError(f"model must take grey or RGB images, got one for inputs of shape {tuple(size)}.")
+    colours = v2.Grayscale() if size[0] == 1 else v2.RGB()
+    convert = v2.Compose([colours, v2.Resize(size[1:], antialias=True)])
+    # Resizing averages, but its weights sum to 1 only within rounding.
+    return lambda image: convert(_opaque(_unit_floats(_pixels(image)))).clamp(0, 1)
+
+
+def _pixels(image: Any) -> Tensor:
+    """Return an image's values as they are, `(c, h, w)`."""
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        array = _pil_array(image)
+    elif isinstance(image, np.ndarray | Tensor):
+        array = image
+    else:
+        raise TypeError(f"image must be a PIL image, an array or a tensor, got {type(image).__name__}.")
+    shape = tuple(array.shape)
+    if len(shape) == 2 and min(shape) > 0:
+        return _tensor(array)[None]
+    # Where both ends could be channels, an array keeps them last, as pictures are stored, a tensor first.
+    first_dims = (0, 2) if isinstance(array, Tensor) else (2, 0)
+    for dim in first_dims if len(shape) == 3 and min(shape) > 0 else ():
+        if shape[dim] in _CHANNELS:
+            return _tensor(array) if dim == 0 else _tensor(array).permute(2, 0, 1)
+    raise ValueError(f"image must have the shape (h, w), (h, w, c) or (c, h, w) with 1, 3 or 4 channels, got {shape}.")
+
+
+def _tensor(array: np.ndarray | Tensor) -> Tensor:
+    return array if isinstance(array, Tensor) else torch.from_numpy(np.array(array))
+
+
+def _pil_array(image: Any) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16 bits, in any byte order
+        return np.array(image).clip(0, 2**16 - 1).astype(np.uint16)
+    if image.mode == "F":
+        return np.array(image)
+    if image.has_transparency_data:
+        return np.array(image.convert("RGBA"))
+    return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+
+
+def _unit_floats(x: Tensor) -> Tensor:
+    """Return values in [0, 1]: integers over the largest of their kind, bytes whatever type they are stored in."""
+    if x.is_complex():
+        raise TypeError(f"image must hold real values, got {x.dtype}.")
+    kind = 1.0 if x.is_floating_point() or x.dtype == torch.bool else 65535.0 if x.dtype == torch.uint16 else 255.0
+    values = x.double() / kind
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 1):  # NaN too
+        raise ValueError(f"image must hold values from 0 to {kind:.0f}, got {low * kind:.4g} to {high * kind:.4g}.")
+    return values.float()
+
+
+def _opaque(x: Tensor) -> Tensor:
+    """Return the image laid over white, where it has opacity as a fourth channel."""
+    return x[:3] * x[3:] + 1 - x[3:] if len(x) == 4 else x

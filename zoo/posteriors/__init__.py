@@ -1,15 +1,18 @@
-"""Trained posteriors: those bundled in this folder, one folder each, and those in folders of the user's."""
+"""Trained posteriors: bundled in this folder, one folder each, in folders of the user's, and on the Hub."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from torch import nn
 
-from bayeslayers.card import PosteriorError
-from bayeslayers.checkpoint import CONFIG, load_posterior, read_card
+from bayeslayers.card import Card, PosteriorError, model_card
+from bayeslayers.checkpoint import read_card, write_folder
 from bayeslayers.checks import near
-from zoo.registry import card_of, create, describe
+from bayeslayers.weights import CONFIG, README, WEIGHTS, member, open_weights
+from zoo import hub
+from zoo.sketch import build, build_checked
 
 BUNDLED = Path(__file__).parent
 
@@ -20,18 +23,24 @@ def list_posteriors() -> list[str]:
 
 
 def resolve(name: str | Path) -> Path:
-    """Return the folder of a posterior: a bundled name's, or the folder of that path.
+    """Return the folder of a posterior: a bundled name's, the folder of that path, or that of the Hub's cache.
+
+    Args:
+        name: A bundled name, a path, or "OWNER/REPO[@REVISION]" on the Hub, looked for in that order.
 
     Raises:
-        ValueError: If there is neither.
+        ValueError: If there is none.
+        OSError: If the Hub cannot be asked: PermissionError, ConnectionError.
     """
     if str(name) in list_posteriors():
         return BUNDLED / str(name)
     if Path(name).is_dir():
         return Path(name)
+    if isinstance(name, str) and hub.is_name(name):
+        return hub.fetch(name)
     raise ValueError(
-        f"unknown posterior {str(name)!r}: neither a bundled name nor a folder.{near(str(name), list_posteriors())} "
-        "zoo.list_posteriors() has the bundled ones."
+        f"unknown posterior {str(name)!r}: neither a bundled name nor a folder nor OWNER/REPO on the Hub."
+        f"{near(str(name), list_posteriors())} zoo.list_posteriors() has the bundled ones."
     )
 
 
@@ -39,7 +48,8 @@ def load(name: str | Path) -> nn.Module:
     """Build a posterior's network and load its means and precisions, in eval mode.
 
     Args:
-        name: A bundled name, as "lenet5-mnist", or the path of a folder that `save_posterior` wrote.
+        name: A bundled name, as "lenet5-mnist"; the path of a folder that `save_posterior` wrote; or
+            "OWNER/REPO[@REVISION]", a repository of the Hub, downloaded once and kept in its cache.
 
     Returns:
         The network. It takes images as `ToTensor` gives them, float in [0, 1], `(n, c, h, w)` at the
@@ -48,6 +58,7 @@ def load(name: str | Path) -> nn.Module:
     Raises:
         ValueError: If there is no such posterior.
         PosteriorError: If its files are missing, damaged or do not fit.
+        OSError: If the Hub cannot be asked: PermissionError, ConnectionError.
     """
     folder = resolve(name)
     card = read_card(folder)
@@ -56,13 +67,65 @@ def load(name: str | Path) -> nn.Module:
             f"{folder} must name its network's builder, got none. Build the network and call "
             "bayeslayers.load_posterior(folder, model)."
         )
-    try:
-        model = create(card.builder, **card.kwargs)
-        if card_of(model).input_size != card.input_size:
-            raise ValueError(f"input_size must be {card_of(model).input_size}, as its network's, got {card.input_size}.")
-        describe(model, card)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise PosteriorError(f"{folder / CONFIG} must describe a network of the zoo: {reason}") from None
-    load_posterior(folder, model)
+    source = str(folder / CONFIG)
+    with open_weights(folder, card.sha256) as weights:
+        model = build(card, source) if folder.parent == BUNDLED else build_checked(card, weights, source)
+        weights.fill(model)
     return model.eval()
+
+
+def publish(folder: str | Path, name: str, private: bool = False) -> str:
+    """Check a posterior and commit its three files to a repository of the Hub; return the commit's address.
+
+    The model card is written anew under the repository's name, unless its author has edited it.
+
+    Args:
+        folder: Folder that `save_posterior` wrote.
+        name: "OWNER/REPO", or "OWNER/REPO@BRANCH"; what is not there is made.
+        private: Make the repository private.
+
+    Raises:
+        PosteriorError: If the folder's files are missing, damaged or do not fit.
+        ValueError: If the name is no repository's, or it should be private and is public.
+        OSError: If the Hub refuses or does not answer: PermissionError, ConnectionError.
+    """
+    repository, _ = hub.parse(name)
+    folder = Path(folder)
+    card = read_card(folder)
+    contents = _contents(folder, card)
+    if card.builder is not None:
+        load(folder)
+    readme = member(folder, README).read_bytes() if (folder / README).is_file() else b""
+    if readme in (b"", model_card(card).encode()):
+        readme = model_card(dataclasses.replace(card, name=repository)).encode()
+    return hub.upload(contents | {README: readme}, name, f"Publish {card.name}", private)
+
+
+def download(name: str | Path, output: str | Path | None = None) -> Path:
+    """Fetch a posterior, check its files, and return their folder.
+
+    Args:
+        name: As for `load`.
+        output: Folder to make or replace; None for the Hub's cache, or where the posterior is.
+
+    Raises:
+        FileExistsError: If `output` holds anything but a posterior.
+        ValueError: As for `load`, PosteriorError among them.
+        OSError: As for `load`.
+    """
+    folder = resolve(name)
+    contents = _contents(folder, read_card(folder))
+    if output is None:
+        return folder
+    if (folder / README).is_file():
+        contents[README] = member(folder, README).read_bytes()
+    write_folder(Path(output).resolve(), contents)
+    return Path(output)
+
+
+def _contents(folder: Path, card: Card) -> dict[str, bytes]:
+    """Return the two files that make a posterior, every tensor checked."""
+    with open_weights(folder, card.sha256) as weights:
+        for tensor in weights.shapes:
+            weights.read(tensor)
+    return {file: member(folder, file).read_bytes() for file in (WEIGHTS, CONFIG)}

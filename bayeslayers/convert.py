@@ -1,0 +1,248 @@
+"""One-call conversion: an ordinary network to Bayesian layers, with its weights as means, and back."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from bayeslayers import layers
+from bayeslayers.checks import positive
+from bayeslayers.layers import DEFAULT_INIT_PRECISION, DEFAULT_PRIOR_PRECISION, POSTERIOR_SUFFIXES, BayesianLayer
+from bayeslayers.readers import readers_of, turn_off_fast_paths
+from bayeslayers.report import ConversionReport, Status, TensorEntry
+from bayeslayers.reroute import bayesian_subclass, obstacle
+from bayeslayers.selection import Selectors, select
+
+Network = TypeVar("Network", bound=nn.Module)
+
+_RULES: dict[type[nn.Module], type[BayesianLayer]] = {
+    nn.Linear: layers.BayesLinear,
+    nn.Conv1d: layers.BayesConv1d,
+    nn.Conv2d: layers.BayesConv2d,
+    nn.Conv3d: layers.BayesConv3d,
+    nn.ConvTranspose1d: layers.BayesConvTranspose1d,
+    nn.ConvTranspose2d: layers.BayesConvTranspose2d,
+    nn.ConvTranspose3d: layers.BayesConvTranspose3d,
+    nn.BatchNorm1d: layers.BayesBatchNorm1d,
+    nn.BatchNorm2d: layers.BayesBatchNorm2d,
+    nn.BatchNorm3d: layers.BayesBatchNorm3d,
+    nn.GroupNorm: layers.BayesGroupNorm,
+    nn.LayerNorm: layers.BayesLayerNorm,
+    layers.FilterResponseNorm2d: layers.BayesFilterResponseNorm2d,
+    nn.Embedding: layers.BayesEmbedding,
+}
+
+# Modules that compute with their parameters in one fused op, for which there is no curvature rule.
+_FUSED = (nn.MultiheadAttention, nn.RNNBase)
+
+
+def register_rule(ordinary: type[nn.Module], bayesian: type[BayesianLayer]) -> None:
+    """Let `to_bayesian` turn layers of one class, and of its subclasses, into those of another.
+
+    Args:
+        ordinary: Class of the ordinary layer.
+        bayesian: A `BayesianLayer` derived from it, with the same parameters `weight` and `bias`.
+
+    Raises:
+        TypeError: If `bayesian` is not derived from both `BayesianLayer` and `ordinary`.
+    """
+    if not (issubclass(bayesian, BayesianLayer) and issubclass(bayesian, ordinary)):
+        raise TypeError(
+            f"bayesian must be a BayesianLayer derived from {ordinary.__name__}, got {bayesian.__name__}: a converted "
+            "layer keeps its attributes and changes its class."
+        )
+    _RULES[ordinary] = bayesian
+
+
+def to_bayesian(
+    module: Network,
+    include: Selectors | None = None,
+    exclude: Selectors | None = None,
+    prior_precision: float = DEFAULT_PRIOR_PRECISION,
+    init_precision: float = DEFAULT_INIT_PRECISION,
+) -> tuple[Network, ConversionReport]:
+    """Return a copy of a network with Bayesian layers, and a report of every parameter tensor.
+
+    The weights become the means. All else stays: buffers, train or eval mode, dtype, device, hooks,
+    `requires_grad`; a layer used in two places is still one layer. What cannot be converted exactly
+    stays as it is, with the reason in the report; the optimisers train it too.
+
+    A selector is a name pattern as in a shell ("layer4*", "*.attn", "fc"), a class of modules
+    (`nn.BatchNorm2d`), a function such as `last_layer` or `norms`, or an iterable of selectors. It
+    selects modules with all that is inside them.
+
+    Args:
+        module: Ordinary network, left as it is.
+        include: What to convert; None for everything.
+        exclude: What to leave as it is.
+        prior_precision: Precision of every prior, > 0.
+        init_precision: Precision of the posterior at the start, > 0.
+
+    Raises:
+        ValueError: If a selector matches nothing or only a part of a layer, a precision is not
+            positive, a parameter has no shape yet, or nothing can be converted.
+
+    Example:
+        >>> from torch import nn
+        >>> import bayeslayers as bl
+        >>> ordinary = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2))
+        >>> net, report = bl.to_bayesian(ordinary)
+        >>> net[3], report.coverage
+        (BayesLinear(in_features=8, out_features=2, bias=True), 1.0)
+        >>> net, report = bl.to_bayesian(ordinary, exclude=bl.norms)
+        >>> report.totals
+        {'converted': 58, 'deterministic': 16, 'tied': 0}
+    """
+    positive("prior_precision", prior_precision)
+    positive("init_precision", init_precision)
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(f"module must know the shapes of its parameters, '{name}' has none. Run it once before.")
+    net = copy.deepcopy(module)
+    reasons = _reasons_against(net, include, exclude)
+    report = _report(net, reasons)
+    if not report.totals["converted"]:
+        found = "; ".join(f"'{entry.name}': {entry.reason}" for entry in report.entries[:3]) or "no parameters"
+        raise ValueError(f"module must have a layer that can become Bayesian, got none. {found}.")
+    for layer in list(net.modules()):
+        if layer not in reasons and _bayesian_class(type(layer)) is not None:
+            _convert(layer, prior_precision, init_precision)
+    turn_off_fast_paths(net)
+    return net, report
+
+
+def to_deterministic(net: Network) -> Network:
+    """Return the plain twin of a network: a copy with torch.nn layers, the posterior means as weights.
+
+    In eval mode its outputs are those of a plain call of `net`, bit for bit.
+
+    Args:
+        net: Network with Bayesian layers, left as it is.
+
+    Raises:
+        TypeError: If a Bayesian layer is of a class without a rule.
+    """
+    draws = {id(m.drawn): {} for m in net.modules() if isinstance(m, BayesianLayer)}
+    twin = copy.deepcopy(net, draws)  # also inside `sampled`, whose draws have no copies
+    ordinary = {bayesian: plain for plain, bayesian in _RULES.items()}
+    bayesian_layers = {name: m for name, m in twin.named_modules() if isinstance(m, BayesianLayer)}
+    layer: Any
+    for name, layer in bayesian_layers.items():
+        kind = getattr(layer, "ordinary", None) or ordinary.get(type(layer))
+        if kind is None:
+            raise TypeError(
+                f"layer '{name}' must be of a class with a rule, got {type(layer).__name__}. register_rule adds one."
+            )
+        for key in list(layer._buffers):
+            if key.endswith(POSTERIOR_SUFFIXES):
+                delattr(layer, key)
+        for key in BayesianLayer.__annotations__:  # what a Bayesian layer has besides
+            vars(layer).pop(key, None)
+        layer.__class__ = kind
+    return twin
+
+
+def _bayesian_class(kind: type[nn.Module]) -> type | None:
+    """Return the Bayesian version of a class of layers, None if it or its bases have no rule."""
+    if issubclass(kind, BayesianLayer):
+        return None
+    base = next((base for base in kind.__mro__ if base in _RULES), None)
+    if base is None or base is kind:
+        return _RULES.get(kind)
+    return bayesian_subclass(kind, base, _RULES[base])
+
+
+def _convert(layer: Any, prior_precision: float, init_precision: float) -> None:
+    """Change a layer's class, which keeps its tensors, hooks and places in the network, and add its posterior."""
+    kind: Any = _bayesian_class(type(layer))
+    layer.__class__ = kind
+    layer.drawn, layer.leaves = {}, None
+    for name, parameter in list(layer.named_parameters(recurse=False)):
+        values = (init_precision, kind.prior_means.get(name, 0.0), prior_precision)
+        for suffix, value, shape in zip(POSTERIOR_SUFFIXES, values, (parameter.shape, (), ()), strict=True):
+            layer.register_buffer(name + suffix, parameter.new_full(shape, value, requires_grad=False))
+
+
+def _reasons_against(net: nn.Module, include: Selectors | None, exclude: Selectors | None) -> dict[nn.Module, str]:
+    """Return the modules that own parameters and stay as they are, with the reason."""
+    included = None if include is None else select(net, include, "include", _is_layer)
+    excluded = set() if exclude is None else select(net, exclude, "exclude", _is_layer)
+    tied, readers = _tied(net), readers_of(net)
+    reasons = {}
+    for module in net.modules():
+        if isinstance(module, BayesianLayer) or not any(True for _ in module.parameters(recurse=False)):
+            continue
+        if module in excluded:
+            reasons[module] = "excluded"
+        elif included is not None and module not in included:
+            reasons[module] = "not included"
+        elif module in readers:
+            reasons[module] = f"{readers[module]} reads it past its layer, so that no draw of the layer would count"
+        elif any(parameter in tied for parameter in module.parameters(recurse=False)):
+            reasons[module] = "its layer has a tensor in common with another"
+        elif reason := _obstacle(module):
+            reasons[module] = reason
+    return reasons
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, BayesianLayer) or _bayesian_class(type(module)) is not None
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Return what is in the way of converting a module, None if nothing is."""
+    kind = type(module).__name__
+    own = {key for key, _ in module.named_parameters(recurse=False)}
+    bayesian = _bayesian_class(type(module))
+    if isinstance(module, _FUSED):
+        return f"{kind} computes with it in a fused op, for which there is no curvature rule"
+    if bayesian is None:
+        return f"a parameter of {kind} itself, for which there is no Bayesian layer"
+    if "weight" not in own:
+        return f"the weight of this {kind} is computed from other tensors"
+    if extra := own - {"weight", "bias"}:
+        return f"this {kind} has a parameter '{min(extra)}' too, for which there is no curvature rule"
+    if "forward" in vars(module):
+        return f"the forward of this {kind} was replaced"
+    for option in ("max_norm", "scale_grad_by_freq", "sparse") if isinstance(module, nn.Embedding) else ():
+        if getattr(module, option):
+            return f"{option} is on, which no posterior has a meaning for"
+    return obstacle(module, bayesian)
+
+
+def _tied(net: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Return the parameters that several modules own, with all of their names."""
+    names = defaultdict(list)
+    for path, module in net.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                names[parameter].append(f"{path}.{key}" if path else key)
+    return {parameter: several for parameter, several in names.items() if len(several) > 1}
+
+
+def _report(net: nn.Module, reasons: dict[nn.Module, str]) -> ConversionReport:
+    """Return the report of a network that is to be converted but for the modules with a reason."""
+    tied = _tied(net)
+    paths, owner = defaultdict(list), {}
+    for path, module in net.named_modules(remove_duplicate=False):
+        paths[module].append(path)
+        owner |= {parameter: module for parameter in module.parameters(recurse=False) if parameter not in owner}
+    entries = []
+    for name, parameter in net.named_parameters():
+        module = owner[parameter]
+        status: Status = "converted" if module not in reasons else "deterministic"
+        notes = [reasons[module]] if module in reasons else []
+        if parameter in tied:
+            status, notes = "tied", [f"one tensor of several names: {', '.join(tied[parameter])}"]
+        if status == "converted" and isinstance(module, BayesianLayer):
+            notes.append("was Bayesian before")
+        if status == "converted" and len(paths[module]) > 1:
+            notes.append(f"one layer in several places: {', '.join(paths[module])}")
+        if not parameter.requires_grad:
+            notes.append("frozen")
+        entries.append(TensorEntry(name, tuple(parameter.shape), parameter.numel(), status, "; ".join(notes)))
+    return ConversionReport(tuple(entries))

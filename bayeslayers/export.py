@@ -1,0 +1,160 @@
+"""A posterior for other runtimes: some of its draws, fixed, as one program with mean and uncertainties."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from bayeslayers.checks import at_least_one
+from bayeslayers.convert import to_deterministic
+from bayeslayers.likelihoods import Likelihood, likelihood_of
+from bayeslayers.sampling import Sampler, posterior
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+OUTPUTS = ("mean", "total", "aleatoric", "epistemic")
+_ONE_FILE_BYTES = 2**31 - 2**20  # what protobuf lets a file hold, less room for the graph
+
+
+class FixedDraws(nn.Module):
+    """The posterior predictive over draws made once: inputs `(n, *)` to a tuple of the parts in `OUTPUTS`.
+
+    Each draw is a network of torch.nn layers, in `networks`; what has no posterior they share. Memory
+    is `num_samples` times the drawn weights, a file as large.
+
+    Args:
+        model: Model with Bayesian layers, left as it is.
+        num_samples: Draws, >= 1.
+        likelihood: Meaning of the outputs; None takes `model.likelihood`, else `Categorical()`.
+        generator: Source of the draws, on the model's device; torch's default one if None. The draws
+            are those that `predict` makes of it, and so are the outputs, to rounding.
+
+    Raises:
+        ValueError: If no layer is Bayesian or `num_samples` < 1.
+        TypeError: If a Bayesian layer is of a class without a rule for its torch.nn layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_samples: int = 16,
+        likelihood: Likelihood | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        at_least_one("num_samples", num_samples)
+        sites = list(posterior(model))
+        if not sites:
+            raise ValueError("model must have Bayesian layers, got none: every draw would be the same.")
+        self.likelihood = likelihood or likelihood_of(model)
+        sampler = Sampler(sites, generator, frozen=True)
+        plain = to_deterministic(model)
+        plain.__dict__.pop("card", None)
+        drawn = {site.name for site in sites}
+        shared = {id(t): t for name, t in [*plain.named_parameters(), *plain.named_buffers()] if name not in drawn}
+        self.networks = nn.ModuleList()
+        with torch.no_grad():
+            for _ in range(num_samples):
+                network = copy.deepcopy(plain, dict(shared))
+                with sampler.draw():
+                    for site in sites:
+                        network.get_parameter(site.name).copy_(site.module.drawn[site.key])
+                self.networks.append(network)
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        draws = [self.likelihood.per_draw(network(x)) for network in self.networks]
+        means, noise = (torch.stack(column) for column in zip(*draws, strict=True))
+        mean, aleatoric = means.mean(0), noise.mean(0)
+        total, epistemic = self.likelihood.split(mean, (means - mean).square().mean(0), aleatoric)
+        return mean, total, aleatoric, epistemic
+
+
+def to_exported(
+    model: nn.Module,
+    example: Tensor,
+    num_samples: int = 16,
+    *,
+    likelihood: Likelihood | None = None,
+    generator: torch.Generator | None = None,
+) -> ExportedProgram:
+    """Return a `torch.export` program of fixed draws, for batches of any size.
+
+    Program and outputs are those of `FixedDraws`, which explains what it costs. `torch.export.save`
+    writes it; `.module()` runs it.
+
+    Args:
+        model: Model with Bayesian layers, left as it is.
+        example: A batch of inputs `(n, *)` such as the program will get; the sizes behind n are fixed.
+        num_samples: Draws, >= 1.
+        likelihood: Meaning of the outputs; None takes `model.likelihood`, else `Categorical()`.
+        generator: Source of the draws, on the model's device; torch's default one if None.
+
+    Raises:
+        ValueError: If no layer is Bayesian, `num_samples` < 1 or `example` is no batch.
+        TypeError: If a Bayesian layer is of a class without a rule for its torch.nn layer.
+    """
+    from torch.export import Dim, export  # slow to import
+
+    if not isinstance(example, Tensor) or example.dim() == 0 or len(example) == 0:
+        found = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+        raise ValueError(f"example must be a batch of one input or more, got {found}.")
+    draws = FixedDraws(model, num_samples, likelihood, generator)
+    # A size of 1 would be taken for a constant.
+    example = torch.cat([example, example]) if len(example) == 1 else example
+    return export(draws, (example,), dynamic_shapes=({0: Dim("n")},))
+
+
+def to_onnx(
+    model: nn.Module,
+    path: str | Path,
+    example: Tensor,
+    num_samples: int = 16,
+    *,
+    likelihood: Likelihood | None = None,
+    generator: torch.Generator | None = None,
+) -> Path:
+    """Write an ONNX file of fixed draws, for batches of any size; needs the extra `bayeslayers[onnx]`.
+
+    The input is "x", the outputs are those named in `OUTPUTS`. Weights beyond 2 GB go into a second
+    file `PATH.data` beside it.
+
+    Args:
+        model: Model with Bayesian layers, left as it is.
+        path: File to write.
+        example: As for `to_exported`.
+        num_samples: Draws, >= 1; the file holds the weights of each.
+        likelihood: As for `to_exported`.
+        generator: As for `to_exported`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: As for `to_exported`.
+        TypeError: As for `to_exported`.
+        ImportError: If onnx or onnxscript is not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"to_onnx needs onnx and onnxscript, got: {error}. pip install 'bayeslayers[onnx]'."
+        ) from None
+    exported = to_exported(model, example, num_samples, likelihood=likelihood, generator=generator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's and its libraries' own deprecations
+        program = torch.onnx.export(exported, input_names=["x"], output_names=list(OUTPUTS), dynamo=True, verbose=False)
+    assert program is not None
+    size = sum(t.numel() * t.element_size() for t in exported.state_dict.values())
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    program.save(str(path), external_data=size > _ONE_FILE_BYTES)
+    return path

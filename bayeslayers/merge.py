@@ -1,0 +1,176 @@
+"""Several posteriors in one, and a posterior that becomes the prior of what is learned next."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from bayeslayers import gaussian
+from bayeslayers.layers import BayesianLayer
+from bayeslayers.sampling import Site, posterior
+
+
+def merge(posteriors: Sequence[nn.Module], method: Literal["product", "average"] = "product") -> nn.Module:
+    """Return one model whose posterior combines those of several models of equal architecture.
+
+    "product" is for posteriors from separate shards of data under one prior: each of the K holds the
+    prior once, so it is divided out K - 1 times, and the result is the posterior given all shards,
+    exactly where the likelihood is Gaussian in the weights with a diagonal precision
+    (`gaussian.product`). "average" is for posteriors that stand for the same data: the Gaussian with
+    mean and variance of their uniform mixture (`gaussian.mixture`).
+
+    Weights are combined entry by entry, which makes sense only for networks whose units correspond:
+    those trained from common weights. What has no posterior is averaged: parameters that are not
+    Bayesian by their mean, and the statistics of BatchNorm by mean and variance of their mixture. The
+    product's are then right for shards of equal size. Other buffers must be equal.
+
+    Args:
+        posteriors: Models, left as they are; all on any device, the result on that of the first.
+        method: "product" or "average".
+
+    Returns:
+        A new model, in the mode of the first. A card keeps what describes the network, and no figures.
+
+    Raises:
+        TypeError: If there is no model, or something that is none.
+        ValueError: If the method is unknown, the models differ in architecture, prior or fixed
+            buffers, or the product has a precision that is not positive, as where a posterior is less
+            certain than the prior.
+
+    Example:
+        >>> import torch, bayeslayers as bl
+        >>> layers = [bl.BayesLinear(2, 1, prior_precision=1.0, init_precision=3.0) for _ in range(2)]
+        >>> float(bl.merge(layers).bias_precision)  # 3 + 3 - 1
+        5.0
+    """
+    models = list(posteriors)
+    if not models or not all(isinstance(model, nn.Module) for model in models):
+        found = ", ".join(type(model).__name__ for model in models) or "none"
+        raise TypeError(f"posteriors must be one model or more, got {found}.")
+    if method not in ("product", "average"):
+        raise ValueError(f"method must be 'product' or 'average', got {method!r}.")
+    sites = [{site.name: site for site in posterior(model)} for model in models]
+    if not sites[0]:
+        raise ValueError("posteriors must have Bayesian layers, got none. bl.to_bayesian converts a network.")
+    _check_architecture(models)
+    merged = copy.deepcopy(models[0], {id(m.drawn): {} for m in models[0].modules() if isinstance(m, BayesianLayer)})
+    own = {name for of_site in map(_names, sites[0].values()) for name in of_site}
+    with torch.no_grad():
+        for site in posterior(merged):
+            _merge_site(site, [each[site.name] for each in sites], method)
+        _merge_others(merged, models, own)
+    if dataclasses.is_dataclass(card := getattr(merged, "card", None)):
+        merged.__dict__["card"] = _merged_card(card, models, method)
+    return merged
+
+
+def posterior_to_prior(model: nn.Module) -> None:
+    """Make the posterior of every Bayesian layer its prior, in place, for the data that comes next.
+
+    Prior mean and precision become tensors of the weights' shape, so that KL(posterior || prior) is 0.
+    The next task's loss then counts from what the tasks before have taught.
+
+    Source: Nguyen et al. 2018 (arXiv 1710.10628), variational continual learning, Eq. 2.
+
+    Args:
+        model: Model with Bayesian layers; optimisers that already exist see the new prior.
+
+    Raises:
+        ValueError: If no layer is Bayesian.
+    """
+    sites = list(posterior(model))
+    if not sites:
+        raise ValueError("model must have Bayesian layers, got none. bl.to_bayesian converts a network.")
+    for site in sites:
+        setattr(site.module, f"{site.key}_prior_mean", site.mean.detach().clone())
+        setattr(site.module, f"{site.key}_prior_precision", site.precision.clone())
+
+
+def _names(site: Site) -> tuple[str, ...]:
+    return (site.name, *(f"{site.name}_{part}" for part in ("precision", "prior_mean", "prior_precision")))
+
+
+def _check_architecture(models: Sequence[nn.Module]) -> None:
+    """Refuse models whose tensors differ in name or shape from the first's; priors may be scalars or tensors."""
+    first = models[0].state_dict()
+    for number, model in enumerate(models[1:], start=1):
+        other = model.state_dict()
+        if odd := sorted(first.keys() ^ other.keys()):
+            raise ValueError(
+                f"posteriors must be of one architecture, got tensor '{odd[0]}' in only one of 0 and {number}."
+            )
+        for name, tensor in first.items():
+            if tensor.shape != other[name].shape and "_prior_" not in name:
+                raise ValueError(
+                    f"posteriors must be of one architecture, got '{name}' of shape {tuple(tensor.shape)} in "
+                    f"posterior 0 and {tuple(other[name].shape)} in posterior {number}."
+                )
+
+
+def _merge_site(merged: Site, sites: Sequence[Site], method: str) -> None:
+    """Write the combination of one tensor's posteriors to `merged`, computed in float64."""
+    prior_mean, prior_precision = (_wide(tensor) for tensor in (sites[0].prior_mean, sites[0].prior_precision))
+    for number, site in enumerate(sites[1:], start=1):
+        for part, expected in (("prior_mean", prior_mean), ("prior_precision", prior_precision)):
+            if not torch.allclose(_wide(getattr(site, part)), expected, rtol=1e-6, atol=0):
+                raise ValueError(
+                    f"posteriors must have one prior, got another {part} of '{site.name}' in posterior {number}."
+                )
+    means = torch.stack([_wide(site.mean) for site in sites])
+    precisions = torch.stack([_wide(site.precision) for site in sites])
+    if method == "product":
+        mean, precision = gaussian.product(means, precisions, prior_mean, prior_precision)
+    else:
+        mean, precision = gaussian.mixture(means, precisions)
+    if not (precision > 0).all():
+        raise ValueError(
+            f"the product's precision must be > 0, got {float(precision.min()):.4g} in '{merged.name}': there the "
+            "posteriors are less certain than their prior. Use method='average'."
+        )
+    merged.mean.copy_(mean)
+    merged.precision.copy_(precision)
+
+
+def _merge_others(merged: nn.Module, models: Sequence[nn.Module], own: set[str]) -> None:
+    """Write the combination of what has no posterior: statistics, deterministic parameters, fixed buffers."""
+    states = [model.state_dict() for model in models]
+    target = merged.state_dict()
+    parameters = {name for name, _ in merged.named_parameters()}
+    for path, module in merged.named_modules():
+        if isinstance(module, _NormBase) and module.running_mean is not None and module.running_var is not None:
+            mean, variance, count = (
+                f"{path}.{key}" if path else key for key in ("running_mean", "running_var", "num_batches_tracked")
+            )
+            variances = torch.stack([_wide(state[variance]) for state in states])
+            pooled, precision = gaussian.mixture(torch.stack([_wide(state[mean]) for state in states]), 1 / variances)
+            target[mean].copy_(pooled)
+            target[variance].copy_(1 / precision)
+            if count in target:
+                target[count].copy_(sum(state[count].cpu() for state in states))
+            own = own | {mean, variance, count}
+    for name in target.keys() - own:
+        values = torch.stack([_wide(state[name]) for state in states])
+        if name in parameters:
+            target[name].copy_(values.mean(0))
+        elif not (values == values[0]).all():
+            raise ValueError(f"posteriors must agree in buffer '{name}', which has no posterior, got others.")
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64 on the CPU: sums of precisions cancel, and not every device has float64."""
+    return tensor.detach().cpu().double()
+
+
+def _merged_card(card: object, models: Sequence[nn.Module], method: str) -> object:
+    names = ", ".join(str(getattr(getattr(model, "card", None), "name", "a model")) for model in models)
+    kept = ("builder", "kwargs", "likelihood", "class_names", "input_size", "dataset")
+    blank = type(card)()
+    return dataclasses.replace(
+        blank, **{key: getattr(card, key) for key in kept}, notes=f"Merged from {names} by {method}."
+    )

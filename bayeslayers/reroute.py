@@ -1,0 +1,273 @@
+"""Bayesian versions of subclasses of the torch.nn layers: their own forward, its one op rerouted to the posterior.
+
+A subclass (timm's `BatchNormAct2d`, say) overrides `forward`, so the Bayesian layer of its base would
+compute something else. Its forward is therefore run as it is, under a mode that sees every torch
+function it calls: the layer's weight and bias become the scope's draw, and the op that takes them
+(`F.conv2d`, `F.layer_norm`, ...) the op with a curvature rule. A use of the weight in any other op has
+no exact curvature, and is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.utils import _ntuple
+from torch.overrides import TorchFunctionMode
+
+from bayeslayers import curvature
+from bayeslayers.curvature.accumulate import Leaves, tally
+from bayeslayers.curvature.conv import Settings
+from bayeslayers.layers import BayesianLayer
+
+_KEYS = ("weight", "bias")
+
+
+class CurvatureError(RuntimeError):
+    """A layer's own forward uses its weight where no curvature rule applies."""
+
+
+@functools.cache
+def bayesian_subclass(ordinary: type[nn.Module], base: type[nn.Module], bayesian: type[BayesianLayer]) -> type:
+    """Return the Bayesian version of a subclass of a layer, the same class each time.
+
+    Args:
+        ordinary: The subclass.
+        base: The layer that it is derived from.
+        bayesian: The Bayesian version of `base`.
+    """
+    computes_as_base = all(
+        getattr(ordinary, method, None) is getattr(base, method, None) for method in ("forward", "_conv_forward")
+    )
+    members = {
+        "ordinary": ordinary,
+        "origin": (ordinary, base, bayesian),
+        "prior_means": bayesian.prior_means,
+        "__reduce_ex__": _reduce,
+        "__module__": __name__,
+        "__doc__": f"`{ordinary.__name__}` with a Gaussian posterior.",
+    }
+    bases = (ordinary, bayesian) if computes_as_base else (ReroutedLayer, ordinary)
+    return type(f"Bayes{ordinary.__name__}", bases, members)
+
+
+def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
+    """Pickle and copy a layer by the classes its own is made from, for its own cannot be imported."""
+    _, _, *state = object.__reduce_ex__(self, protocol)
+    return (_blank, type(self).origin, *state)
+
+
+def _blank(*origin: Any) -> nn.Module:
+    kind: Any = bayesian_subclass(*origin)
+    return kind.__new__(kind)
+
+
+class ReroutedLayer(BayesianLayer):
+    """A Bayesian layer that computes with the forward of the ordinary class it is derived from."""
+
+    ordinary: ClassVar[type[nn.Module]]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.drawn and self.active_leaves() is None:
+            return super().forward(*args, **kwargs)
+        with _Reroute(self):
+            return super().forward(*args, **kwargs)
+
+
+class _Reroute(TorchFunctionMode):
+    """Gives the functions that one forward of one layer calls its drawn weights, and fills its leaves.
+
+    Attributes:
+        examples: Size of dimension 0 of the input of each op that a curvature rule took.
+    """
+
+    def __init__(self, layer: BayesianLayer):
+        super().__init__()
+        self.name = type(layer).__name__.removeprefix("Bayes")
+        means = {key: getattr(layer, key, None) for key in _KEYS}
+        self.values = {key: layer.drawn.get(key, means[key]) for key in _KEYS}
+        self.drawn = {id(means[key]): self.values[key] for key in _KEYS if means[key] is not None}
+        self.leaves = layer.active_leaves()
+        self.examples: list[int] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = self._draw(args), self._draw(kwargs or {})
+        if self.leaves is None:
+            return func(*args, **kwargs)
+        if rule := _RULES.get(func):
+            output = rule(self, *args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        output = func(*args, **kwargs)
+        self._refuse_other_use(func, (args, kwargs), output)
+        return output
+
+    def _draw(self, value: Any) -> Any:
+        """Return a function's arguments with the means replaced by the draw."""
+        if isinstance(value, Tensor):
+            return self.drawn.get(id(value), value)
+        if isinstance(value, tuple | list):
+            return type(value)(map(self._draw, value)) if type(value) in (tuple, list) else value
+        return {key: self._draw(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    def _refuse_other_use(self, func: Any, arguments: Any, output: Any) -> None:
+        outputs = [x for x in _tensors(output) if x.requires_grad]
+        for key, value in self.values.items():
+            if value is None or not value.requires_grad or not outputs or any(x is value for x in outputs):
+                continue
+            if any(x is value for x in _tensors(arguments)):
+                name = getattr(func, "__name__", str(func))
+                raise CurvatureError(
+                    f"the forward of {self.name} uses its {key} in {name!r}, for which there is no curvature rule"
+                )
+
+    def leaves_of(self, examples: int, weight: Tensor | None, bias: Tensor | None) -> Leaves | None:
+        """Return the leaves that an op with this weight and bias fills, None if they are not the layer's."""
+        if self.leaves is None or weight is None or weight is not self.values["weight"]:
+            return None
+        if bias is not None and bias is not self.values["bias"]:
+            return None
+        self.examples.append(examples)
+        return self.leaves if bias is not None else self.leaves._replace(bias=None)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+# One rule per torch function, with its signature.
+
+
+def _linear(own: _Reroute, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    leaves = own.leaves_of(len(input), weight, bias)
+    return NotImplemented if leaves is None else curvature.linear(input, weight, bias, leaves)
+
+
+def _convolution(own, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    leaves = own.leaves_of(len(input), weight, bias)
+    if leaves is None:
+        return NotImplemented
+    each = _ntuple(weight.dim() - 2)
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(each(dilation), weight.shape[2:], strict=True)]
+        input = F.pad(input, [side for total in reversed(totals) for side in (total // 2, total - total // 2)])
+    numbers = each(0 if isinstance(padding, str) else padding)
+    settings = Settings(each(stride), numbers, each(dilation), False, each(0), groups)
+    return curvature.convolution(input, weight, bias, leaves, settings)
+
+
+def _transposed(own, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+    leaves = own.leaves_of(len(input), weight, bias)
+    if leaves is None:
+        return NotImplemented
+    each = _ntuple(weight.dim() - 2)
+    settings = Settings(each(stride), each(padding), each(dilation), True, each(output_padding), groups)
+    return curvature.convolution(input, weight, bias, leaves, settings)
+
+
+def _batch_norm(own, input, running_mean, running_var, weight=None, bias=None, *args, **kwargs):
+    def normalise() -> Tensor:
+        return F.batch_norm(input, running_mean, running_var, None, None, *args, **kwargs)
+
+    return _affine(own, normalise, input, weight, bias, range(2, input.dim()))
+
+
+def _group_norm(own, input, num_groups, weight=None, bias=None, eps=1e-5):
+    normalise = functools.partial(F.group_norm, input, num_groups, None, None, eps)
+    return _affine(own, normalise, input, weight, bias, range(2, input.dim()))
+
+
+def _layer_norm(own, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    if input.dim() == len(normalized_shape):  # a single example, without its dimension
+        return NotImplemented
+    normalise = functools.partial(F.layer_norm, input, normalized_shape, None, None, eps)
+    return _affine(own, normalise, input, weight, bias, range(1, input.dim() - len(normalized_shape)))
+
+
+def _affine(own: _Reroute, normalise: Callable[[], Tensor], input: Tensor, weight: Any, bias: Any, positions: range):
+    leaves = own.leaves_of(len(input), weight, bias)
+    if leaves is None:
+        return NotImplemented
+    return curvature.affine(normalise(), weight, bias, leaves, tuple(positions))
+
+
+def _embedding(own, input, weight, padding_idx=None, *args, **kwargs):
+    leaves = own.leaves_of(len(input), weight, None)
+    return NotImplemented if leaves is None else curvature.embedding(input, weight, padding_idx, leaves)
+
+
+_RULES: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _transposed),
+    F.batch_norm: _batch_norm,
+    F.group_norm: _group_norm,
+    F.layer_norm: _layer_norm,
+    F.embedding: _embedding,
+}
+
+
+def obstacle(layer: nn.Module, kind: type) -> str | None:
+    """Return why a layer cannot become a rerouted `kind`, None if it can: its forward is tried.
+
+    The forward of a copy runs on small inputs of several shapes, as it would under `tracked`; the
+    first shape that it accepts decides. It must use the weight once, in an op that has a curvature
+    rule, with the examples in dimension 0.
+    """
+    if not issubclass(kind, ReroutedLayer):
+        return None
+    failure: Exception | None = None
+    for x in _trial_inputs(layer):
+        try:
+            examples = _examples_of_ops(layer, kind, x)
+        except CurvatureError as error:
+            return str(error)
+        except Exception as error:  # a shape that this forward does not take, or whatever else it raises
+            failure = failure or error
+            continue
+        if examples == [len(x)]:
+            return None
+        if len(examples) == 1:
+            return "its own forward folds other dimensions into that of the examples"
+        return f"its own forward uses the weight in {len(examples)} ops, one is expected"
+    return f"its own forward could not be tried: {failure}"
+
+
+def _examples_of_ops(layer: nn.Module, kind: Any, x: Tensor) -> list[int]:
+    """Return the size of dimension 0 in each op that a curvature rule takes when a `kind` of the layer runs.
+
+    It runs in eval mode on the CPU, on a copy whose tensors are filled with ones.
+    """
+    memo: dict[int, Any] = {id(buffer): torch.ones_like(buffer, device="cpu") for buffer in layer.buffers()}
+    memo |= {id(p): nn.Parameter(torch.ones_like(p, device="cpu")) for p in layer.parameters()}
+    registered = {key: copy.deepcopy(vars(layer)[key], memo) for key in ("_parameters", "_buffers", "_modules")}
+    twin: Any = kind.__new__(kind)
+    vars(twin).update(vars(layer), **registered)
+    twin.eval()
+    twin.drawn, twin.leaves = {}, Leaves(twin.weight, getattr(twin, "bias", None), tally(0))
+    with torch.device("cpu"), torch.enable_grad(), (own := _Reroute(twin)):
+        kind.ordinary.forward(twin, x)
+    return own.examples
+
+
+def _trial_inputs(layer: Any, examples: int = 3) -> Iterator[Tensor]:
+    """Yield inputs of the shapes that a layer of this kind may take, channels first and last."""
+    if isinstance(layer, nn.Embedding):
+        yield torch.zeros(examples, 4, dtype=torch.long, device="cpu")
+        return
+    sizes = ("in_features", "in_channels", "num_features", "num_channels", "normalized_shape")
+    features = next((getattr(layer, size) for size in sizes if hasattr(layer, size)), layer.weight.shape[0])
+    features = tuple(features) if isinstance(features, tuple | list) else (features,)
+    side = 2 * max(layer.weight.shape[2:], default=2) * max(getattr(layer, "dilation", (1,)))
+    for dims in (2, 1, 0, 3):
+        for shape in ((*features, *[side] * dims), (*[side] * dims, *features)):
+            yield torch.ones(examples, *shape, dtype=layer.weight.dtype, device="cpu", requires_grad=True)

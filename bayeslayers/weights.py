@@ -1,0 +1,142 @@
+"""The weight file of a posterior, read with distrust: what does not fit a network is refused before it is held."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from bayeslayers.card import PosteriorError
+from bayeslayers.sampling import posterior
+
+WEIGHTS, CONFIG, README = "model.safetensors", "config.json", "README.md"
+_HEADER_BYTES = 4 * 2**20  # names and shapes of some 30,000 tensors
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def member(folder: str | Path, name: str) -> Path:
+    """Return the path of a file of a posterior's folder.
+
+    Raises:
+        PosteriorError: If there is none, or it is a link that leaves the folder. The links of a snapshot in
+            the Hub's cache, to the `blobs` of its repository, are the exception.
+    """
+    path = Path(folder) / name
+    if not path.is_file():
+        raise PosteriorError(f"{folder} must hold a posterior, got no {name} in it.")
+    home, target = Path(folder).resolve(), path.resolve()
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
+        raise PosteriorError(f"{path} must be a file of its folder, got a link that leaves it.")
+    return path
+
+
+class Weights:
+    """An open weight file: its header is known, its tensors are read one by one.
+
+    Args:
+        path: Its path, for messages.
+        file: The safetensors file.
+    """
+
+    def __init__(self, path: Path, file: safe_open):
+        self.path = path
+        self._file = file
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        self.dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
+
+    def check_shapes(self, model: nn.Module) -> None:
+        """Check names, shapes and kinds of the tensors against a model's, which may be on the meta device.
+
+        Raises:
+            PosteriorError: If a tensor is missing, unknown, of another shape or kind.
+        """
+        own = model.state_dict()
+        if missing := sorted(own.keys() - self.shapes.keys()):
+            raise PosteriorError(
+                f"{self.path} must hold tensor '{missing[0]}', got none of that name ({len(missing)} missing)."
+            )
+        if unknown := sorted(self.shapes.keys() - own.keys()):
+            raise PosteriorError(
+                f"{self.path} must hold the model's tensors, got '{unknown[0]}' ({len(unknown)} unknown)."
+            )
+        means = {site.name: tuple(site.mean.shape) for site in posterior(model)}
+        for name, expected in own.items():
+            # A prior may be one number in the file and a tensor in the model, or the other way round.
+            prior_of = name.rpartition("_prior_")[0] if "_prior_" in name else None
+            shapes = {tuple(expected.shape)} | ({(), means[prior_of]} if prior_of in means else set())
+            if self.shapes[name] not in shapes or not self._fits(name, expected):
+                raise PosteriorError(
+                    f"{self.path}: tensor '{name}' must be {expected.dtype} of shape {tuple(expected.shape)}, got "
+                    f"{self.dtypes[name]} of shape {self.shapes[name]}."
+                )
+
+    def _fits(self, name: str, expected: Tensor) -> bool:
+        """Whether a tensor is of the expected kind; floating-point numbers may be of another precision."""
+        dtype = self.dtypes[name]
+        if expected.is_floating_point():
+            return dtype in _FLOATS
+        return not expected.is_complex() and dtype not in _FLOATS and dtype[0] in "IUB"
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a tensor, its values checked as a model of that dtype will hold them.
+
+        Raises:
+            PosteriorError: If a value is not finite, or a precision is not positive.
+        """
+        tensor = self._file.get_tensor(name)
+        tensor = tensor if dtype is None else tensor.to(dtype)
+        check_values(name, tensor, str(self.path))
+        return tensor
+
+    def fill(self, model: nn.Module) -> None:
+        """Load the tensors into a model, all or none.
+
+        Raises:
+            PosteriorError: As `check_shapes` and `read` do.
+        """
+        self.check_shapes(model)
+        model.load_state_dict({name: self.read(name, own.dtype) for name, own in model.state_dict().items()})
+
+
+@contextmanager
+def open_weights(folder: str | Path, sha256: str) -> Iterator[Weights]:
+    """Open the weight file of a posterior's folder, once its hash has been found to be the card's.
+
+    Raises:
+        PosteriorError: If the file is missing, has another hash, or is no safetensors file.
+    """
+    path = member(folder, WEIGHTS)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        file.seek(0)
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    if digest.hexdigest() != sha256:
+        raise PosteriorError(f"{path} must have the sha256 that {CONFIG} names, got another: it is damaged or changed.")
+    if header > _HEADER_BYTES:
+        raise PosteriorError(f"{path} must be a safetensors file with a header of at most {_HEADER_BYTES} bytes.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield Weights(path, file)
+    except SafetensorError as error:
+        raise PosteriorError(f"{path} must be a safetensors file, got one that is not: {error}.") from None
+
+
+def check_values(name: str, tensor: Tensor, source: str) -> None:
+    """Check that the values are finite, and those of a precision > 0.
+
+    Raises:
+        PosteriorError: If they are not.
+    """
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise PosteriorError(f"{source}: tensor '{name}' must be finite, got NaN or infinite values.")
+    if name.endswith("_precision") and not (tensor > 0).all():
+        raise PosteriorError(f"{source}: precision '{name}' must be > 0, got {float(tensor.min()):.4g}.")

@@ -1,0 +1,271 @@
+"""Whether a posterior does what its card says: figures measured anew beside the claimed ones.
+
+A figure is an average over draws, so another seed or another release of torch gives another value. How
+far apart two measurements may be is estimated by the bootstrap over draws (Efron 1979). Whole draws
+are resampled, in blocks, for one draw moves all examples at once. Figures without draws, at the
+posterior means, must agree to rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import bayeslayers as bl
+import zoo
+from bayeslayers.checks import near
+from bayeslayers.metrics import classification_metrics, ood_auroc
+from bayeslayers.predict import Prediction, predict
+from recipes.data import NAMES, Split, load_split
+
+SLICES = Path(__file__).parent / "assets" / "slices"
+BLOCKS, RESAMPLES = 16, 64  # blocks of draws, and bootstrap samples of them
+DEVIATIONS = 6.0  # tolerated standard deviations: 1 figure in 40,000 by chance, by Student's t of 15 degrees
+MAX_SAMPLES = 10_000  # a card is not to be trusted with the time of whoever verifies it
+_SETTINGS = ("test_examples", "num_samples", "seed")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claimed figure beside the measured one, which is None for a figure that `verify` does not know."""
+
+    posterior: str
+    data: str
+    figure: str
+    claimed: float
+    measured: float | None
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether they agree."""
+        return self.measured is not None and abs(self.claimed - self.measured) <= self.tolerance
+
+
+def verify(name: str | Path, data_root: str | Path | None = None, seed: int | None = None) -> list[Check]:
+    """Measure a posterior anew, and compare each figure with its card's.
+
+    A card with `verification` is checked on the bundled slice. The card's `metrics` are checked on the
+    whole test split where `data_root` is given, or there is no `verification`.
+
+    Args:
+        name: A posterior, as for `zoo.load`.
+        data_root: Folder of data, as for `load_split`.
+        seed: Of the draws; None for the card's.
+
+    Raises:
+        ValueError: If there is no such posterior, its files are bad, it is none of classes, its data
+            is none that can be loaded, or its card claims nothing.
+    """
+    model = zoo.load(name)
+    card = zoo.card_of(model)
+    if not (card.verification or card.metrics):
+        raise ValueError(f"card of {card.name!r} must claim figures, got none.")
+    checks = []
+    if card.verification:
+        known, strangers = load_slice(_dataset(card)), {ood: load_slice(ood) for ood in _strangers(card.verification)}
+        checks += compare(model, card.verification, known, strangers, f"{_dataset(card)} slice", seed)
+    if data_root is not None or not card.verification:
+        known = load_split(_dataset(card), data_root, train=False)
+        strangers = {ood: load_split(ood, data_root, train=False) for ood in _strangers(card.metrics)}
+        checks += compare(model, card.metrics, known, strangers, _dataset(card), seed)
+    return checks
+
+
+def record(name: str | Path) -> bl.Card:
+    """Measure a posterior on the bundled slices, and write the figures to its folder as its `verification`.
+
+    Args:
+        name: A posterior, as for `zoo.load`, whose folder is rewritten. Its card's metrics say how many
+            draws and which strangers.
+
+    Raises:
+        ValueError: If there is no such posterior, its files are bad, or its data has no slice.
+    """
+    folder = zoo.resolve(name)
+    model = zoo.load(folder)
+    card = zoo.card_of(model)
+    known = load_slice(_dataset(card))
+    strangers = {ood: load_slice(ood) for ood in _strangers(card.metrics)}
+    num_samples, seed = _settings(card.metrics, None)
+    values, _ = measure(model, known, strangers, num_samples, seed)
+    settings = {"test_examples": len(known), "num_samples": num_samples, "seed": seed}
+    figures = {key: round(value, 5) for key, value in values.items()}
+    return bl.save_posterior(model, folder, name=card.name, verification=figures | settings)
+
+
+def compare(
+    model: nn.Module,
+    claimed: Mapping[str, float],
+    known: Split,
+    strangers: Mapping[str, Split],
+    data: str,
+    seed: int | None = None,
+) -> list[Check]:
+    """Return a check of every claimed figure.
+
+    Two measurements differ by sqrt(2) of the standard error of one. Where the claim was measured on
+    another number of examples, those count as a part of these or the other way round, and the
+    difference of such means is allowed for.
+
+    Args:
+        model: A posterior of the zoo.
+        claimed: Figures, with `num_samples`, `seed` and `test_examples` of the claim.
+        known: Examples to measure on.
+        strangers: Examples of other data sets.
+        data: Name of the examples.
+        seed: Of the draws; None for the claim's.
+    """
+    values, errors = measure(model, known, strangers, *_settings(claimed, seed), of=int(claimed.get(_SETTINGS[0], 0)))
+    name, checks = zoo.card_of(model).name, []
+    for figure, claim in claimed.items():
+        if figure in _SETTINGS:
+            continue
+        rounding = 1e-5 + 1e-4 * abs(claim) + (2 / len(known) if figure == "accuracy" else 0)
+        tolerance = max(DEVIATIONS * errors.get(figure, 0.0), rounding)
+        checks.append(Check(name, data, figure, float(claim), values.get(figure), tolerance))
+    return checks
+
+
+def measure(
+    model: nn.Module, known: Split, strangers: Mapping[str, Split], num_samples: int, seed: int, of: int = 0
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return figures, and the standard deviation of the difference to another measurement of each.
+
+    Args:
+        model: A posterior of classes.
+        known: Examples of its data set.
+        strangers: Examples of others, by name.
+        num_samples: Draws, >= 2.
+        seed: Of the draws.
+        of: Number of examples of the other measurement; 0 for these examples.
+    """
+    splits = {"": known, **strangers}
+    draws = {name: _draw_blocks(model, split, num_samples, seed) for name, split in splits.items()}
+    counts = torch.tensor([block.num_samples for block in draws[""]], dtype=torch.float64)
+    parts = {name: _pool(blocks, counts) for name, blocks in draws.items()}
+    generator = torch.Generator().manual_seed(0)  # of the bootstrap: the same tolerance each time
+    resampled = []
+    for _ in range(RESAMPLES):
+        repeats = torch.randint(len(counts), counts.shape, generator=generator).bincount(minlength=len(counts))
+        resampled.append(_figures({name: _pool(b, counts * repeats) for name, b in draws.items()}, known.labels))
+    # Two measurements differ; and n resampled blocks spread (n - 1) / n as much as n new ones.
+    correction = 2 * len(counts) / (len(counts) - 1)
+    variance = {key: correction * spread for key, spread in _variances(resampled).items()}
+    if of not in (0, len(known)):
+        resampled = []
+        for _ in range(RESAMPLES):
+            index = {name: torch.randint(len(s), (len(s),), generator=generator) for name, s in splits.items()}
+            chosen = {name: _select(part, index[name]) for name, part in parts.items()}
+            resampled.append(_figures(chosen, known.labels[index[""]]))
+        variance = {key: v + abs(len(known) / of - 1) * _variances(resampled)[key] for key, v in variance.items()}
+    means = {name: predict(model, split.inputs(slice(None)), method="mean", batch_size=1000) for name, split in splits.items()}
+    exact = {
+        "nll_at_means": classification_metrics(means[""], known.labels)["nll"],
+        **{f"total{_suffix(name)}_at_means": float(part.total.double().mean()) for name, part in means.items()},
+        "kl": float(bl.kl_divergence(model).detach()),
+    }
+    return _figures(parts, known.labels) | exact, {key: math.sqrt(value) for key, value in variance.items()}
+
+
+def _draw_blocks(model: nn.Module, split: Split, num_samples: int, seed: int) -> list[Prediction]:
+    """Return predictions by blocks of draws, which together are those of one `predict`."""
+    generator = torch.Generator().manual_seed(seed)
+    number = min(BLOCKS, num_samples)
+    sizes = [num_samples // number + (block < num_samples % number) for block in range(number)]
+    x = split.inputs(slice(None))
+    return [predict(model, x, size, batch_size=1000, generator=generator) for size in sizes]
+
+
+def _pool(blocks: Sequence[Prediction], counts: Tensor) -> Prediction:
+    """Return the prediction over all blocks of draws, each counted that often."""
+    weights = counts / counts.sum()
+    mean, aleatoric = (
+        torch.tensordot(weights, torch.stack([getattr(block, part) for block in blocks]).double(), 1)
+        for part in ("mean", "aleatoric")
+    )
+    total, epistemic = blocks[0].likelihood.split(mean, torch.zeros_like(mean), aleatoric)
+    return dataclasses.replace(blocks[0], mean=mean, total=total, aleatoric=aleatoric, epistemic=epistemic)
+
+
+def _select(prediction: Prediction, index: Tensor) -> Prediction:
+    chosen = {key: getattr(prediction, key)[index] for key in ("mean", "total", "aleatoric", "epistemic")}
+    return dataclasses.replace(prediction, **chosen)
+
+
+def _figures(parts: Mapping[str, Prediction], labels: Tensor) -> dict[str, float]:
+    known = parts[""]
+    figures = classification_metrics(known, labels)
+    for name, part in parts.items():
+        for kind in ("total", "epistemic"):
+            figures[f"{kind}{_suffix(name)}"] = float(getattr(part, kind).mean())
+        if name:
+            figures[f"ood_auroc_{name}"] = ood_auroc(known.total, part.total)
+            figures[f"ood_auroc_{name}_epistemic"] = ood_auroc(known.epistemic, part.epistemic)
+    return figures
+
+
+def _suffix(name: str) -> str:
+    return f"_{name}" if name else ""
+
+
+def _variances(resampled: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the variance of each figure over bootstrap samples."""
+    values = {key: torch.tensor([figures[key] for figures in resampled], dtype=torch.float64) for key in resampled[0]}
+    return {key: float(value.var()) for key, value in values.items()}
+
+
+def _settings(claimed: Mapping[str, float], seed: int | None) -> tuple[int, int]:
+    """Return number and seed of the draws of a claim."""
+    num_samples = int(claimed.get("num_samples", 64))
+    if not 2 <= num_samples <= MAX_SAMPLES:
+        raise ValueError(f"card's num_samples must be from 2 to {MAX_SAMPLES}, got {num_samples}.")
+    return num_samples, int(claimed.get("seed", 0)) if seed is None else seed
+
+
+def _dataset(card: bl.Card) -> str:
+    """Return the name of the data set, the first word of what the card says of it."""
+    return card.dataset.partition(" ")[0]
+
+
+def _strangers(figures: Mapping[str, float]) -> list[str]:
+    """Return the names of the data sets that figures tell from the posterior's own."""
+    return sorted({found[1] for key in figures if (found := re.fullmatch("ood_auroc_(.+?)(_epistemic)?", key))})
+
+
+def load_slice(name: str) -> Split:
+    """Return the bundled examples of a data set's test split.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    path = SLICES / f"{name}.safetensors"
+    if name not in NAMES or not path.is_file():
+        sliced = sorted(path.stem for path in SLICES.glob("*.safetensors"))
+        raise ValueError(f"data set must have a bundled slice, got {name!r}.{near(name, sliced)} {', '.join(sliced)} do.")
+    tensors = load_file(path)
+    return Split(tensors["images"], tensors["labels"].long(), [])
+
+
+def write_slice(name: str, data_root: str | Path | None = None, count: int = 300) -> Path:
+    """Write every k-th example of a data set's test split as its bundled slice, and return the file.
+
+    Args:
+        name: Data set.
+        data_root: Folder of data, as for `load_split`.
+        count: Examples.
+    """
+    split = load_split(name, data_root, train=False)
+    index = torch.arange(count) * (len(split) // count)
+    SLICES.mkdir(parents=True, exist_ok=True)
+    tensors = {"images": split.images[index].contiguous(), "labels": split.labels[index].to(torch.uint8)}
+    save_file(tensors, SLICES / f"{name}.safetensors")
+    return SLICES / f"{name}.safetensors"

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory):
+    """MNIST and Fashion-MNIST as torchvision lays them out: 300 + 100 noisy copies of a pattern per class."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for name in ("MNIST", "FashionMNIST"):
+        patterns = 200 * (rng.random((10, 28, 28)) < 0.3)
+        for part, n in (("train", 300), ("t10k", 100)):
+            labels = np.arange(n, dtype=np.uint8) % 10
+            images = np.uint8(patterns[labels] + rng.integers(0, 50, (n, 28, 28)))
+            write_idx(root / name / "raw" / f"{part}-images-idx3-ubyte", images)
+            write_idx(root / name / "raw" / f"{part}-labels-idx1-ubyte", labels)
+    return root
+
+
+def write_idx(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes())

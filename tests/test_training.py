@@ -1,0 +1,377 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import nn
+from torch.testing import assert_close
+
+import bayeslayers as bl
+import zoo
+from bayeslayers.checkpoint import load_checkpoint, read_card, save_checkpoint
+from recipes.classification import Config, Evaluation, train
+from recipes.data import batches, load_split
+from recipes.training import Training, interruption
+
+VOGN = {"name": "vogn", "lr": 0.3, "precision_lr": 0.05, "init_precision": 1e3, "temperature": 0.1}
+
+
+def config(root, folder, **fields):
+    given = Config(
+        name="tiny",
+        model={"name": "mlp", "widths": [12]},
+        data="mnist",
+        optimizer=VOGN,
+        batch_size=32,  # 9 steps an epoch
+        epochs=2,
+        evaluation=Evaluation(num_samples=3, epoch_samples=2, ood="fashion-mnist"),
+        output=str(folder),
+        data_root=str(root),
+    )
+    return dataclasses.replace(given, **fields)
+
+
+def log_of(folder):
+    with open(folder / "log.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def interrupt_after(monkeypatch, steps, times=1):
+    """Press Ctrl-C during a step of the next run."""
+    step, count = Training._step, iter(range(1, 10**6))
+
+    def pressed(self, x, y):
+        step(self, x, y)
+        if next(count) == steps:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Training, "_step", pressed)
+
+
+@pytest.fixture(scope="module")
+def whole(data_root, tmp_path_factory):
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(config(data_root, folder), command="bayeslayers train tiny")
+    return folder
+
+
+def assert_same_run(folder, whole):
+    assert_close(
+        load_file(folder / "posterior/model.safetensors"),
+        load_file(whole / "posterior/model.safetensors"),
+        rtol=0,
+        atol=0,
+    )
+    assert log_of(folder) == log_of(whole)
+    assert (folder / "metrics.json").read_text() == (whole / "metrics.json").read_text()
+
+
+def test_a_run_leaves_log_checkpoint_metrics_events_and_a_posterior(whole):
+    assert [row["epoch"] for row in log_of(whole)] == [1, 2]
+    assert set(log_of(whole)[0]) >= {"lr", "train_loss", "train_accuracy", "test_nll", "test_ece", "test_accuracy"}
+    assert load_checkpoint(whole / "checkpoint.safetensors")["epoch"] == 2
+    metrics = json.loads((whole / "metrics.json").read_text())
+    assert (metrics["num_samples"], metrics["seed"], metrics["test_examples"]) == (3, 0, 100)
+    assert 0 <= metrics["ood_auroc_fashion-mnist"] <= 1 and metrics["ood_auroc_fashion-mnist_epistemic"] > 0
+    card = read_card(whole / "posterior")
+    assert (card.name, card.dataset_size, card.temperature) == ("tiny", 300, 0.1)
+    assert card.dataset == "mnist (300 train, 100 test)" and len(card.class_names) == 10
+    assert card.optimizer == VOGN | {"batch_size": 32, "epochs": 2}
+    assert card.recipe == "bayeslayers train tiny" and card.versions["torch"] == torch.__version__
+    assert card.metrics == pytest.approx(metrics, abs=1e-5)
+    assert [path.stat().st_size > 100 for path in (whole / "tensorboard").iterdir()] == [True]
+    assert not [path for path in whole.iterdir() if path.name.startswith(".")]
+
+
+def test_the_metrics_are_those_of_the_saved_posterior(whole, data_root):
+    test = load_split("mnist", data_root, train=False)
+    generator = torch.Generator().manual_seed(0)
+    found = bl.predict(zoo.load(whole / "posterior"), test.inputs(slice(None)), 3, generator=generator)
+    accuracy = json.loads((whole / "metrics.json").read_text())["accuracy"]
+    assert accuracy == pytest.approx(float((found.labels == test.labels).float().mean()))
+
+
+def test_it_learns(data_root, tmp_path):
+    metrics = train(config(data_root, tmp_path / "run", epochs=5))
+    rows = log_of(tmp_path / "run")
+    assert rows[-1]["train_loss"] < 0.5 * rows[0]["train_loss"]
+    assert metrics["accuracy"] > 0.9 and metrics["nll"] < 0.5
+    assert rows[-1]["lr"] == pytest.approx(0, abs=1e-9) and rows[0]["lr"] > rows[1]["lr"]
+
+
+def test_adam_trains_the_twin_whose_figures_a_posterior_shows(data_root, tmp_path):
+    adam = config(data_root, tmp_path / "adam", optimizer={"name": "adam", "lr": 0.01}, epochs=1, schedule="constant")
+    metrics = train(adam)
+    assert not (tmp_path / "adam/posterior").exists() and metrics["num_samples"] == 1
+    assert log_of(tmp_path / "adam")[0]["lr"] == pytest.approx(0.01)
+    train(config(data_root, tmp_path / "run", epochs=1, baseline=str(tmp_path / "adam")))
+    card = read_card(tmp_path / "run/posterior")
+    assert card.baseline == {"optimizer": "adam"} | {key: round(value, 5) for key, value in metrics.items()}
+    assert "| adam |" in (tmp_path / "run/posterior/README.md").read_text()
+
+
+@pytest.mark.parametrize("steps", [4, 9, 13], ids=["in an epoch", "at its end", "in the second"])
+def test_a_resumed_run_equals_an_uninterrupted_one(data_root, tmp_path, whole, monkeypatch, steps):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, steps)
+        assert train(config(data_root, tmp_path / "run")) is None
+    assert load_checkpoint(tmp_path / "run/checkpoint.safetensors")["step"] == steps % 9
+    assert not (tmp_path / "run/posterior").exists()
+    torch.manual_seed(123)  # as another process would find it
+    assert train(config(data_root, tmp_path / "run"), resume=True) is not None
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_run_resumed_in_another_process_equals_an_uninterrupted_one(data_root, tmp_path, whole, monkeypatch):
+    given = config(data_root, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 13)
+        train(given)
+    (tmp_path / "tiny.yaml").write_text(json.dumps(dataclasses.asdict(given)))
+    words = [sys.executable, "-m", "recipes.cli", "train", str(tmp_path / "tiny.yaml"), "--resume"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_ctrl_c_in_the_last_step_lets_the_run_end(data_root, tmp_path, whole, monkeypatch):
+    interrupt_after(monkeypatch, 18)
+    assert train(config(data_root, tmp_path / "run")) is not None
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_finished_run_can_be_measured_again(data_root, tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run/metrics.json").unlink()
+    shutil.rmtree(tmp_path / "run/posterior")
+    train(config(data_root, tmp_path / "run"), resume=True)
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_the_second_ctrl_c_raises(data_root, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    with interruption() as interrupted:
+        assert not interrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    interrupt_after(monkeypatch, 3, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(data_root, tmp_path / "run"))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not (tmp_path / "run/checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"epochs": 0}, ValueError, "epochs must be an integer >= 1, got 0"),
+        ({"batch_size": -1}, ValueError, "batch_size must be an integer >= 1, got -1"),
+        ({"limit": 0}, ValueError, "limit must be an integer >= 1, got 0"),
+        ({"limit": -5}, ValueError, "limit must be an integer >= 1, got -5"),
+        ({"schedule": "cosin"}, ValueError, "one of cosine, constant, got 'cosin'. Did you mean 'cosine'"),
+        ({"optimizer": {"name": "vong"}}, ValueError, "one of vogn, .*got 'vong'. Did you mean 'vogn'"),
+        ({"optimizer": {}}, ValueError, "optimizer must be one of vogn, .*got None"),
+        ({"optimizer": VOGN | {"lr": -1.0}}, ValueError, "lr must be a finite number >= 0, got -1.0"),
+        ({"optimizer": VOGN | {"lr": "fast"}}, TypeError, "lr must be a number, got 'fast'"),
+        ({"optimizer": VOGN | {"temperature": 0}}, ValueError, "temperature must be a finite number > 0, got 0"),
+        ({"optimizer": VOGN | {"speed": 1}}, TypeError, "unexpected keyword argument 'speed'"),
+        ({"data": "minst"}, ValueError, "unknown data set 'minst'. Did you mean 'mnist'"),
+        ({"data_root": "no/such"}, FileNotFoundError, "data root must hold MNIST .* got no/such without it"),
+        ({"model": {"name": "mpl"}}, ValueError, "unknown model 'mpl'"),
+        ({"baseline": "no/such"}, FileNotFoundError, "a finished run, got no/such without metrics.json"),
+        ({"evaluation": Evaluation(num_samples=0)}, ValueError, "evaluation.num_samples must be an integer >= 1"),
+        ({"evaluation": Evaluation(epoch_samples=0)}, ValueError, "evaluation.epoch_samples must be an integer"),
+        ({"evaluation": Evaluation(batch_size=0)}, ValueError, "evaluation.batch_size must be an integer >= 1"),
+        ({"evaluation": Evaluation(ood="minst")}, ValueError, "unknown data set 'minst'"),
+    ],
+)
+def test_a_refused_run_writes_nothing(data_root, tmp_path, fields, error, message):
+    with pytest.raises(error, match=message) as caught:
+        train(dataclasses.replace(config(data_root, tmp_path / "run"), **fields))
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_not_overwritten(data_root, tmp_path, whole):
+    before = files_of(whole)
+    with pytest.raises(FileExistsError, match=r"output must be a new run, got .*\. Add --resume or choose another"):
+        train(config(data_root, whole))
+    assert files_of(whole) == before
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match=r"output must be a folder, got .*, which is a file"):
+        train(config(data_root, tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"accuracy": "high"}'])
+def test_a_baseline_without_figures_is_one_sentence(data_root, tmp_path, content):
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(ValueError, match=r"baseline must be a finished run, got .* which holds no figures"):
+        train(config(data_root, tmp_path / "run", baseline=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"optimizer": VOGN | {"lr": 0.1}},
+            "optimizer must be as in the run .*'lr': 0.3.* got .*'lr': 0.1",
+        ),
+        ({"epochs": 3}, "epochs must be as in the run to resume, 2, got 3"),
+        ({"seed": 1}, "seed must be as in the run to resume, 0, got 1"),
+        ({"model": {"name": "mlp"}}, "model must be as in the run to resume"),
+    ],
+)
+def test_another_configuration_is_not_resumed(data_root, whole, fields, message):
+    before = files_of(whole)
+    with pytest.raises(ValueError, match=message):
+        train(config(data_root, whole, **fields), resume=True)
+    assert files_of(whole) == before
+
+
+def test_a_damaged_or_missing_checkpoint_is_not_resumed(data_root, tmp_path, whole):
+    with pytest.raises(bl.PosteriorError, match="must be a training checkpoint, got no such file"):
+        train(config(data_root, tmp_path / "none"), resume=True)
+    (tmp_path / "run").mkdir()
+    data = (whole / "checkpoint.safetensors").read_bytes()
+    (tmp_path / "run/checkpoint.safetensors").write_bytes(data[:-100])
+    with pytest.raises(bl.PosteriorError, match="damaged or other file"):
+        train(config(data_root, tmp_path / "run"), resume=True)
+    assert files_of(tmp_path / "run") == {tmp_path / "run/checkpoint.safetensors": data[:-100]}
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"\0\0\x08\x03" + b"\0\0\0\x09" * 3, b"\0\0\x08\x05" + b"\xff" * 40])
+def test_damaged_data_is_one_sentence(data_root, tmp_path, content):
+    shutil.copytree(data_root, tmp_path / "data")
+    (tmp_path / "data/MNIST/raw/train-images-idx3-ubyte").write_bytes(content)
+    with pytest.raises(ValueError, match="MNIST must be as torchvision lays it out, got a damaged file"):
+        load_split("mnist", tmp_path / "data", train=True)
+
+
+def test_labels_that_do_not_match_the_images_are_one_sentence(data_root, tmp_path):
+    shutil.copytree(data_root, tmp_path / "data")
+    raw = tmp_path / "data/MNIST/raw"
+    shutil.copy(raw / "t10k-labels-idx1-ubyte", raw / "train-labels-idx1-ubyte")
+    with pytest.raises(ValueError, match="MNIST must have a label per image, got 100 for 300"):
+        load_split("mnist", tmp_path / "data", train=True)
+
+
+def test_batches_are_a_new_order_each_epoch_that_seed_and_epoch_fix(data_root):
+    split = load_split("mnist", data_root, train=True)
+    labels = torch.arange(300)
+    split = dataclasses.replace(split, labels=labels)
+
+    def order(epoch, start=0):
+        return [y.tolist() for _, y in batches(split, 32, 0, epoch, start)]
+
+    assert order(1) == order(1) != order(2)
+    assert order(1, 4) == order(1)[4:]
+    assert len(order(1)) == 9 and len({y for batch in order(1) for y in batch}) == 288
+    assert [len(y) for _, y in batches(split.head(20), 32, 0, 0)] == [20]
+    x, y = next(batches(split, 32, 0, 0))
+    assert_close(x, split.images[y].float() / 255)
+
+
+STATE = {
+    "model": {"weight": torch.randn(2, 3), "count": torch.tensor(4), "half": torch.ones(2, dtype=torch.bfloat16)},
+    0: [1, 2.5, "x", None, True, (1, (2,))],
+    "floats": [math.inf, -math.inf, 0.1, 1e-300],
+    (1, "a"): torch.empty(0, 2),
+    None: {"flags": torch.tensor([True, False])},
+}
+
+
+def assert_same(found, expected):
+    assert type(found) is type(expected)
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        assert_same(list(found.values()), list(expected.values()))
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            assert_same(a, b)
+    elif isinstance(expected, torch.Tensor):
+        assert_close(found, expected, rtol=0, atol=0)
+    else:
+        assert found == expected
+
+
+def test_a_training_state_comes_back_as_it_was(tmp_path):
+    save_checkpoint(tmp_path / "c", STATE)
+    assert_same(load_checkpoint(tmp_path / "c"), STATE)
+    save_checkpoint(tmp_path / "c", {"nan": math.nan})
+    assert math.isnan(load_checkpoint(tmp_path / "c")["nan"])
+
+
+def test_optimizer_and_schedule_continue_from_their_state(tmp_path):
+    def network(seed=0):
+        torch.manual_seed(seed)
+        return zoo.create("mlp", widths=[5], input_size=[1, 4, 4], num_classes=3)
+
+    def run(steps, resume_after=None):
+        model = network()
+        optimizer = bl.VOGN(model, 10, lr=0.1, generator=torch.Generator().manual_seed(0))
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+        for step in range(steps):
+            if step == resume_after:
+                parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+                save_checkpoint(tmp_path / "c", {name: part.state_dict() for name, part in parts.items()})
+                model = network(seed=9)
+                optimizer = bl.VOGN(model, 10, lr=0.5, generator=torch.Generator())
+                scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+                for name, part in {"model": model, "optimizer": optimizer, "scheduler": scheduler}.items():
+                    part.load_state_dict(load_checkpoint(tmp_path / "c")[name])
+            with optimizer.sampled():
+                nn.functional.cross_entropy(model(torch.ones(2, 1, 4, 4)), torch.tensor([0, 1])).backward()
+            optimizer.step()
+            scheduler.step()
+        return model.state_dict()
+
+    assert_close(run(5, resume_after=3), run(5), rtol=0, atol=0)
+
+
+def test_any_flipped_byte_of_a_training_state_is_noticed(tmp_path):
+    save_checkpoint(tmp_path / "c", STATE)
+    whole = (tmp_path / "c").read_bytes()
+    for position in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        (tmp_path / "d").write_bytes(damaged)
+        with pytest.raises(bl.PosteriorError, match="must be a training checkpoint, got a damaged or other file"):
+            load_checkpoint(tmp_path / "d")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", to_bytes({"a": torch.ones(2)}), None])
+def test_what_is_no_training_state_is_one_sentence(tmp_path, content):
+    if content is not None:
+        (tmp_path / "c").write_bytes(content)
+    with pytest.raises(bl.PosteriorError, match="must be a training checkpoint, got"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_a_state_that_cannot_be_stored_leaves_the_old_one(tmp_path):
+    save_checkpoint(tmp_path / "c", {"a": 1})
+    with pytest.raises(TypeError, match="state must hold tensors and plain values, got function"):
+        save_checkpoint(tmp_path / "c", {"a": lambda: 1})
+    assert load_checkpoint(tmp_path / "c") == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]

@@ -1,0 +1,167 @@
+"""The Hugging Face Hub as a place of posteriors: OWNER/REPO[@REVISION], read through the Hub's own client.
+
+`huggingface_hub` keeps the cache and reads the settings: HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from bayeslayers.card import PosteriorError
+from bayeslayers.weights import CONFIG, README, WEIGHTS
+
+LIBRARY = "bayeslayers"  # the Hub's tag of our posteriors, from `library_name` in their README.md
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_NAME = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/+-]*))?")
+_LOGIN = "Log in with `hf auth login`, or set HF_TOKEN."
+
+
+class Found(NamedTuple):
+    """A posterior that a search found."""
+
+    name: str
+    downloads: int
+    likes: int
+    updated: str
+
+
+def is_name(name: str) -> bool:
+    """Return whether a name has the form of a posterior's on the Hub.
+
+    >>> is_name("ada/lenet5-mnist@v1"), is_name("lenet5-mnist"), is_name("../folder"), is_name("a/b/c")
+    (True, False, False, False)
+    """
+    return _NAME.fullmatch(name) is not None and not {"..", "--"} & {name[i : i + 2] for i in range(len(name))}
+
+
+def parse(name: str) -> tuple[str, str | None]:
+    """Return the repository and the revision that a name means.
+
+    >>> parse("ada/lenet5-mnist@v1"), parse("ada/lenet5-mnist")
+    (('ada/lenet5-mnist', 'v1'), ('ada/lenet5-mnist', None))
+
+    Raises:
+        ValueError: If it has another form.
+    """
+    if (found := _NAME.fullmatch(name)) is None or not is_name(name):
+        raise ValueError(f"repository must be OWNER/REPO or OWNER/REPO@REVISION, got {name!r}.")
+    return found[1], found[2]
+
+
+def fetch(name: str) -> Path:
+    """Return the folder of a posterior of the Hub in the Hub's cache, downloaded if need be.
+
+    Args:
+        name: "OWNER/REPO", or "OWNER/REPO@REVISION" for a branch, a tag or a commit.
+
+    Raises:
+        ValueError: If there is no such repository or revision that the user may read.
+        PermissionError: If the Hub refuses the user's token.
+        ConnectionError: If the Hub does not answer, or must not be asked, and the posterior is not in the cache.
+        PosteriorError: If the repository holds no posterior.
+    """
+    from huggingface_hub import snapshot_download
+
+    repository, revision = parse(name)
+    with _in_a_sentence(repository, revision):
+        folder = snapshot_download(repository, revision=revision, allow_patterns=[CONFIG, WEIGHTS, README])
+    for file in (CONFIG, WEIGHTS):
+        if not (Path(folder) / file).is_file():
+            raise PosteriorError(f"{name} must be a posterior on the Hub, got a repository without {file}.")
+    return Path(folder)
+
+
+def upload(contents: dict[str, bytes], name: str, message: str, private: bool = False) -> str:
+    """Commit files to a repository of the Hub, which is made if there is none; return the commit's address.
+
+    Args:
+        contents: The files.
+        name: "OWNER/REPO", or "OWNER/REPO@BRANCH", a branch that is made if there is none.
+        message: Of the commit.
+        private: Make the repository private.
+
+    Raises:
+        PermissionError: If the user may not write there.
+        ValueError: If it should be private and is a public one.
+        ConnectionError: If the Hub does not answer.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    repository, branch = parse(name)
+    api = HfApi()
+    operations = [CommitOperationAdd(file, content) for file, content in contents.items()]
+    with _in_a_sentence(repository, branch):
+        api.create_repo(repository, private=private, exist_ok=True)
+        public = private and not api.model_info(repository).private
+    if public:
+        raise ValueError(f"repository {repository!r} must be private, got a public one, which was there before.")
+    with _in_a_sentence(repository, branch):
+        if branch is not None:
+            api.create_branch(repository, branch=branch, exist_ok=True)
+        commit = api.create_commit(repository, operations, commit_message=message, revision=branch)
+    return commit.commit_url
+
+
+def search(query: str = "", limit: int = 20) -> list[Found]:
+    """Return posteriors of the Hub whose name contains the query, most downloaded first.
+
+    Args:
+        query: Part of the name; everything if empty.
+        limit: How many at most.
+
+    Raises:
+        ConnectionError: If the Hub does not answer.
+    """
+    from huggingface_hub import HfApi
+
+    with _in_a_sentence(query, None):
+        models = list(HfApi().list_models(search=query or None, filter=LIBRARY, sort="downloads", limit=limit))
+    return [
+        Found(model.id, model.downloads or 0, model.likes or 0, str(model.last_modified or "")[:10]) for model in models
+    ]
+
+
+@contextmanager
+def _in_a_sentence(repository: str, revision: str | None) -> Iterator[None]:
+    """Turn the errors of the Hub's client into one sentence of a built-in error each."""
+    from huggingface_hub import constants, errors
+
+    hub = constants.ENDPOINT
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise PermissionError(
+            f"repository {repository!r} is gated: ask for access on {hub}/{repository}. {_LOGIN}"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ValueError(f"revision of {repository!r} must be a branch, tag or commit, got {revision!r}.") from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(
+            f"unknown posterior {repository!r}: no folder of that path, and no repository on {hub} that you may "
+            f"read. If it is private: {_LOGIN[0].lower()}{_LOGIN[1:]}"
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        if constants.HF_HUB_OFFLINE:
+            where = repository if revision is None else f"{repository}@{revision}"
+            raise ConnectionError(
+                f"posterior {where!r} is no folder and not in the Hub's cache, and HF_HUB_OFFLINE forbids to ask "
+                f"{hub}. Unset it."
+            ) from None
+        raise ConnectionError(_no_answer(hub, repository, error.__cause__ or error)) from None
+    except errors.HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise PermissionError(f"{hub} refuses your token for {repository!r}. {_LOGIN}") from None
+        raise ConnectionError(_no_answer(hub, repository, error)) from None
+    except errors.HFValidationError as error:
+        raise ValueError(f"repository must have a name that the Hub allows, got {repository!r}: {error}") from None
+    except Exception as error:  # of whichever HTTP library the client is built on
+        raise ConnectionError(_no_answer(hub, repository, error)) from error
+
+
+def _no_answer(hub: str, repository: str, error: BaseException) -> str:
+    reason = " ".join(str(error).split()).rstrip(".")
+    return f"{hub} must answer for {repository!r}, got {type(error).__name__}: {reason[:300]}."
