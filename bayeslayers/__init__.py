@@ -2,7 +2,7 @@
 
 from bayeslayers.card import Card, PosteriorError
 from bayeslayers.checkpoint import load_posterior, save_posterior
-from bayeslayers.convert import register_rule, to_bayesian, to_deterministic
+from bayeslayers.convert import ConversionReport, last_layer, norms, register_rule, to_bayesian, to_deterministic
 from bayeslayers.export import to_exported, to_onnx
 from bayeslayers.layers import (
     BayesBatchNorm1d,
@@ -25,9 +25,7 @@ from bayeslayers.likelihoods import Bernoulli, Categorical, Gaussian
 from bayeslayers.merge import merge, posterior_to_prior
 from bayeslayers.optim import VOGN
 from bayeslayers.predict import Prediction, predict
-from bayeslayers.report import ConversionReport
 from bayeslayers.sampling import kl_divergence, posterior, sampled, tracked
-from bayeslayers.selection import last_layer, norms
 
 __all__ = [
     "BayesBatchNorm1d",

@@ -132,6 +132,8 @@ class _BayesConv(BayesianLayer, _ConvNd):
         before, after = tuple(sides[-2::-2]), tuple(sides[::-2])
         if self.padding_mode != "zeros":
             return F.pad(input, sides, mode=self.padding_mode), (0,) * len(before)
+        if not isinstance(self.padding, str):  # as it is now: some networks change it once built
+            return input, self.padding
         if before != after:  # padding="same" with an even kernel
             return F.pad(input, sides), (0,) * len(before)
         return input, before

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.testing import assert_close
 
 import bayeslayers as bl
-from bayeslayers import convert
+from bayeslayers.convert import conversion as convert
 from bayeslayers.layers import POSTERIOR_SUFFIXES, FilterResponseNorm2d
 
 SAME = {"rtol": 0, "atol": 0}

@@ -233,3 +233,11 @@ def test_bad_precision_is_refused_by_name_and_value(name, value):
 def test_embedding_refuses_options_that_have_no_posterior(option, value):
     with pytest.raises(ValueError, match=f"{option} must be off in BayesEmbedding, got {value}"):
         bl.BayesEmbedding(5, 3, **{option: value})
+
+
+def test_padding_changed_after_construction_is_the_one_computed_with():
+    layer, x = bl.BayesConv2d(1, 1, 3, padding=1), torch.randn(2, 1, 8, 8)
+    layer.dilation = layer.padding = (2, 2)
+    expected = layer(x)
+    with bl.tracked(layer):
+        assert_close(layer(x), expected)

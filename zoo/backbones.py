@@ -161,6 +161,8 @@ def _torchvision(network: str, pretrained: bool) -> Source:
     def make(num_classes: int, size: tuple[int, int, int], arguments: dict[str, Any]) -> nn.Module:
         if size[0] != 3:
             raise ValueError(f"torchvision's networks take 3 channels, got {size[0]}; timm's take any number")
+        if network.startswith("vit_") and size[1] != size[2]:
+            raise ValueError(f"vision transformers of torchvision take square images, got {size[1]} x {size[2]}")
         fixed = {"vit_": {"image_size": size[1]}, "maxvit": {"input_size": size[1:]}}
         arguments = arguments | next((value for key, value in fixed.items() if network.startswith(key)), {})
         plain = partial(models.get_model, network, weights=None, num_classes=num_classes, **arguments)

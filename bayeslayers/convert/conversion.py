@@ -11,11 +11,11 @@ from torch.nn.parameter import UninitializedParameter
 
 from bayeslayers import layers
 from bayeslayers.checks import positive
+from bayeslayers.convert.readers import readers_of, turn_off_fast_paths
+from bayeslayers.convert.report import ConversionReport, Status, TensorEntry
+from bayeslayers.convert.reroute import bayesian_subclass, obstacle
+from bayeslayers.convert.selection import Selectors, select
 from bayeslayers.layers import DEFAULT_INIT_PRECISION, DEFAULT_PRIOR_PRECISION, POSTERIOR_SUFFIXES, BayesianLayer
-from bayeslayers.readers import readers_of, turn_off_fast_paths
-from bayeslayers.report import ConversionReport, Status, TensorEntry
-from bayeslayers.reroute import bayesian_subclass, obstacle
-from bayeslayers.selection import Selectors, select
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -71,7 +71,7 @@ def to_bayesian(
     `requires_grad`; a layer used in two places is still one layer. What cannot be converted exactly
     stays as it is, with the reason in the report; the optimisers train it too.
 
-    A selector is a name pattern as in a shell ("layer4*", "*.attn", "fc"), a class of modules
+    A selector is a name pattern as in a shell (`"fc"`, `"layer4*"`), a class of modules
     (`nn.BatchNorm2d`), a function such as `last_layer` or `norms`, or an iterable of selectors. It
     selects modules with all that is inside them.
 
