@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from bayeslayers import gaussian
+from bayeslayers.card import Card
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.sampling import Site, posterior
 
@@ -65,7 +65,7 @@ def merge(posteriors: Sequence[nn.Module], method: Literal["product", "average"]
         for site in posterior(merged):
             _merge_site(site, [each[site.name] for each in sites], method)
         _merge_others(merged, models, own)
-    if dataclasses.is_dataclass(card := getattr(merged, "card", None)):
+    if isinstance(card := getattr(merged, "card", None), Card):
         merged.__dict__["card"] = _merged_card(card, models, method)
     return merged
 
@@ -167,10 +167,10 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().double()
 
 
-def _merged_card(card: object, models: Sequence[nn.Module], method: str) -> object:
+def _merged_card(card: Card, models: Sequence[nn.Module], method: str) -> Card:
+    """Return a card that says of the merged network what is known without measuring it."""
     names = ", ".join(str(getattr(getattr(model, "card", None), "name", "a model")) for model in models)
-    kept = ("builder", "kwargs", "likelihood", "class_names", "input_size", "dataset")
-    blank = type(card)()
-    return dataclasses.replace(
-        blank, **{key: getattr(card, key) for key in kept}, notes=f"Merged from {names} by {method}."
-    )
+    kept = {
+        key: getattr(card, key) for key in ("builder", "kwargs", "likelihood", "class_names", "input_size", "dataset")
+    }
+    return Card(**kept, notes=f"Merged from {names} by {method}.")

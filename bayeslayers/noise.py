@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_FEW = 2**13  # values below which `normal_` is as fast
+_FEW = 2**16  # values below which `normal_` is as fast
 _BLOCK = 2**20  # values at a time, to bound the memory of their random words
 
 

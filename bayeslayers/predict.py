@@ -15,6 +15,8 @@ from bayeslayers.checks import at_least_one
 from bayeslayers.likelihoods import Bernoulli, Likelihood, likelihood_of
 from bayeslayers.sampling import Sampler, posterior
 
+_WAITING_DRAWS, _WAITING_VALUES = 16, 2**16  # whose outputs memory may hold beside their averages
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -108,7 +110,7 @@ def predict(
     batches = x.to(sites[0].mean.device).split(
         at_least_one("batch_size", batch_size) if batch_size is not None else len(x)
     )
-    averages = [_Average() for _ in batches]
+    averages = [_Average(likelihood) for _ in batches]
     if method == "mean":
         num_samples, draw = 1, nullcontext
     else:
@@ -117,34 +119,53 @@ def predict(
         for _ in range(num_samples):
             with draw():
                 for average, batch in zip(averages, batches, strict=True):
-                    average.add(*likelihood.per_draw(model(batch)))
-    parts = [average.result(likelihood) for average in averages]
+                    average.add(model(batch))
+    parts = [average.result() for average in averages]
     mean, total, aleatoric, epistemic, error = (torch.cat(column) for column in zip(*parts, strict=True))
     return Prediction(mean, total, aleatoric, epistemic, error, num_samples, likelihood)
 
 
 class _Average:
-    """Running mean and variance over draws (Welford 1962), which do not cancel as a sum of squares does."""
+    """Running mean and variance over draws (Chan et al. 1983), which do not cancel as a sum of squares does.
+
+    Small outputs wait for those of further draws: the operations cost more than the numbers in them.
+    """
 
     count = 0
     mean: Tensor
     squares: Tensor  # sum of squared deviations from the mean
     aleatoric: Tensor
 
-    def add(self, mean: Tensor, aleatoric: Tensor) -> None:
-        self.count += 1
-        if self.count == 1:
-            self.mean, self.aleatoric = mean.clone(), aleatoric.clone()
-            self.squares = torch.zeros_like(mean)
-            return
-        deviation = mean - self.mean
-        self.mean += deviation / self.count
-        self.squares += deviation.mul_(mean - self.mean)
-        self.aleatoric += (aleatoric - self.aleatoric) / self.count
+    def __init__(self, likelihood: Likelihood):
+        self.likelihood = likelihood
+        self._waiting: list[Tensor] = []
 
-    def result(self, likelihood: Likelihood) -> tuple[Tensor, ...]:
+    def add(self, output: Tensor) -> None:
+        self._waiting.append(output)
+        if len(self._waiting) >= min(_WAITING_DRAWS, _WAITING_VALUES / output.numel()):
+            self._merge()
+
+    def _merge(self) -> None:
+        draws = len(self._waiting)
+        means, noise = (part.unflatten(0, (draws, -1)) for part in self.likelihood.per_draw(torch.cat(self._waiting)))
+        self._waiting = []
+        mean, aleatoric = means.mean(0), noise.mean(0)
+        squares = (means - mean).square().sum(0)
+        if self.count == 0:
+            self.mean, self.squares, self.aleatoric = mean, squares, aleatoric
+        else:
+            share = draws / (self.count + draws)
+            deviation = mean - self.mean
+            self.mean += share * deviation
+            self.squares += squares + share * self.count * deviation.square()
+            self.aleatoric += share * (aleatoric - self.aleatoric)
+        self.count += draws
+
+    def result(self) -> tuple[Tensor, ...]:
         """Return mean, total, aleatoric, epistemic and the standard error of the mean."""
-        total, epistemic = likelihood.split(self.mean, self.squares / self.count, self.aleatoric)
+        if self._waiting:
+            self._merge()
+        total, epistemic = self.likelihood.split(self.mean, self.squares / self.count, self.aleatoric)
         error = (self.squares / (self.count - 1) / self.count).sqrt() if self.count > 1 else self.mean * math.nan
         return self.mean, total, self.aleatoric, epistemic, error
 

@@ -103,6 +103,7 @@ class Sampler:
     def __init__(self, sites: Sequence[Site], generator: torch.Generator | None = None, frozen: bool = False):
         self.sites = sites
         self.generator = generator
+        self._modules = list(dict.fromkeys(site.module for site in sites))
         # Memory is kept from draw to draw: on a CPU its allocation costs as much as the arithmetic.
         self._noise = [torch.empty_like(site.mean) for site in sites]
         self._deviations = [site.precision.rsqrt() for site in sites] if frozen else None
@@ -110,24 +111,27 @@ class Sampler:
     @contextmanager
     def draw(self, noise: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Compute with a new draw inside the scope; see `sampled`."""
-        before = {site.module: site.module.drawn for site in self.sites}
+        # Past nn.Module.__setattr__, which costs as much as the draw of a small tensor.
+        layers = [vars(module) for module in self._modules]
+        before = [layer["drawn"] for layer in layers]
         normal = StandardNormal(self.generator)
         try:
-            for module in before:
-                module.drawn = {}
+            for layer in layers:
+                layer["drawn"] = {}
             for index, site in enumerate(self.sites):
-                values, factor = self._noise_of(index, normal) if noise is None else (_given(noise, site), 1.0)
+                mean = site.mean
+                values, factor = self._noise_of(index, mean, normal) if noise is None else (_given(noise, site), 1.0)
                 deviation = site.precision.rsqrt() if self._deviations is None else self._deviations[index]
                 # The node of addcmul keeps nothing for the mean: several backward passes may go through it.
-                site.module.drawn[site.key] = torch.addcmul(site.mean, values, deviation, value=factor)
+                site.module.drawn[site.key] = torch.addcmul(mean, values, deviation, value=factor)
             yield
         finally:
-            for module, drawn in before.items():
-                module.drawn = drawn
+            for layer, drawn in zip(layers, before, strict=True):
+                layer["drawn"] = drawn
 
-    def _noise_of(self, index: int, normal: StandardNormal) -> tuple[Tensor, float]:
+    def _noise_of(self, index: int, mean: Tensor, normal: StandardNormal) -> tuple[Tensor, float]:
         """Return values for one site, in the memory of the last, and the factor that makes them standard normal."""
-        mean, noise = self.sites[index].mean, self._noise[index]
+        noise = self._noise[index]
         if (noise.device, noise.dtype) != (mean.device, mean.dtype):  # the model has moved
             noise = self._noise[index] = torch.empty_like(mean)
         return noise, normal.fill_unscaled_(noise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from bayeslayers.sampling import posterior
 
 WEIGHTS, CONFIG, README = "model.safetensors", "config.json", "README.md"
 _HEADER_BYTES = 4 * 2**20  # names and shapes of some 30,000 tensors
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_FLOATS, _WHOLE = {"F64", "F32", "F16", "BF16"}, {"I64", "I32", "I16", "I8", "U8", "BOOL"}
 
 
 def member(folder: str | Path, name: str) -> Path:
@@ -42,6 +43,9 @@ class Weights:
     Args:
         path: Its path, for messages.
         file: The safetensors file.
+
+    Raises:
+        PosteriorError: If a tensor is of a kind that no posterior has.
     """
 
     def __init__(self, path: Path, file: safe_open):
@@ -50,6 +54,8 @@ class Weights:
         slices = {name: file.get_slice(name) for name in file.keys()}
         self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
         self.dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
+        if odd := [name for name, dtype in self.dtypes.items() if dtype not in _FLOATS | _WHOLE]:
+            raise PosteriorError(f"{path}: tensor '{odd[0]}' must be of real numbers, got {self.dtypes[odd[0]]}.")
 
     def check_shapes(self, model: nn.Module) -> None:
         """Check names, shapes and kinds of the tensors against a model's, which may be on the meta device.
@@ -79,10 +85,7 @@ class Weights:
 
     def _fits(self, name: str, expected: Tensor) -> bool:
         """Whether a tensor is of the expected kind; floating-point numbers may be of another precision."""
-        dtype = self.dtypes[name]
-        if expected.is_floating_point():
-            return dtype in _FLOATS
-        return not expected.is_complex() and dtype not in _FLOATS and dtype[0] in "IUB"
+        return not expected.is_complex() and expected.is_floating_point() == (self.dtypes[name] in _FLOATS)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return a tensor, its values checked as a model of that dtype will hold them.
@@ -136,7 +139,9 @@ def check_values(name: str, tensor: Tensor, source: str) -> None:
     Raises:
         PosteriorError: If they are not.
     """
-    if tensor.is_floating_point() and not tensor.isfinite().all():
+    floating = tensor.is_floating_point() and tensor.numel() > 0
+    low, high = map(float, tensor.aminmax()) if floating else (1.0, 1.0)  # in one pass, which NaN goes through
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise PosteriorError(f"{source}: tensor '{name}' must be finite, got NaN or infinite values.")
-    if name.endswith("_precision") and not (tensor > 0).all():
+    if name.endswith("_precision") and not (low > 0 if floating else (tensor > 0).all()):
         raise PosteriorError(f"{source}: precision '{name}' must be > 0, got {float(tensor.min()):.4g}.")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import bayeslayers as bl
 import zoo
-from bayeslayers.checkpoint import WEIGHTS
 from bayeslayers.checks import at_least_one
+from bayeslayers.weights import WEIGHTS
 
 BATCH = 128
 

@@ -167,7 +167,10 @@ def measure(
             chosen = {name: _select(part, index[name]) for name, part in parts.items()}
             resampled.append(_figures(chosen, known.labels[index[""]]))
         variance = {key: v + abs(len(known) / of - 1) * _variances(resampled)[key] for key, v in variance.items()}
-    means = {name: predict(model, split.inputs(slice(None)), method="mean", batch_size=1000) for name, split in splits.items()}
+    means = {
+        name: predict(model, split.inputs(slice(None)), method="mean", batch_size=1000)
+        for name, split in splits.items()
+    }
     exact = {
         "nll_at_means": classification_metrics(means[""], known.labels)["nll"],
         **{f"total{_suffix(name)}_at_means": float(part.total.double().mean()) for name, part in means.items()},
@@ -250,7 +253,9 @@ def load_slice(name: str) -> Split:
     path = SLICES / f"{name}.safetensors"
     if name not in NAMES or not path.is_file():
         sliced = sorted(path.stem for path in SLICES.glob("*.safetensors"))
-        raise ValueError(f"data set must have a bundled slice, got {name!r}.{near(name, sliced)} {', '.join(sliced)} do.")
+        raise ValueError(
+            f"data set must have a bundled slice, got {name!r}.{near(name, sliced)} {', '.join(sliced)} do."
+        )
     tensors = load_file(path)
     return Split(tensors["images"], tensors["labels"].long(), [])
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import random
 import resource
 import shutil
+import struct
 import sys
 import time
 from collections import Counter
@@ -12,12 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutations import KINDS, WEIGHTS, Files
+from mutations import CONFIG, KINDS, WEIGHTS, Files
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import bayeslayers as bl
 import zoo
+from zoo.posteriors import download
+from zoo.sketch import _Sketch
 
 MUTATIONS = 2100
 
@@ -74,8 +80,11 @@ def test_every_mutation_loads_or_is_refused_in_a_sentence(valid, tmp_path, monke
                 assert tensor.isfinite().all() and ("precision" not in name or (tensor > 0).all()), (kind, seed)
             bl.predict(model, torch.zeros(1, 1, 2, 2), 1)
             figures[kind.__name__, "loaded"] += 1
+        with contextlib.suppress(bl.PosteriorError):
+            download(folder)  # which checks the files alone
         slowest = max(slowest, time.perf_counter() - start)
         assert listing(tmp_path) == before, (kind, seed)
+        assert torch.is_grad_enabled() and torch.get_default_device().type == "cpu", (kind, seed)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / (1024 if sys.platform == "linux" else 2**20)
     with capsys.disabled():
         print(f"\n{sum(figures.values())} mutations, slowest {slowest:.2f} s, memory grew by {grown:.0f} MB")
@@ -86,3 +95,83 @@ def test_every_mutation_loads_or_is_refused_in_a_sentence(valid, tmp_path, monke
     assert slowest < 5 and grown < 300
     for kind in KINDS:
         assert figures[kind.__name__, "refused"] >= 10
+
+
+@pytest.mark.parametrize(
+    ("builder", "kwargs", "message"),
+    [
+        ("mlp", {"widths": [100_000] * 4}, "must hold tensor 'hidden2.bias', got none"),  # 150 GB, were it built
+        ("mlp", {"widths": [1] * 300_000}, "it is far larger than its weights"),
+        ("mlp", {"widths": [10**9]}, "1000000000 is too large a number"),
+        ("mlp", {"num_classes": 10**400}, "10000.* is too large a number"),
+        ("resnet110", {}, "it is far larger than its weights"),
+        ("torchvision:resnet18", {"weights": "DEFAULT"}, "must get no argument 'weights'"),
+        ("torchvision:resnet18", {"pretrained": True}, "must not have the argument 'pretrained'"),
+    ],
+)
+def test_a_card_of_a_few_bytes_cannot_ask_for_a_huge_network(valid, builder, kwargs, message):
+    card = json.loads((valid / CONFIG).read_text()) | {"builder": builder, "kwargs": kwargs}
+    size = [3, 224, 224] if ":" in builder else [3, 32, 32] if builder == "resnet110" else [1, 28, 28]
+    (valid / CONFIG).write_text(json.dumps(card | {"input_size": size}))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(bl.PosteriorError, match=message):
+        zoo.load(valid)
+    assert torch.is_grad_enabled() and torch.get_default_device().type == "cpu"
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / (1024 if sys.platform == "linux" else 2**20)
+    assert grown < 300
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_link_may_not_leave_its_folder(valid, tmp_path, name):
+    shutil.copytree(valid, tmp_path / "folder")
+    link = tmp_path / "folder" / name
+    for target in (valid / name, Path("../outside") / name):
+        link.unlink()
+        link.symlink_to(target)
+        with pytest.raises(bl.PosteriorError, match=f"{name} must be a file of its folder, got a link that leaves it"):
+            zoo.load(tmp_path / "folder")
+    link.unlink()
+    shutil.copy(valid / name, tmp_path / "folder/blob")
+    link.symlink_to("blob")
+    zoo.load(tmp_path / "folder")
+    (tmp_path / "linked").symlink_to(tmp_path / "folder")  # the folder itself may be anywhere
+    zoo.load(tmp_path / "linked")
+
+
+@pytest.mark.parametrize("blobs", ["blobs", "../blobs", "elsewhere"])
+def test_a_snapshot_of_the_hubs_cache_may_link_to_its_blobs(valid, tmp_path, blobs):
+    repository = tmp_path / "models--ada--x"
+    snapshot = repository / "snapshots/0123"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir() if blobs == "blobs" else (repository / "blobs").symlink_to(tmp_path / "other")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "blobs").mkdir()
+    for name in (CONFIG, WEIGHTS):
+        for place in (repository / "blobs", tmp_path / "blobs"):
+            shutil.copy(valid / name, place / name)
+        (snapshot / name).symlink_to(f"../../{'blobs' if blobs == 'elsewhere' else blobs}/{name}")
+    if blobs == "blobs":
+        zoo.load(snapshot)
+    else:
+        with pytest.raises(bl.PosteriorError, match="got a link that leaves it"):
+            zoo.load(snapshot)
+
+
+def test_the_card_and_the_header_have_limits(valid):
+    text = (valid / CONFIG).read_text()
+    (valid / CONFIG).write_text(text + " " * 2**23)
+    with pytest.raises(bl.PosteriorError, match=r"config.json must have at most 4194304 bytes, got 838\d{4}"):
+        zoo.load(valid)
+    weights = struct.pack("<Q", 2**23) + b" " * 2**23
+    (valid / WEIGHTS).write_bytes(weights)
+    (valid / CONFIG).write_text(json.dumps(json.loads(text) | {"sha256": hashlib.sha256(weights).hexdigest()}))
+    with pytest.raises(bl.PosteriorError, match="with a header of at most 4194304 bytes"):
+        zoo.load(valid)
+
+
+@pytest.mark.parametrize("calls", range(60))
+def test_a_network_refused_at_any_point_leaves_no_trace(calls):
+    with pytest.raises(ValueError, match="far larger"), torch.device("meta"), _Sketch(calls, {}):
+        zoo.create("lenet5_bn")
+    assert torch.is_grad_enabled() and torch.get_default_device().type == "cpu"
+    assert torch.ones(1).device.type == "cpu"

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module of bayeslayers imports only those above it. A new one takes its place here.
 ORDER = """
-    checks gaussian noise curvature layers sampling merge convert
-    likelihoods export card weights checkpoint optim predict metrics plots
+    checks gaussian noise curvature layers sampling convert
+    likelihoods export card merge weights checkpoint optim predict metrics plots
 """.split()
 HEAVY = {
     "timm",

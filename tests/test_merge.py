@@ -161,7 +161,11 @@ def normed(size=2, std=0.5):
         (lambda: bl.merge(["lenet5-mnist"]), TypeError, "got str"),
         (lambda: bl.merge([normed()], "sum"), ValueError, "'product' or 'average', got 'sum'"),
         (lambda: bl.merge([nn.Linear(1, 1)]), ValueError, "must have Bayesian layers, got none"),
-        (lambda: bl.merge([normed(), normed(3)]), ValueError, r"'hidden1.weight' of shape \(2, 3\) in posterior 0 and \(3,"),
+        (
+            lambda: bl.merge([normed(), normed(3)]),
+            ValueError,
+            r"'hidden1.weight' of shape \(2, 3\) in posterior 0 and \(3,",
+        ),
         (lambda: bl.merge([normed(), nn.ReLU()]), ValueError, "in only one of 0 and 1"),
         (lambda: bl.merge([normed(), normed(std=0.4)]), ValueError, "agree in buffer 'normalise.std'"),
         (
@@ -191,4 +195,6 @@ def test_kl_to_the_old_prior_is_the_price_of_what_was_learned():
     net = layer(torch.ones(D), torch.full((D,), 8.0))
     q = torch.distributions.Normal(torch.ones(D), 8**-0.5)
     p = torch.distributions.Normal(torch.zeros(D), 2**-0.5)
-    assert math.isclose(bl.kl_divergence(net).item(), float(torch.distributions.kl_divergence(q, p).sum()), rel_tol=1e-6)
+    assert math.isclose(
+        bl.kl_divergence(net).item(), float(torch.distributions.kl_divergence(q, p).sum()), rel_tol=1e-6
+    )

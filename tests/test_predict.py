@@ -123,7 +123,7 @@ def test_memory_does_not_grow_with_the_number_of_draws():
         bl.predict(net, inputs(5, 4), number)
         return counts[0]
 
-    assert tensors_alive_in_draw(40) == tensors_alive_in_draw(4)
+    assert tensors_alive_in_draw(68) == tensors_alive_in_draw(20)  # outputs of up to 16 draws wait
 
 
 def test_batches_share_each_draw():

@@ -161,6 +161,14 @@ def test_transforms_takes_any_picture(name, model):
     assert model(found[None]).shape == (1, 10)
 
 
+def test_where_both_ends_could_be_channels_a_tensor_has_them_first_and_an_array_last():
+    x = np.random.default_rng(0).random((3, 5, 3))
+    convert = zoo.transforms(RGB)
+    assert_close(convert(torch.tensor(x)), convert(x.transpose(1, 2, 0)))
+    assert_close(convert(x), convert(x.transpose(2, 0, 1)))
+    assert not torch.equal(convert(torch.tensor(x)), convert(x))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 4000), (700, 500), (28, 28)])
 def test_transforms_resizes_from_any_size(size):
     picture = Image.new("L", size, 51)

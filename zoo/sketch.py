@@ -16,7 +16,11 @@ from zoo.registry import card_of, describe, rebuild
 # Our networks and those of torchvision, timm and smp take 4 to 8 calls per tensor; four times as many where
 # most tensors are not Bayesian and so stand in the file alone.
 _CALLS_PER_TENSOR = 100
-_LARGEST_ARGUMENT = 10**6
+_LARGEST_ARGUMENT = 10**5
+# Short schedules, whose values some builders read, have values although the rest is on the meta device. Most
+# builders of position indices fail with values in some of their tensors and not in others, so that comes second.
+_SCHEDULES = {torch.linspace: 10_000}
+_VALUES = {**_SCHEDULES, torch.arange: 32, torch.tensor: 32}
 
 
 def build_checked(card: Card, weights: Weights, source: str) -> nn.Module:
@@ -35,8 +39,14 @@ def build_checked(card: Card, weights: Weights, source: str) -> nn.Module:
     """
     numbers = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
     _check_arguments(card.kwargs, max(_LARGEST_ARGUMENT, numbers), source)
-    with torch.device("meta"), _CallLimit(1000 + _CALLS_PER_TENSOR * len(weights.shapes)):
-        weights.check_shapes(build(card, source))
+    calls = 1000 + _CALLS_PER_TENSOR * len(weights.shapes)
+    try:
+        with torch.device("meta"), _Sketch(calls, _SCHEDULES):
+            sketch = build(card, source)
+    except PosteriorError:
+        with torch.device("meta"), _Sketch(calls, _VALUES):
+            sketch = build(card, source)
+    weights.check_shapes(sketch)
     return build(card, source)
 
 
@@ -66,20 +76,27 @@ def _check_arguments(value: Any, limit: float, source: str) -> None:
         raise PosteriorError(f"{source} must describe a network of the zoo: {value!r:.30} is too large a number in it.")
 
 
-class _CallLimit(TorchFunctionMode):
-    """Raise once torch has been called more often than `calls` times in this thread."""
+class _Sketch(TorchFunctionMode):
+    """Raise once torch has made more tensors than `calls` in this thread.
 
-    def __init__(self, calls: int):
+    Args:
+        calls: Calls that may make one.
+        short: Functions whose results have values on the CPU, up to a size.
+    """
+
+    def __init__(self, calls: int, short: dict[Callable[..., Any], int]):
         super().__init__()
-        self._calls = calls
+        self._calls, self._short = calls, short
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, torch.Tensor):  # as the end of no_grad, which must not be kept from its work
+            return result
         self._calls -= 1
         if self._calls < 0:
             raise ValueError("it is far larger than its weights.")
-        kwargs = kwargs or {}
-        if func is torch.linspace:  # schedules whose values are read: short, for their arguments are checked
-            kwargs = {"device": "cpu"} | kwargs
-        return func(*args, **kwargs)
+        if func in self._short and result.is_meta and result.numel() <= self._short[func]:
+            return func(*args, **{**(kwargs or {}), "device": "cpu"})
+        return result

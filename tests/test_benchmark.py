@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import zoo
+from bayeslayers.weights import WEIGHTS
+from recipes import benchmark
+from recipes.cli import main
+from recipes.demo import ASSETS
+
+
+@pytest.mark.parametrize(("name", "build"), [("lenet5-mnist", "_plain_lenet5"), ("mlp-mnist", "_plain_mlp")])
+def test_plain_torch_predicts_the_same(name, build):
+    build = getattr(benchmark, build)
+    digit = load_file(ASSETS)["digits"][4:5, None].float() / 255
+    ours = benchmark._prediction(name, digit, 64)
+    plain = benchmark._plain_prediction(build, zoo.resolve(name) / WEIGHTS, digit, 64)
+    assert_close(plain, ours, rtol=0, atol=0.05)
+    model, net = zoo.load(name), build()
+    net.load_state_dict({key: model.get_parameter(key) for key, _ in net.named_parameters()})
+    assert_close(net(model.normalise(digit)), model(digit))
+    assert [key for key, _ in net.named_parameters()] == [key for key, _ in model.named_parameters()]
+
+
+def test_the_load_benchmark_compares_side_by_side(capsys):
+    before = torch.random.get_rng_state()
+    assert main(["benchmark", "load", "--rounds", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["posterior"], row["num_samples"]) for row in rows] == [
+        ("lenet5-mnist", 1),
+        ("lenet5-mnist", 64),
+        ("mlp-mnist", 1),
+        ("mlp-mnist", 64),
+    ]
+    for row in rows:
+        assert row["ratio_to_plain"] == pytest.approx(row["median_ms"] / row["plain_ms"], rel=0.01)
+    torch.random.set_rng_state(before)
