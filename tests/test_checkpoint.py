@@ -144,6 +144,7 @@ def test_a_layer_used_twice_can_be_saved(tmp_path):
         (lambda f: change(f, lambda t: t.to(torch.complex64)), rf"{WHO} must be of real numbers, got C64"),
         (lambda f: change(f, lambda t: t.index_fill(0, torch.tensor(1), math.nan)), f"{WHO} must be finite"),
         (lambda f: change(f, lambda t: t * math.inf), f"{WHO} must be finite"),
+        (lambda f: change(f, lambda t: t.index_fill(0, torch.tensor(1), math.inf)), f"{WHO} must be finite"),
         (lambda f: change(f, lambda t: t.double() * 1e60), f"{WHO} must be finite"),  # as float32 will hold it
         (lambda f: change(f, lambda t: t * 0), f"precision {WHO} must be > 0, got 0"),
         (lambda f: change(f, lambda t: t.double() * 1e-60), f"precision {WHO} must be > 0, got 0"),

@@ -46,16 +46,17 @@ def entropy(probs, axis):
     return -(probs * np.log(probs)).sum(axis)
 
 
+@pytest.mark.parametrize("num_samples", [7, 40])  # 40: merged in several parts
 @pytest.mark.parametrize("net, x", [(network(), inputs(5, 4)), (dense_network(), inputs(2, 2, 5, 6))])
-def test_classes_equal_a_plain_loop(net, x):
-    draws = draws_of(net, x, 7, lambda output: output.softmax(1))
-    found = bl.predict(net, x, 7, generator=generator())
+def test_classes_equal_a_plain_loop(net, x, num_samples):
+    draws = draws_of(net, x, num_samples, lambda output: output.softmax(1))
+    found = bl.predict(net, x, num_samples, generator=generator())
     mean, aleatoric = draws.mean(0), entropy(draws, 2).mean(0)
     assert_close(found.probs.numpy(), mean)
     assert_close(found.total.numpy(), entropy(mean, 1))
     assert_close(found.aleatoric.numpy(), aleatoric)
     assert_close(found.epistemic.numpy(), entropy(mean, 1) - aleatoric)
-    assert_close(found.standard_error.numpy(), draws.std(0, ddof=1) / math.sqrt(7))
+    assert_close(found.standard_error.numpy(), draws.std(0, ddof=1) / math.sqrt(num_samples))
     assert_close(found.labels.numpy(), mean.argmax(1))
     assert_close(found.confidence.numpy(), mean.max(1))
     assert (found.num_samples, len(found), found.likelihood) == (7, len(x), bl.Categorical())
