@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -298,7 +299,10 @@ def verify(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(rows, indent=2))
     else:
-        _print_table(rows, tuple(rows[0]))
+        for (name, data), group in itertools.groupby(rows, lambda row: (row["posterior"], row["data"])):
+            print(f"{name} on {data}")
+            lines = [{key: f"{x:.5f}" if type(x) is float else x for key, x in row.items()} for row in group]
+            _print_table(lines, ("figure", "claimed", "measured", "tolerance", "ok"))
     return 0 if all(check.ok for check in checks) else 1
 
 

@@ -84,12 +84,14 @@ def record(name: str | Path) -> bl.Card:
     """Measure a posterior on the bundled slices, and write the figures to its folder as its `verification`.
 
     Args:
-        name: A posterior, as for `zoo.load`, whose folder is rewritten. Its card's metrics say how many
-            draws and which strangers.
+        name: A bundled name or a folder, which is rewritten. Its card's metrics say how many draws and
+            which strangers.
 
     Raises:
         ValueError: If there is no such posterior, its files are bad, or its data has no slice.
     """
+    if str(name) not in zoo.list_posteriors() and not Path(name).is_dir():
+        raise ValueError(f"posterior must be a bundled name or a folder to record in, got {str(name)!r}.")
     folder = zoo.resolve(name)
     model = zoo.load(folder)
     card = zoo.card_of(model)

@@ -59,7 +59,7 @@ def test_classes_equal_a_plain_loop(net, x, num_samples):
     assert_close(found.standard_error.numpy(), draws.std(0, ddof=1) / math.sqrt(num_samples))
     assert_close(found.labels.numpy(), mean.argmax(1))
     assert_close(found.confidence.numpy(), mean.max(1))
-    assert (found.num_samples, len(found), found.likelihood) == (7, len(x), bl.Categorical())
+    assert (found.num_samples, len(found), found.likelihood) == (num_samples, len(x), bl.Categorical())
     assert found.total.shape == found.labels.shape == (x.shape[0], *x.shape[2:])
 
 

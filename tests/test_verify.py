@@ -214,10 +214,19 @@ def test_what_cannot_be_verified_is_one_sentence(trained, data_root, tmp_path, c
     assert capsys.readouterr().err.startswith("bayeslayers: ")
 
 
-def test_the_command_shows_a_table_and_takes_one_or_all(capsys):
+def test_the_command_shows_a_table_and_takes_one_or_all(trained, data_root, capsys):
+    assert main(["verify", str(trained), "--data-root", str(data_root)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("tiny on mnist\n") and "brier" in out and "tolerance" in out
     for words in ([], [NAME, "--all"]):
         with pytest.raises(SystemExit):
             main(["verify", *words])
-    capsys.readouterr()
+    assert "required" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="a bundled name or a folder to record in, got 'owner/repo'"):
+        record("owner/repo")
+
+
+def test_a_figure_that_was_not_measured_is_not_confirmed():
+    assert Check("a", "b", "nll", 0.5, 0.5, 0.0).ok
     assert not Check("a", "b", "iou", 0.5, None, 1.0).ok
     assert not Check("a", "b", "nll", 0.5, math.nan, 1.0).ok

@@ -13,7 +13,7 @@ from bayeslayers.card import Card, PosteriorError
 from bayeslayers.weights import Weights
 from zoo.registry import card_of, describe, rebuild
 
-# Our networks and those of torchvision, timm and smp take 4 to 8 calls per tensor; four times as many where
+# Our networks and those of torchvision, timm and smp take up to 10 calls per tensor; four times as many where
 # most tensors are not Bayesian and so stand in the file alone.
 _CALLS_PER_TENSOR = 100
 _LARGEST_ARGUMENT = 10**5
