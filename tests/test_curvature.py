@@ -14,7 +14,10 @@ import bayeslayers as bl
 from bayeslayers.curvature import accumulate, conv
 from bayeslayers.layers import FilterResponseNorm2d
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+]
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 # (kind of torch.nn layer, arguments, keyword arguments, shape of the input)
@@ -66,15 +69,6 @@ NORM = [
 ]
 EMBEDDING = [("Embedding", (6, 3), {"padding_idx": padding}, shape) for padding, shape in
              [(None, (5, 4)), (2, (5, 4)), (-1, (5, 2, 3)), (None, (7,)), (None, ())]]  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Keep to one thread: on tensors this small a second one, where cores are shared, costs 10 times the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def case_id(value: object) -> str:

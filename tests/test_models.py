@@ -37,13 +37,7 @@ NORMED = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Keep to one thread: on tensors this small a second one, where cores are shared, costs 10 times the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def create(name: str, **kwargs) -> nn.Module:
