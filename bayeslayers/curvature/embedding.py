@@ -36,7 +36,7 @@ class _Embedding(torch.autograd.Function):
         examples, (rows, features) = len(ids), ctx.shape
         g = g.reshape(-1, features)
         # One key per (example, id): equal keys add up, then each sum is squared.
-        example = torch.arange(examples, device=ids.device).repeat_interleave(ids[0].numel())
+        example = torch.arange(examples, device=ids.device).repeat_interleave(ids.shape[1:].numel())
         keys, inverse = torch.unique(example * rows + ids.reshape(-1), return_inverse=True)
         per_example = g.new_zeros(len(keys), features).index_add(0, inverse, g)
         row = keys % rows
