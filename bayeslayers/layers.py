@@ -56,14 +56,16 @@ class BayesianLayer(nn.Module):
         super().__init__(*args, **kwargs)
         positive("prior_precision", prior_precision)
         positive("init_precision", init_precision)
-        for name, parameter in list(self.named_parameters(recurse=False)):
-            values = (init_precision, self.prior_means.get(name, 0.0), prior_precision)
-            shapes = (parameter.shape, (), ())
-            for suffix, value, shape in zip(POSTERIOR_SUFFIXES, values, shapes, strict=True):
-                buffer = torch.full(shape, value, dtype=parameter.dtype, device=parameter.device)
-                self.register_buffer(name + suffix, buffer)
+        self.attach_posterior(prior_precision, init_precision)
+
+    def attach_posterior(self, prior_precision: float, init_precision: float) -> None:
+        """Give each parameter its precision and prior, as new buffers; the layer is outside any scope."""
         self.drawn = {}
         self.leaves = None
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            values = (init_precision, self.prior_means.get(name, 0.0), prior_precision)
+            for suffix, value, shape in zip(POSTERIOR_SUFFIXES, values, (parameter.shape, (), ()), strict=True):
+                self.register_buffer(name + suffix, parameter.new_full(shape, value, requires_grad=False))
 
     def value(self, name: str) -> Any:
         """Return the tensor to compute with: the scope's draw, the mean outside one, None if there is no such."""

@@ -160,11 +160,7 @@ def _convert(layer: Any, prior_precision: float, init_precision: float) -> None:
     """Change a layer's class, which keeps its tensors, hooks and places in the network, and add its posterior."""
     kind: Any = _bayesian_class(type(layer))
     layer.__class__ = kind
-    layer.drawn, layer.leaves = {}, None
-    for name, parameter in list(layer.named_parameters(recurse=False)):
-        values = (init_precision, kind.prior_means.get(name, 0.0), prior_precision)
-        for suffix, value, shape in zip(POSTERIOR_SUFFIXES, values, (parameter.shape, (), ()), strict=True):
-            layer.register_buffer(name + suffix, parameter.new_full(shape, value, requires_grad=False))
+    layer.attach_posterior(prior_precision, init_precision)
 
 
 def _reasons_against(net: nn.Module, include: Selectors | None, exclude: Selectors | None) -> dict[nn.Module, str]:
