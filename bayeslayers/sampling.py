@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers import gaussian
-from bayeslayers.curvature.accumulate import Leaves
+from bayeslayers.curvature.accumulate import Leaves, Part
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.noise import StandardNormal
 
@@ -165,6 +165,7 @@ class Tracker:
         self.layers = layers
         self.leaves: dict[str, Tensor] = {}
         self._tallies: dict[str, Tensor] = {}
+        self._part: Part | None = None
         self._passes: dict[int, tuple[str, int]] = {}  # per backward pass, a layer and how many examples it saw
         self._uses: dict[tuple[str, int], int] = {}  # per layer and backward pass
 
@@ -182,9 +183,19 @@ class Tracker:
         self._uses.clear()
 
     @contextmanager
-    def track(self) -> Iterator[Tracker]:
-        """Sum squared per-example gradients inside the scope, from zero."""
+    def track(self, fraction: float = 1.0, generator: torch.Generator | None = None) -> Iterator[Tracker]:
+        """Sum squared per-example gradients inside the scope, from zero.
+
+        Args:
+            fraction: Part of each batch, in (0, 1], from which the sums of linear and convolution
+                weights are estimated.
+            generator: Source of that part.
+        """
         self.clear()
+        self._part = None
+        if fraction < 1:
+            device = None if generator is None else generator.device
+            self._part = Part(fraction, float(torch.rand((), generator=generator, device=device)))
         before = {layer: layer.leaves for layer in self.layers.values()}
         try:
             for name, layer in self.layers.items():
@@ -202,7 +213,7 @@ class Tracker:
             self._tallies[name] = tally
         prefix = f"{name}." if name else ""
         weight, bias = (self._leaf(prefix + key, layer._parameters.get(key)) for key in ("weight", "bias"))
-        return Leaves(weight, bias, self._tallies[name])
+        return Leaves(weight, bias, self._tallies[name], self._part)
 
     def _leaf(self, name: str, parameter: Tensor | None) -> Tensor | None:
         """Return a leaf with the parameter's shape and no memory of its own, the last one if it still fits."""

@@ -15,15 +15,43 @@ CHUNK_BYTES = {"cpu": 2**21}
 DEFAULT_CHUNK_BYTES = 2**26
 
 
+class Part(NamedTuple):
+    """A run of the batch's examples that stands for all of them: each is in it with the same probability.
+
+    Attributes:
+        fraction: Its share of the examples, in (0, 1].
+        start: Where it begins, uniform in [0, 1); behind the last example it goes on at the first.
+    """
+
+    fraction: float
+    start: float
+
+    def select(self, *tensors: Tensor) -> tuple[float, list[Tensor]]:
+        """Return the factor from the sum over the part to that over the batch, and the part of each tensor."""
+        n = len(tensors[0])
+        size = max(1, round(self.fraction * n))
+        first = int(self.start * n)
+        if first + size <= n:
+            return n / size, [x[first : first + size] for x in tensors]
+        return n / size, [torch.cat([x[first:], x[: first + size - n]]) for x in tensors]
+
+
 class Leaves(NamedTuple):
     """The extra leaves of one module: where autograd puts its sums of squares, and its tally.
 
     A leaf is None where the parameter is absent or frozen.
+
+    Attributes:
+        weight: Leaf of the weight.
+        bias: Leaf of the bias.
+        tally: Leaf that counts examples and uses.
+        part: The part of the batch that a weight's sum of squares is estimated from; None for all of it.
     """
 
     weight: Tensor | None
     bias: Tensor | None
     tally: Tensor
+    part: Part | None = None
 
 
 def chunks(examples: int, elements: int, like: Tensor) -> Iterator[slice]:

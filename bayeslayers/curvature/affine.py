@@ -28,7 +28,7 @@ def affine(x_hat: Tensor, scale: Tensor, shift: Tensor | None, leaves: Leaves, p
 
 class _Affine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_hat, scale, shift, scale_leaf, shift_leaf, tally_leaf, positions):
+    def forward(ctx, x_hat, scale, shift, scale_leaf, shift_leaf, tally_leaf, part, positions):
         ctx.save_for_backward(x_hat, scale)
         ctx.positions = positions
         y = x_hat * _broadcast(scale, x_hat, positions)
@@ -47,7 +47,7 @@ class _Affine(torch.autograd.Function):
         if need_shift:
             per_example = _sum_positions(g, ctx.positions)
             grad_shift, squares_shift = per_example.sum(0), sum_of_squares(per_example)
-        return grad_x, grad_scale, grad_shift, squares_scale, squares_shift, tally(len(g)), None
+        return grad_x, grad_scale, grad_shift, squares_scale, squares_shift, tally(len(g)), None, None
 
 
 def _broadcast(parameter: Tensor, x: Tensor, positions: tuple[int, ...]) -> Tensor:

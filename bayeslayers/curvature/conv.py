@@ -47,29 +47,33 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: Leaves, 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, weight_leaf, bias_leaf, tally_leaf, *settings):
+    def forward(ctx, x, weight, bias, weight_leaf, bias_leaf, tally_leaf, part, *settings):
         ctx.save_for_backward(x, weight)
-        ctx.settings = settings
+        ctx.part, ctx.settings = part, settings
         return torch.convolution(x, weight, bias, *settings)
 
     @staticmethod
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
-        settings = Settings(*ctx.settings)
+        part, settings = ctx.part, Settings(*ctx.settings)
         need_x, need_weight, need_bias, need_weight_squares, need_bias_squares, _ = ctx.needs_input_grad[:6]
         squares_weight = grad_bias = squares_bias = None
         with full_precision(x.device.type):
-            plain_weight = need_weight and not need_weight_squares
+            # The per-example gradients of all examples give the gradient too, those of a part do not.
+            plain_weight = need_weight and (part is not None or not need_weight_squares)
             grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
                 g, x, weight, None, *settings, [need_x, plain_weight, False]
             )
-            if need_weight_squares:
+            if need_weight_squares and part is None:
                 grad_weight, squares_weight = weight_gradients(x, g, weight, settings)
+            elif need_weight_squares:
+                factor, (part_x, part_g) = part.select(x, g)
+                squares_weight = weight_gradients(part_x, part_g, weight, settings)[1] * factor
             if need_bias or need_bias_squares:
                 per_example = g.flatten(2).sum(2)
                 grad_bias = per_example.sum(0)
                 squares_bias = sum_of_squares(per_example)
-        return (grad_x, grad_weight, grad_bias, squares_weight, squares_bias, tally(len(x)), *[None] * 6)
+        return (grad_x, grad_weight, grad_bias, squares_weight, squares_bias, tally(len(x)), *[None] * 7)
 
 
 def weight_gradients(x: Tensor, g: Tensor, weight: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:

@@ -38,13 +38,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: Leaves) -> Te
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, weight_leaf, bias_leaf, tally_leaf):
+    def forward(ctx, x, weight, bias, weight_leaf, bias_leaf, tally_leaf, part):
         ctx.save_for_backward(x, weight)
+        ctx.part = part
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad_output):
-        x, weight = ctx.saved_tensors
+        (x, weight), part = ctx.saved_tensors, ctx.part
         grad_x = grad_weight = grad_bias = squares_weight = squares_bias = None
         need_x, need_weight, need_bias, need_weight_squares, *_ = ctx.needs_input_grad
         with full_precision(x.device.type):
@@ -53,12 +54,15 @@ class _Linear(torch.autograd.Function):
             if need_weight:
                 folded_x, folded_g = x.flatten(0, -2), grad_output.flatten(0, -2)
                 grad_weight = folded_g.t() @ folded_x
-            if need_weight_squares:
+            if need_weight_squares and part is None:
                 squares_weight = outer_product_squares(grad_output, x)
+            elif need_weight_squares:
+                factor, (part_g, part_x) = part.select(grad_output, x)
+                squares_weight = outer_product_squares(part_g, part_x) * factor
             if need_bias:
                 per_example = grad_output.flatten(1, -2).sum(1) if grad_output.dim() > 2 else grad_output
                 grad_bias, squares_bias = per_example.sum(0), sum_of_squares(per_example)
-        return grad_x, grad_weight, grad_bias, squares_weight, squares_bias, tally(len(x))
+        return grad_x, grad_weight, grad_bias, squares_weight, squares_bias, tally(len(x)), None
 
 
 def outer_product_squares(g: Tensor, x: Tensor) -> Tensor:

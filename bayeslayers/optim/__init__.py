@@ -1,5 +1,5 @@
 """Optimisers of the posterior: each writes the (mean, precision) pairs of a model's Bayesian layers."""
 
-from bayeslayers.optim.vogn import VOGN
+from bayeslayers.optim.vogn import OGN, VOGN
 
-__all__ = ["VOGN"]
+__all__ = ["OGN", "VOGN"]

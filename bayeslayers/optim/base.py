@@ -2,82 +2,168 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal
+import abc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bayeslayers.checks import at_least_one, positive
-from bayeslayers.sampling import Sampler, Tracker, posterior
+from bayeslayers.optim.adam import adam_update
+from bayeslayers.optim.ranks import average_over_ranks
+from bayeslayers.sampling import Sampler, Site, posterior
 
-LossReduction = Literal["mean", "sum"]
+Rules = Mapping[str, Callable[[str, Any], Any]]  # per hyperparameter the check that returns its value
 
 
-class VariationalOptimizer(torch.optim.Optimizer):
-    """Base of the optimisers that draw weights: it averages gradient and curvature over draws.
+class Recorded(NamedTuple):
+    """What one scope left behind, beside the gradients.
+
+    Attributes:
+        statistics: The method's own quantity by parameter, or by another key.
+        scale: Factor that makes the statistics means over examples.
+        grad_scale: Factor that makes the gradients means over examples.
+    """
+
+    statistics: Mapping[Any, Tensor]
+    scale: float = 1.0
+    grad_scale: float = 1.0
+
+
+class VariationalOptimizer(torch.optim.Optimizer, abc.ABC):
+    """Base of the optimisers of a posterior: it averages gradients and statistics over draws of the weights.
 
     After a `sampled()` scope each parameter's `.grad` holds the mean over the draws since the last
-    step, so gradient clipping between scope and step works as usual.
+    step, so gradient clipping between scope and step works as usual. Uncertain and deterministic
+    parameters are in groups apart, which `group["kind"]` tells; a group may have hyperparameters of
+    its own, and a `prior_precision`.
 
     Args:
-        model: Model with Bayesian layers. Its other parameters form a group of their own.
+        model: Model with Bayesian layers, on its device already.
         dataset_size: Number of training examples N.
-        defaults: Hyperparameters of the groups, `temperature` among them.
+        rules: The check of each hyperparameter of a group.
+        defaults: Their values, `lr` and `beta1` among them.
+        groups: Groups with hyperparameters of their own, each a dict with `params`. Parameters in none
+            of them form the default groups.
+        deterministic_lr: Learning rate of the default group of deterministic parameters; None for `lr`.
         prior_precision: Set as every site's prior precision; None keeps what the layers carry.
         init_precision: Set as every site's precision; None keeps what the layers carry.
         num_samples: Draws per `step(closure)`.
         generator: Source of the draws; torch's default one if None.
-        loss_reduction: Whether the loss is the mean or the sum over the batch's examples.
+        sync: Average over the ranks of the default process group before each step.
     """
 
     _step_supports_amp_scaling = True  # see _unscale
+    _statistic: ClassVar[str] = "curvature"  # what messages call the statistics
+    _loss_power: ClassVar[int] = 2  # the power of the loss they are proportional to
 
     def __init__(
         self,
         model: nn.Module,
         dataset_size: int,
-        defaults: dict[str, Any],
+        rules: Rules,
+        defaults: Mapping[str, Any],
         *,
-        prior_precision: float | None,
-        init_precision: float | None,
-        num_samples: int,
-        generator: torch.Generator | None,
-        loss_reduction: LossReduction,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        deterministic_lr: float | None = None,
+        prior_precision: float | None = None,
+        init_precision: float | None = None,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        sync: bool = False,
     ):
         self.model = model
         self.dataset_size = positive("dataset_size", dataset_size)
         self.num_samples = at_least_one("num_samples", num_samples)
+        self.sync = sync
+        self._rules = {**rules, "prior_precision": positive}
         for name, value in (("prior_precision", prior_precision), ("init_precision", init_precision)):
             if value is not None:
                 positive(name, value)
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}.")
-        self.loss_reduction = loss_reduction
-        sites = list(posterior(model))
-        self._sites = {site.mean: site for site in sites}
-        self._tracker = Tracker({site.name.rpartition(".")[0]: site.module for site in sites})
-        if not self._sites:
-            raise ValueError("model must have Bayesian layers, got none. Build it from them, as BayesLinear.")
-        self._sampler = Sampler(sites, generator)
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._inside = False  # an open scope
-        self._curvature: dict[nn.Parameter, Tensor] = {}  # mean over the draws since the last step,
-        self._curvature_scale = 1.0  # once multiplied by this
-        self._draws = 0
-        others = [p for p in model.parameters() if p not in self._sites]
-        groups = [{"params": list(self._sites), "kind": "bayesian"}, {"params": others, "kind": "deterministic"}]
-        super().__init__([group for group in groups if group["params"]], defaults)
-        for site in sites:
-            if prior_precision is not None:
+        self._forget()
+        self._generator = generator
+        self._bind()
+        checked = {name: rule(name, defaults[name]) for name, rule in rules.items()}
+        if deterministic_lr is not None:
+            rules["lr"]("deterministic_lr", deterministic_lr)
+        super().__init__(self._all_groups(groups or (), deterministic_lr), {"beta2": 0.999, **checked})
+        for site in self._sites.values():
+            if prior_precision is not None and not self._has_own_prior(site):
                 site.prior_precision.fill_(prior_precision)
             if init_precision is not None:
                 site.precision.fill_(init_precision)
 
+    def _bind(self) -> None:
+        """Find the uncertain tensors of the model, and all its parameters."""
+        sites = list(posterior(self.model))
+        if not sites:
+            raise ValueError(
+                "model must have Bayesian layers, got none. Build it from them, as BayesLinear, or convert it by "
+                "to_bayesian."
+            )
+        self._sites: dict[nn.Parameter, Site] = {site.mean: site for site in sites}
+        self._names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self._sampler = Sampler(sites, self._generator)
+
+    def _all_groups(self, groups: Sequence[Mapping[str, Any]], deterministic_lr: float | None) -> list[dict[str, Any]]:
+        """Return the given groups, and behind them the rest of the parameters in groups of each kind."""
+        given = [{**group, "params": _listed(group["params"])} for group in groups]
+        taken = {parameter for group in given for parameter in group["params"]}
+        rest = [p for p in self.model.parameters() if p not in taken]
+        uncertain, others = [p for p in rest if p in self._sites], [p for p in rest if p not in self._sites]
+        own = {} if deterministic_lr is None else {"lr": deterministic_lr}
+        return [*given, *({"params": p} for p in [uncertain] if p), *({"params": p, **own} for p in [others] if p)]
+
+    def _has_own_prior(self, site: Site) -> bool:
+        return any("prior_precision" in group and site.mean in set(group["params"]) for group in self.param_groups)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the model, those of layers that it has got since included.
+
+        Args:
+            param_group: `params`, and any hyperparameter of their own. Uncertain and deterministic
+                parameters become a group each. `prior_precision` is written to the layers.
+
+        Raises:
+            ValueError: If a value breaks its rule, a parameter is not the model's, or is in a group already.
+        """
+        group = dict(param_group)
+        parameters = _listed(group.pop("params"))
+        for name in self._rules.keys() & group.keys():
+            self._rules[name](name, group[name])
+        if any(parameter not in self._names for parameter in parameters):
+            self._bind()
+        if strange := [tuple(p.shape) for p in parameters if p not in self._names]:
+            raise ValueError(f"params must be parameters of the model, got one of shape {strange[0]} that is none.")
+        for kind in ("bayesian", "deterministic"):
+            if members := [p for p in parameters if (p in self._sites) == (kind == "bayesian")]:
+                super().add_param_group({**group, "params": members, "kind": kind})
+        if "prior_precision" in group:
+            for parameter in parameters:
+                if site := self._sites.get(parameter):
+                    site.prior_precision.fill_(group["prior_precision"])
+
+    @abc.abstractmethod
+    def _scope(self, noise: Mapping[str, Tensor] | None) -> AbstractContextManager[Any]:
+        """Return the scope of one draw, in which what the method needs is recorded."""
+
+    @abc.abstractmethod
+    def _record(self) -> Recorded | None:
+        """Return what the last scope left, or None if nothing went backward in it."""
+
+    @abc.abstractmethod
+    def _update(self, group: dict[str, Any]) -> None:
+        """Move the posterior of one group's uncertain parameters by the averages over draws."""
+
+    def _clear_record(self) -> None:
+        """Drop what the open scope has recorded so far."""
+
     @contextmanager
     def sampled(self, noise: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-        """Draw weights for the scope, and add its gradient and curvature to the running average.
+        """Draw weights for the scope, and add its gradient and statistics to the running average.
 
         Several backward passes inside one scope are parts of one batch (accumulation): with a mean
         loss, divide each by their number. Several scopes before a step are draws, and averaged here.
@@ -89,10 +175,10 @@ class VariationalOptimizer(torch.optim.Optimizer):
             raise RuntimeError("sampled() must not be nested in itself; leave one scope before the next.")
         earlier = {p: p.grad for p in self._names}
         if all(grad is None for grad in earlier.values()):  # cleared past the optimizer: no draw to average with
-            self._curvature, self._draws = {}, 0
+            self._forget()
         self._restore(dict.fromkeys(self._names))
         try:
-            with self._sampler.draw(noise), self._tracker.track():
+            with self._scope(noise):
                 self._inside = True
                 yield
             self._collect(earlier)
@@ -104,34 +190,26 @@ class VariationalOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _collect(self, earlier: Mapping[nn.Parameter, Tensor | None]) -> None:
-        """Fold the scope's gradient and curvature into the means over draws."""
-        examples = self._tracker.examples
-        if examples == 0:  # nothing went backward: no draw to count
+        """Fold the scope's gradients and statistics into the means over draws."""
+        recorded = self._record()
+        if recorded is None:
             self._restore(earlier)
             return
         self._draws += 1
-        # What makes sums over examples, in the units of the loss, means over examples.
-        scale = 1 / examples if self.loss_reduction == "sum" else float(examples)
         if self._draws == 1:
-            self._curvature_scale = scale
-        for parameter, name in self._names.items():
-            grad, leaf = parameter.grad, self._tracker.leaves.get(name)
-            squares = None if leaf is None else leaf.grad
-            if parameter in self._sites and grad is not None and squares is None:
-                raise RuntimeError(
-                    f"parameter '{name}' must get its gradient through its own layer, got it past the layer. "
-                    "Read it by calling the layer, or use an ordinary parameter."
-                )
-            if grad is not None and self.loss_reduction == "sum":
-                grad = grad / examples
-            if squares is not None and scale != self._curvature_scale:  # a draw on a batch of another size
-                squares = squares * (scale / self._curvature_scale)
-            before = earlier[parameter] if self._draws > 1 else None
-            parameter.grad = self._average(before, grad)
-            if (curvature := self._average(self._curvature.get(parameter), squares)) is not None:
-                self._curvature[parameter] = curvature
+            self._scale = recorded.scale
+        for parameter in self._names:
+            grad = parameter.grad
+            if grad is not None and recorded.grad_scale != 1:
+                grad = grad * recorded.grad_scale
+            parameter.grad = self._average(earlier[parameter] if self._draws > 1 else None, grad)
+        for key in {**self._statistics, **recorded.statistics}:
+            new = recorded.statistics.get(key)
+            if new is not None and recorded.scale != self._scale:  # a draw on a batch of another size
+                new = new * (recorded.scale / self._scale)
+            self._statistics[key] = self._average(self._statistics.get(key), new)
 
-    def _average(self, mean: Tensor | None, new: Tensor | None) -> Tensor | None:
+    def _average(self, mean: Tensor | None, new: Tensor | None) -> Any:
         """Return the mean over `self._draws` draws, from that of all but the last and the last."""
         if self._draws == 1 or (mean is None and new is None):
             return new
@@ -139,23 +217,61 @@ class VariationalOptimizer(torch.optim.Optimizer):
             return new / self._draws  # pyright: ignore[reportOptionalOperand]
         return torch.lerp(mean, torch.zeros_like(mean) if new is None else new, 1 / self._draws)
 
+    def _forget(self) -> None:
+        """Drop the draws since the last step."""
+        self._statistics: dict[Any, Tensor] = {}  # mean over these draws,
+        self._scale = 1.0  # once multiplied by this
+        self._draws = 0
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients; inside a scope those of this draw alone, outside one those of every draw."""
         super().zero_grad(set_to_none)
         if self._inside:
-            self._tracker.clear()
+            self._clear_record()
         else:
-            self._curvature, self._draws = {}, 0
+            self._forget()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the posterior from the draws since the last step.
+
+        Args:
+            closure: Clears gradients, computes the loss, calls `backward` and returns `loss` or
+                `(loss, output)`. It runs under `num_samples` draws. Without it, the draws are those
+                of `with optimizer.sampled():` scopes since the last step.
+
+        Returns:
+            With a closure the mean over draws of the loss, and of the output if it returns one (a
+            tensor is averaged, anything else is that of the last draw); None without one.
+
+        Raises:
+            FloatingPointError: If loss, gradient or statistic is not finite. The posterior and the
+                optimizer's state are then as they were.
+            RuntimeError: If there was no draw since the last step.
+        """
+        loss, output = (None, None) if closure is None else self._run(closure)
+        if not self._unscale():
+            return None
+        if self.sync:
+            self._average_over_ranks()
+        self._refuse_bad_step()
+        for group in self.param_groups:
+            if group["kind"] == "bayesian":
+                self._update(group)
+            else:
+                adam_update(group["params"], group, self.state)
+        self._forget()
+        return loss if output is None else (loss, output)
 
     def _run(self, closure: Callable[[], Any]) -> tuple[Tensor, Any]:
         """Run the closure in `num_samples` scopes; return the means of loss and output."""
         earlier = {p: p.grad for p in self._names}
-        self._curvature, self._draws = {}, 0
+        self._forget()
         try:
             results = [self._run_once(closure) for _ in range(self.num_samples)]
         except BaseException:
             self._restore(earlier)
-            self._curvature, self._draws = {}, 0
+            self._forget()
             raise
         losses, outputs = [loss for loss, _ in results], [output for _, output in results]
         averages = isinstance(outputs[0], Tensor) and len(outputs) > 1
@@ -178,92 +294,97 @@ class VariationalOptimizer(torch.optim.Optimizer):
         for parameter, grad in grads.items():
             parameter.grad = grad
 
+    def unscale_(self, scaler: torch.amp.GradScaler) -> None:
+        """Take a gradient scaler's factor out of gradients and statistics, to clip gradients before the step.
+
+        It stands for `scaler.unscale_(optimizer)`, which cannot know of the statistics.
+        """
+        if not scaler.is_enabled():
+            return
+        scaler.unscale_(self)
+        self._rescale(scaler.get_scale())
+        self._unscaled = True
+
+    _unscaled = False
+
     def _unscale(self) -> bool:
-        """Take the scale of a `torch.amp.GradScaler` out of gradient and curvature; return whether to go on.
+        """Take the scale of a `torch.amp.GradScaler` out of gradients and statistics; return whether to go on.
 
         The scaler hands an optimizer that supports it `grad_scale` and `found_inf` for the time of its step.
         """
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None:
             return True
+        unscaled, self._unscaled = self._unscaled, False
         if found_inf:  # the scaler lowers its scale, and the step is left out
-            self._curvature, self._draws = {}, 0
+            self._forget()
             return False
         scale = getattr(self, "grad_scale", None)
-        if scale is None:
+        if scale is None and not unscaled:
             raise RuntimeError(
-                "gradients must reach step() as GradScaler scaled them, got them unscaled: the curvature, their "
-                "square, would keep the scale. Leave scaler.unscale_(optimizer) out."
+                f"gradients must be unscaled by optimizer.unscale_(scaler), got scaler.unscale_(optimizer): the "
+                f"{self._statistic} would keep the scale."
             )
-        for parameter in self._names:
-            if parameter.grad is not None:
-                parameter.grad /= scale
-        self._curvature_scale /= float(scale) ** 2
+        if scale is not None:
+            for parameter in self._names:
+                if parameter.grad is not None:
+                    parameter.grad /= scale
+            self._rescale(float(scale))
         return True
 
+    def _rescale(self, loss_scale: float) -> None:
+        """Take the loss scale out of the statistics."""
+        self._scale /= loss_scale**self._loss_power
+
+    def _average_over_ranks(self) -> None:
+        """Replace gradients and statistics by their means over the ranks."""
+        grads = {p: p.grad for p in self._names if p.grad is not None}
+        for key in self._statistics:
+            self._statistics[key] = self._statistics[key] * self._scale
+        self._scale = 1.0
+        average_over_ranks([*grads.values(), *self._statistics.values()])
+
     def _refuse_bad_step(self) -> None:
-        """Raise if no draw was made, or if a gradient or curvature is not finite; nothing is changed by then."""
+        """Raise if no draw was made, or if a gradient or statistic is not finite; nothing is changed by then."""
         if self._draws == 0:
             raise RuntimeError(
                 "step() must follow a backward pass under drawn weights, got none since the last step. Pass a "
                 "closure, or call loss.backward() inside `with optimizer.sampled():`."
             )
         grads = {p: p.grad for p in self._names if p.grad is not None}
-        tensors = [*grads.values(), *self._curvature.values()]
         # What the step adds to the precision is this much larger, and must be finite too.
-        ess = self.dataset_size / min(group["temperature"] for group in self.param_groups)
-        ess *= max(1.0, self._curvature_scale)
+        ess = max(self._ess(group) for group in self.param_groups) * max(1.0, self._scale)
+        tensors = [*grads.values(), *self._statistics.values()]
         # A sum is finite only if every entry is: one reduction each, one look at the result.
         if (torch.stack([t.sum() for t in tensors]) * ess).isfinite().all():
             return
-        for quantity, values in (("gradient", grads), ("curvature", self._curvature)):
-            for parameter, tensor in values.items():
+        for quantity, values in (("gradient", grads), (self._statistic, self._statistics)):
+            for key, tensor in values.items():
                 if bad := int((~(tensor * ess).isfinite()).sum()):
-                    self._curvature, self._draws = {}, 0
+                    self._forget()
                     raise FloatingPointError(
-                        f"the {quantity} of '{self._names[parameter]}' must be finite, got {bad} of "
+                        f"the {quantity} of '{self._names.get(key, key)}' must be finite, got {bad} of "
                         f"{tensor.numel()} entries that are not: the step is refused, the posterior is as it was. "
                         "Lower lr, or look at the batch."
                     )
 
+    def _ess(self, group: Mapping[str, Any]) -> float:
+        """Return the effective sample size, N / T."""
+        return self.dataset_size / group["temperature"]
+
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state, that of its generator included."""
-        generator = self._sampler.generator
-        state = None if generator is None else generator.get_state()
+        state = None if self._generator is None else self._generator.get_state()
         return {**super().state_dict(), "generator": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; the next draws are those that would have followed."""
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         if (state := state_dict.get("generator")) is not None:
-            self._sampler.generator = self._sampler.generator or torch.Generator(next(iter(self._sites)).device)
-            self._sampler.generator.set_state(state.cpu())
+            if self._generator is None:
+                self._generator = self._sampler.generator = torch.Generator(next(iter(self._sites)).device)
+            self._generator.set_state(state.cpu())
 
 
-def momentum_average(state: dict[str, Any], grad: Tensor, beta1: float) -> Tensor:
-    """Return the bias-corrected exponential average of gradients, kept in `state["momentum"]`.
-
-    With the weight (1 - beta1) / (1 - beta1^t) for the newest gradient the average needs no
-    correction afterwards: it is that of Adam (Kingma & Ba 2015), written as a recursion.
-    """
-    if beta1 == 0:
-        return grad
-    if "momentum" not in state:
-        state["momentum"] = torch.zeros_like(grad)
-    return state["momentum"].lerp_(grad, (1 - beta1) / (1 - beta1 ** state["step"]))
-
-
-def adam_update(parameters: Iterable[nn.Parameter], group: dict[str, Any], state: dict[Any, Any]) -> None:
-    """Train the deterministic parameters of one group by Adam (Kingma & Ba 2015), without weight decay."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            continue
-        own = state[parameter]
-        own["step"] = own.get("step", 0) + 1
-        if "second_moment" not in own:
-            own["second_moment"] = torch.zeros_like(parameter)
-        second = own["second_moment"]
-        second.lerp_(parameter.grad.square(), 1 - group["beta2"])
-        scale = (second / (1 - group["beta2"] ** own["step"])).sqrt_().add_(1e-8)
-        direction = momentum_average(own, parameter.grad, group["beta1"])
-        parameter.addcdiv_(direction, scale, value=-group["lr"])
+def _listed(params: Any) -> list[Any]:
+    return [params] if isinstance(params, Tensor) else list(params)

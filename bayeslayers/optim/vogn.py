@@ -1,25 +1,117 @@
-"""VOGN, the variational online Gauss-Newton method."""
+"""VOGN, the variational online Gauss-Newton method, and OGN, the same without draws."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bayeslayers.checks import fraction, non_negative, positive
 from bayeslayers.gaussian import natural_gradient_step_
-from bayeslayers.optim.base import LossReduction, VariationalOptimizer, adam_update, momentum_average
+from bayeslayers.optim.adam import corrected_weight, momentum_average
+from bayeslayers.optim.base import Recorded, VariationalOptimizer
+from bayeslayers.sampling import Tracker
+
+LossReduction = Literal["mean", "sum"]
+
+_RULES = {
+    "lr": non_negative,
+    "beta1": fraction,
+    "precision_lr": partial(fraction, one=True),
+    "temperature": positive,
+    "damping": non_negative,
+}
 
 
-class VOGN(VariationalOptimizer):
+class _GaussNewton(VariationalOptimizer):
+    """The step that VOGN and OGN share; `draws` says whether weights are drawn."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset_size: int,
+        defaults: Mapping[str, Any],
+        *,
+        draws: bool,
+        init_precision: float | Literal["curvature"] | None,
+        curvature_fraction: float,
+        loss_reduction: LossReduction,
+        **options: Any,
+    ):
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}.")
+        if isinstance(init_precision, str) and init_precision != "curvature":
+            raise ValueError(f"init_precision must be a number > 0, None or 'curvature', got {init_precision!r}.")
+        self.loss_reduction = loss_reduction
+        self.curvature_fraction = fraction("curvature_fraction", curvature_fraction, one=True)
+        self._draws_weights, self._from_curvature = draws, init_precision == "curvature"
+        value = None if isinstance(init_precision, str) else init_precision
+        super().__init__(model, dataset_size, _RULES, defaults, init_precision=value, **options)
+
+    def _bind(self) -> None:
+        super()._bind()
+        self._tracker = Tracker({site.name.rpartition(".")[0]: site.module for site in self._sites.values()})
+
+    @contextmanager
+    def _scope(self, noise: Mapping[str, Tensor] | None) -> Iterator[None]:
+        draw = self._sampler.draw(noise) if self._draws_weights else nullcontext()
+        with draw, self._tracker.track(self.curvature_fraction, self._generator):
+            yield
+
+    def _clear_record(self) -> None:
+        self._tracker.clear()
+
+    def _record(self) -> Recorded | None:
+        examples = self._tracker.examples
+        if examples == 0:
+            return None
+        squares: dict[nn.Parameter, Tensor] = {}
+        for parameter, site in self._sites.items():
+            leaf = self._tracker.leaves.get(site.name)
+            if leaf is not None and leaf.grad is not None:
+                squares[parameter] = leaf.grad
+            elif parameter.grad is not None:
+                raise RuntimeError(
+                    f"parameter '{site.name}' must get its gradient through its own layer, got it past the layer. "
+                    "Read it by calling the layer, or use an ordinary parameter."
+                )
+        # What makes sums over examples, in the units of the loss, means over examples.
+        if self.loss_reduction == "sum":
+            return Recorded(squares, scale=1 / examples, grad_scale=1 / examples)
+        return Recorded(squares, scale=float(examples))
+
+    def _update(self, group: dict[str, Any]) -> None:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            site, state = self._sites[parameter], self.state[parameter]
+            state["step"] = state.get("step", 0) + 1
+            precision_lr = group["precision_lr"]
+            natural_gradient_step_(
+                site.mean,
+                site.precision,
+                momentum_average(state, parameter.grad, group["beta1"]),
+                self._statistics[parameter],
+                prior_mean=site.prior_mean,
+                prior_precision=site.prior_precision,
+                ess=self._ess(group),
+                lr=group["lr"],
+                precision_lr=corrected_weight(precision_lr, state["step"]) if self._from_curvature else precision_lr,
+                damping=group["damping"],
+                curvature_scale=self._scale,
+            )
+
+
+class VOGN(_GaussNewton):
     """Natural-gradient variational inference with a diagonal Gaussian posterior.
 
     Each step draws weights w from the posterior, takes the mean over examples of the gradient and
     of its square at w, and moves precision and mean by `gaussian.natural_gradient_step_`. Parameters
-    of layers that are not Bayesian are trained by Adam with the same `lr` and `beta1`, in a
-    parameter group of their own.
+    of layers that are not Bayesian are trained by Adam, in a parameter group of their own.
 
     Source: Osawa et al. 2019 (arXiv 1906.02506), Algorithm 1; Khan et al. 2018 (arXiv 1806.04854).
 
@@ -32,12 +124,21 @@ class VOGN(VariationalOptimizer):
         precision_lr: Weight of the new precision in its moving average, in (0, 1].
         prior_precision: Precision of the prior for every Bayesian tensor; None keeps the layers'.
         init_precision: Precision of the posterior at the start; None keeps the layers', so that a
-            loaded posterior is trained further.
+            loaded posterior is trained further. "curvature" takes it from the first batches: they
+            weigh `precision_lr / (1 - (1 - precision_lr)^t)`, the first one 1.
         temperature: T of the tempered posterior; the likelihood counts N/T times. T < 1 sharpens.
+            `optim.TemperatureWarmup` moves it over the steps.
         damping: Added to the curvature in the mean's step, >= 0.
         num_samples: Draws per `step(closure)`.
         generator: Source of the draws, on the model's device; torch's default one if None.
         loss_reduction: "mean" if the loss is a mean over the batch's examples, "sum" if their sum.
+        curvature_fraction: Part of the batch, in (0, 1], whose squared gradients estimate the
+            curvature of linear and convolution weights: a run of examples from a random one on, which
+            is unbiased. What costs nothing (biases, norms) always sees the whole batch.
+        groups: Parameter groups with hyperparameters of their own, each a dict of `params` and any of
+            lr, beta1, precision_lr, temperature, damping, prior_precision.
+        deterministic_lr: Learning rate of parameters that are not Bayesian; None for `lr`.
+        sync: Average over the ranks of torch.distributed's default group before each step.
 
     Raises:
         ValueError: If an argument breaks its rule, or the model has no Bayesian layer.
@@ -60,78 +161,105 @@ class VOGN(VariationalOptimizer):
         beta1: float = 0.9,
         precision_lr: float = 2e-3,
         prior_precision: float | None = None,
-        init_precision: float | None = None,
+        init_precision: float | Literal["curvature"] | None = None,
         temperature: float = 1.0,
         damping: float = 0.0,
         num_samples: int = 1,
         generator: torch.Generator | None = None,
         loss_reduction: LossReduction = "mean",
+        curvature_fraction: float = 1.0,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        deterministic_lr: float | None = None,
+        sync: bool = False,
     ):
-        defaults = {
-            "lr": non_negative("lr", lr),
-            "beta1": fraction("beta1", beta1),
-            "beta2": 0.999,  # of Adam, for the deterministic parameters
-            "precision_lr": fraction("precision_lr", precision_lr, one=True),
-            "temperature": positive("temperature", temperature),
-            "damping": non_negative("damping", damping),
-        }
         super().__init__(
             model,
             dataset_size,
-            defaults,
+            {
+                "lr": lr,
+                "beta1": beta1,
+                "precision_lr": precision_lr,
+                "temperature": temperature,
+                "damping": damping,
+            },
+            draws=True,
             prior_precision=prior_precision,
             init_precision=init_precision,
             num_samples=num_samples,
             generator=generator,
             loss_reduction=loss_reduction,
+            curvature_fraction=curvature_fraction,
+            groups=groups,
+            deterministic_lr=deterministic_lr,
+            sync=sync,
         )
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the posterior from the draws since the last step.
 
-        Args:
-            closure: Clears gradients, computes the loss, calls `backward` and returns `loss` or
-                `(loss, output)`. It runs under `num_samples` draws. Without it, the draws are those
-                of `with optimizer.sampled():` scopes since the last step.
+class OGN(_GaussNewton):
+    """VOGN without draws: gradient and curvature at the mean, the posterior's precision beside it.
 
-        Returns:
-            With a closure the mean over draws of the loss, and of the output if it returns one (a
-            tensor is averaged, anything else is that of the last draw); None without one.
+    The paper's ablation and its first step of tuning: match a tuned Adam with it, then turn on the
+    draws. The precision it leaves is that of an online diagonal Laplace approximation, so `predict`
+    draws from it as from any posterior.
 
-        Raises:
-            FloatingPointError: If loss, gradient or curvature is not finite. Mean, precision and
-                momentum are then as they were.
-            RuntimeError: If there was no draw since the last step.
-        """
-        loss, output = (None, None) if closure is None else self._run(closure)
-        if not self._unscale():
-            return None
-        self._refuse_bad_step()
-        for group in self.param_groups:
-            if group["kind"] == "bayesian":
-                self._update(group)
-            else:
-                adam_update(group["params"], group, self.state)
-        self._curvature, self._draws = {}, 0
-        return loss if output is None else (loss, output)
+    Source: Osawa et al. 2019 (arXiv 1906.02506), section 3 and Table 1.
 
-    def _update(self, group: dict[str, Any]) -> None:
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            site, state = self._sites[parameter], self.state[parameter]
-            state["step"] = state.get("step", 0) + 1
-            natural_gradient_step_(
-                site.mean,
-                site.precision,
-                momentum_average(state, parameter.grad, group["beta1"]),
-                self._curvature[parameter],
-                prior_mean=site.prior_mean,
-                prior_precision=site.prior_precision,
-                ess=self.dataset_size / group["temperature"],
-                lr=group["lr"],
-                precision_lr=group["precision_lr"],
-                damping=group["damping"],
-                curvature_scale=self._curvature_scale,
-            )
+    Args:
+        model: Model with Bayesian layers, on its device already.
+        dataset_size: Number of training examples N.
+        lr: Step size of the mean; this and the following as for `VOGN`.
+        beta1: Momentum.
+        precision_lr: Weight of the new precision.
+        prior_precision: Precision of the prior.
+        init_precision: Precision at the start; "curvature" takes it from the first batches.
+        temperature: T of the tempered posterior.
+        damping: Added to the curvature in the mean's step.
+        generator: Source of the part of the batch that `curvature_fraction` picks.
+        loss_reduction: "mean" or "sum" over the batch's examples.
+        curvature_fraction: Part of the batch that estimates the curvature.
+        groups: Parameter groups with hyperparameters of their own.
+        deterministic_lr: Learning rate of parameters that are not Bayesian.
+        sync: Average over ranks before each step.
+
+    Raises:
+        ValueError: If an argument breaks its rule, or the model has no Bayesian layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset_size: int,
+        lr: float = 1e-3,
+        beta1: float = 0.9,
+        precision_lr: float = 2e-3,
+        prior_precision: float | None = None,
+        init_precision: float | Literal["curvature"] | None = None,
+        temperature: float = 1.0,
+        damping: float = 0.0,
+        generator: torch.Generator | None = None,
+        loss_reduction: LossReduction = "mean",
+        curvature_fraction: float = 1.0,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        deterministic_lr: float | None = None,
+        sync: bool = False,
+    ):
+        super().__init__(
+            model,
+            dataset_size,
+            {
+                "lr": lr,
+                "beta1": beta1,
+                "precision_lr": precision_lr,
+                "temperature": temperature,
+                "damping": damping,
+            },
+            draws=False,
+            prior_precision=prior_precision,
+            init_precision=init_precision,
+            generator=generator,
+            loss_reduction=loss_reduction,
+            curvature_fraction=curvature_fraction,
+            groups=groups,
+            deterministic_lr=deterministic_lr,
+            sync=sync,
+        )
