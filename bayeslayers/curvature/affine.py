@@ -27,12 +27,17 @@ def affine(x_hat: Tensor, scale: Tensor, shift: Tensor | None, leaves: Leaves, p
 
 
 class _Affine(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x_hat, scale, shift, scale_leaf, shift_leaf, tally_leaf, part, positions):
-        ctx.save_for_backward(x_hat, scale)
-        ctx.positions = positions
+    def forward(x_hat, scale, shift, scale_leaf, shift_leaf, tally_leaf, part, positions):
         y = x_hat * _broadcast(scale, x_hat, positions)
         return y if shift is None else y + _broadcast(shift, x_hat, positions)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x_hat, scale, *_, ctx.positions = inputs
+        ctx.save_for_backward(x_hat, scale)
 
     @staticmethod
     def backward(ctx, g):

@@ -46,11 +46,16 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: Leaves, 
 
 
 class _Convolution(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, weight, bias, weight_leaf, bias_leaf, tally_leaf, part, *settings):
-        ctx.save_for_backward(x, weight)
-        ctx.part, ctx.settings = part, settings
+    def forward(x, weight, bias, weight_leaf, bias_leaf, tally_leaf, part, *settings):
         return torch.convolution(x, weight, bias, *settings)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, _, _, _, ctx.part, *ctx.settings = inputs
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx, g):
@@ -66,7 +71,7 @@ class _Convolution(torch.autograd.Function):
             )
             if need_weight_squares and part is None:
                 grad_weight, squares_weight = weight_gradients(x, g, weight, settings)
-            elif need_weight_squares:
+            elif need_weight_squares and part is not None:
                 factor, (part_x, part_g) = part.select(x, g)
                 squares_weight = weight_gradients(part_x, part_g, weight, settings)[1] * factor
             if need_bias or need_bias_squares:

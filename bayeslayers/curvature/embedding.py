@@ -25,10 +25,14 @@ def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None, leaves: Leav
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ids, weight, weight_leaf, tally_leaf, padding_idx):
-        ctx.save_for_backward(ids)
-        ctx.shape, ctx.padding_idx = weight.shape, padding_idx
+    def forward(ids, weight, weight_leaf, tally_leaf, padding_idx):
         return F.embedding(ids, weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ids, weight, _, _, ctx.padding_idx = inputs
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
 
     @staticmethod
     def backward(ctx, g):

@@ -37,11 +37,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: Leaves) -> Te
 
 
 class _Linear(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, weight, bias, weight_leaf, bias_leaf, tally_leaf, part):
-        ctx.save_for_backward(x, weight)
-        ctx.part = part
+    def forward(x, weight, bias, weight_leaf, bias_leaf, tally_leaf, part):
         return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, *_, ctx.part = inputs
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx, grad_output):

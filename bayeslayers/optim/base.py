@@ -282,12 +282,16 @@ class VariationalOptimizer(torch.optim.Optimizer, abc.ABC):
             result = closure()
             loss, output = result if isinstance(result, tuple) else (result, None)
             loss = torch.as_tensor(loss).detach()
-            if not loss.isfinite().all():
-                raise FloatingPointError(
-                    f"the loss must be finite, got {loss.tolist()}: the step is refused, the posterior is as it was. "
-                    "Lower lr, or look at the batch."
-                )
+            self._refuse_bad_loss(loss)
         return loss, output.detach() if isinstance(output, Tensor) else output
+
+    @staticmethod
+    def _refuse_bad_loss(loss: Tensor) -> None:
+        if not loss.isfinite().all():
+            raise FloatingPointError(
+                f"the loss must be finite, got {loss.tolist()}: the step is refused, the posterior is as it was. "
+                "Lower lr, or look at the batch."
+            )
 
     @staticmethod
     def _restore(grads: Mapping[nn.Parameter, Tensor | None]) -> None:
