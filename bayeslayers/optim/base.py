@@ -57,7 +57,7 @@ class VariationalOptimizer(torch.optim.Optimizer, abc.ABC):
 
     _step_supports_amp_scaling = True  # see _unscale
     _statistic: ClassVar[str] = "curvature"  # what messages call the statistics
-    _loss_power: ClassVar[int] = 2  # the power of the loss they are proportional to
+    _loss_power: int = 2  # the power of the loss they are proportional to
 
     def __init__(
         self,
@@ -82,13 +82,13 @@ class VariationalOptimizer(torch.optim.Optimizer, abc.ABC):
         for name, value in (("prior_precision", prior_precision), ("init_precision", init_precision)):
             if value is not None:
                 positive(name, value)
+        checked = {name: rule(name, defaults[name]) for name, rule in rules.items()}
+        if deterministic_lr is not None:
+            rules["lr"]("deterministic_lr", deterministic_lr)
         self._inside = False  # an open scope
         self._forget()
         self._generator = generator
         self._bind()
-        checked = {name: rule(name, defaults[name]) for name, rule in rules.items()}
-        if deterministic_lr is not None:
-            rules["lr"]("deterministic_lr", deterministic_lr)
         super().__init__(self._all_groups(groups or (), deterministic_lr), {"beta2": 0.999, **checked})
         for site in self._sites.values():
             if prior_precision is not None and not self._has_own_prior(site):
@@ -263,12 +263,20 @@ class VariationalOptimizer(torch.optim.Optimizer, abc.ABC):
         self._forget()
         return loss if output is None else (loss, output)
 
-    def _run(self, closure: Callable[[], Any]) -> tuple[Tensor, Any]:
-        """Run the closure in `num_samples` scopes; return the means of loss and output."""
-        earlier = {p: p.grad for p in self._names}
+    def _run(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
+        """Run the closure in `num_samples` scopes; return the means of loss and output.
+
+        A closure that does nothing and returns None, as Lightning passes one in manual optimisation,
+        stands for no closure.
+        """
+        earlier, draws = {p: p.grad for p in self._names}, (self._statistics, self._scale, self._draws)
         self._forget()
         try:
-            results = [self._run_once(closure) for _ in range(self.num_samples)]
+            results = [first := self._run_once(closure)]
+            if first[0] is None:
+                self._statistics, self._scale, self._draws = draws
+                return first
+            results += [self._run_once(closure) for _ in range(self.num_samples - 1)]
         except BaseException:
             self._restore(earlier)
             self._forget()
@@ -277,10 +285,14 @@ class VariationalOptimizer(torch.optim.Optimizer, abc.ABC):
         averages = isinstance(outputs[0], Tensor) and len(outputs) > 1
         return torch.stack(losses).mean(), torch.stack(outputs).mean(0) if averages else outputs[-1]
 
-    def _run_once(self, closure: Callable[[], Any]) -> tuple[Tensor, Any]:
+    def _run_once(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
         with torch.enable_grad(), self.sampled():
             result = closure()
+            if result is None and all(p.grad is None for p in self._names):
+                return None, None
             loss, output = result if isinstance(result, tuple) else (result, None)
+            if loss is None:
+                raise TypeError("closure must return the loss, or (loss, output), got None.")
             loss = torch.as_tensor(loss).detach()
             self._refuse_bad_loss(loss)
         return loss, output.detach() if isinstance(output, Tensor) else output
