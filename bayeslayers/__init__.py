@@ -1,9 +1,12 @@
 """Bayesian layers for PyTorch: weights that carry a precision beside their mean."""
 
+from bayeslayers import plots
 from bayeslayers.card import Card, PosteriorError
 from bayeslayers.checkpoint import load_posterior, save_posterior
 from bayeslayers.convert import ConversionReport, last_layer, norms, register_rule, to_bayesian, to_deterministic
+from bayeslayers.evaluate import Evaluation, evaluate
 from bayeslayers.export import to_exported, to_onnx
+from bayeslayers.laplace import LaplaceFit, laplace
 from bayeslayers.layers import (
     BayesBatchNorm1d,
     BayesBatchNorm2d,
@@ -20,14 +23,18 @@ from bayeslayers.layers import (
     BayesianLayer,
     BayesLayerNorm,
     BayesLinear,
+    attach_posterior,
 )
 from bayeslayers.likelihoods import Bernoulli, Categorical, Gaussian
+from bayeslayers.linearised import linearised_moments, linearised_outputs
 from bayeslayers.merge import merge, posterior_to_prior
-from bayeslayers.optim import VOGN
+from bayeslayers.optim import BBB, IVON, KFAC, OGN, VOGN, NoisyKFAC
 from bayeslayers.predict import Prediction, predict
+from bayeslayers.recalibrate import Recalibration, recalibrate
 from bayeslayers.sampling import kl_divergence, posterior, sampled, tracked
 
 __all__ = [
+    "BBB",
     "BayesBatchNorm1d",
     "BayesBatchNorm2d",
     "BayesBatchNorm3d",
@@ -47,18 +54,32 @@ __all__ = [
     "Card",
     "Categorical",
     "ConversionReport",
+    "Evaluation",
     "Gaussian",
+    "IVON",
+    "LaplaceFit",
+    "KFAC",
+    "NoisyKFAC",
+    "OGN",
     "PosteriorError",
     "Prediction",
+    "Recalibration",
     "VOGN",
+    "attach_posterior",
+    "evaluate",
     "kl_divergence",
+    "laplace",
     "last_layer",
+    "linearised_moments",
+    "linearised_outputs",
     "load_posterior",
     "merge",
     "norms",
+    "plots",
     "posterior",
     "posterior_to_prior",
     "predict",
+    "recalibrate",
     "register_rule",
     "sampled",
     "save_posterior",

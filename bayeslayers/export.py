@@ -64,7 +64,7 @@ class FixedDraws(nn.Module):
                 network = copy.deepcopy(plain, dict(shared))
                 with sampler.draw():
                     for site in sites:
-                        network.get_parameter(site.name).copy_(site.module.drawn[site.key])
+                        network.get_parameter(site.name).copy_(site.value)
                 self.networks.append(network)
         self.eval().requires_grad_(False)
 

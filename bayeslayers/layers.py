@@ -6,7 +6,7 @@ inside `tracked(model)` the backward pass also sums squared per-example gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -19,11 +19,40 @@ from bayeslayers import curvature
 from bayeslayers.checks import positive
 from bayeslayers.curvature.accumulate import Leaves, wide
 from bayeslayers.curvature.conv import Settings
+from bayeslayers.curvature.kronecker import KroneckerLeaves
+from bayeslayers.perturbation import Op, Perturbation
 
 DEFAULT_PRIOR_PRECISION = 50.0  # a standard deviation of 0.14, the usual initial one of a unit with 50 inputs
 DEFAULT_INIT_PRECISION = 1e3  # a standard deviation of 0.03, small beside it
 
 POSTERIOR_SUFFIXES = ("_precision", "_prior_mean", "_prior_precision")
+ROOTS = ("weight_input_root", "weight_output_root")
+
+
+def attach_posterior(
+    module: nn.Module, prior_precision: float, init_precision: float, keys: Iterable[str] | None = None
+) -> None:
+    """Give parameters of any module, not those of modules inside it, a precision and a prior, as new buffers.
+
+    The prior's mean is 0, and 1 for the scale of a Bayesian normalisation layer.
+
+    Args:
+        module: Module that owns the parameters.
+        prior_precision: Precision of the prior, > 0.
+        init_precision: Precision of the posterior, > 0.
+        keys: Names that the parameters have in the module; None for all of them.
+
+    Raises:
+        TypeError: If a parameter is not of real numbers.
+    """
+    means = module.prior_means if isinstance(module, BayesianLayer) else {}
+    for key in [name for name, _ in module.named_parameters(recurse=False)] if keys is None else keys:
+        parameter: Any = module._parameters[key]
+        if not parameter.is_floating_point():
+            raise TypeError(f"parameter '{key}' must be of real numbers, got {parameter.dtype}.")
+        values = (init_precision, means.get(key, 0.0), prior_precision)
+        for suffix, value, shape in zip(POSTERIOR_SUFFIXES, values, (parameter.shape, (), ()), strict=True):
+            module.register_buffer(key + suffix, parameter.new_full(shape, value, requires_grad=False))
 
 
 class BayesianLayer(nn.Module):
@@ -34,6 +63,11 @@ class BayesianLayer(nn.Module):
     `weight` once a posterior has become a prior). An ordinary checkpoint, which has none of the
     three, loads as means and leaves them as they are.
 
+    A layer may have a matrix-variate posterior, by two buffers more: `weight_input_root` and
+    `weight_output_root`, from which its weight is drawn as in `matrix_gaussian`, jointly with the
+    bias if the first is one larger than a row of the weight. The precisions are then those of each
+    entry by itself. Optimisers of a diagonal posterior go on from these and drop the roots.
+
     Args:
         prior_precision: Precision of the prior N(prior_mean, 1/prior_precision), > 0.
         init_precision: Precision of the posterior at the start, > 0.
@@ -43,7 +77,8 @@ class BayesianLayer(nn.Module):
 
     prior_means: ClassVar[Mapping[str, float]] = {}
     drawn: dict[str, Tensor]
-    leaves: Leaves | None
+    leaves: Leaves | KroneckerLeaves | None
+    perturbation: Perturbation | None = None  # how a scope draws the output, where it draws no weight
     recomputed_in: int = -1  # the backward pass that ran the last forward, to recompute it; -1 if none did
 
     def __init__(
@@ -61,23 +96,69 @@ class BayesianLayer(nn.Module):
     def attach_posterior(self, prior_precision: float, init_precision: float) -> None:
         """Give each parameter its precision and prior, as new buffers; the layer is outside any scope."""
         self.drawn = {}
-        self.leaves = None
-        for name, parameter in list(self.named_parameters(recurse=False)):
-            values = (init_precision, self.prior_means.get(name, 0.0), prior_precision)
-            for suffix, value, shape in zip(POSTERIOR_SUFFIXES, values, (parameter.shape, (), ()), strict=True):
-                self.register_buffer(name + suffix, parameter.new_full(shape, value, requires_grad=False))
+        self.leaves = self.perturbation = None
+        attach_posterior(self, prior_precision, init_precision)
 
     def value(self, name: str) -> Any:
         """Return the tensor to compute with: the scope's draw, the mean outside one, None if there is no such."""
         draw = self.drawn.get(name)
         return getattr(self, name) if draw is None else draw
 
-    def active_leaves(self) -> Leaves | None:
-        """Return the leaves to fill, or None where no gradient will flow."""
+    def active_leaves(self) -> Any:
+        """Return the leaves to fill, of a kind that the layer's rule takes, or None where no gradient will flow."""
         if self.leaves is None or not torch.is_grad_enabled():
             return None
         self.recomputed_in = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
         return self.leaves
+
+    def _perturbed(self, perturbation: Perturbation, op: Op, input: Tensor) -> Tensor:
+        """Return a drawn output of the layer, whose op is given."""
+        if self.active_leaves() is not None:
+            raise RuntimeError(
+                f"curvature must be tracked under how='weights', got how={perturbation.how!r}: it squares per-example "
+                "gradients at one draw of the weights."
+            )
+        return perturbation(op, input, self.value("weight"), self.value("bias"))  # the means: no weight is drawn
+
+    def factor_sizes(self) -> tuple[int, int] | None:
+        """Return the sizes (i, o) of the Kronecker factors of the weight's curvature, None if it has no such form."""
+        layer: Any = self
+        if isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and not layer.transposed and layer.groups == 1):
+            return layer.weight.shape[1:].numel(), len(layer.weight)
+        return None
+
+    def root_shapes(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """Return the shapes that the roots of a matrix-variate posterior may have, those with the bias first."""
+        if (sizes := self.factor_sizes()) is None:
+            return []
+        i, o = sizes
+        return [((n, n), (o, o)) for n in ([i + 1, i] if self._parameters.get("bias") is not None else [i])]
+
+    @property
+    def roots(self) -> tuple[Tensor, Tensor] | None:
+        """The roots of a matrix-variate posterior, None where it is diagonal."""
+        found = [self._buffers.get(name) for name in ROOTS]
+        return None if found[0] is None or found[1] is None else (found[0], found[1])
+
+    def set_roots(self, input_root: Tensor, output_root: Tensor) -> None:
+        """Give the layer a matrix-variate posterior."""
+        for name, root in zip(ROOTS, (input_root, output_root), strict=True):
+            self.register_buffer(name, root)
+
+    def drop_roots(self) -> None:
+        """Leave the layer the diagonal posterior of its precisions."""
+        for name in ROOTS:
+            self._buffers.pop(name, None)
+
+    def _fit_roots(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Make room for the roots of a posterior to load, or none if it is a diagonal one."""
+        found = [state_dict.get(prefix + name) for name in ROOTS]
+        shapes = tuple(tuple(root.shape) if isinstance(root, Tensor) else () for root in found)
+        if shapes in self.root_shapes():
+            weight = self.get_parameter("weight").detach()
+            self.set_roots(*(weight.new_empty(shape) for shape in shapes))
+        elif found == [None, None] and prefix + "weight_precision" in state_dict:
+            self.drop_roots()
 
     def _load_from_state_dict(
         self,
@@ -89,7 +170,8 @@ class BayesianLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        own = [name for name in self._buffers if name.endswith(POSTERIOR_SUFFIXES)]
+        self._fit_roots(state_dict, prefix)
+        own = [name for name in self._buffers if name.endswith(POSTERIOR_SUFFIXES) or name in ROOTS]
         for name in own:
             self._fit_prior(name, state_dict.get(prefix + name))
         missing: list[str] = []
@@ -111,6 +193,8 @@ class BayesLinear(BayesianLayer, nn.Linear):
     """`nn.Linear` with a Gaussian posterior; takes `(*, in_features)`, dimension 0 running over examples."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.perturbation is not None:
+            return self._perturbed(self.perturbation, F.linear, input)
         weight, bias, leaves = self.value("weight"), self.value("bias"), self.active_leaves()
         if leaves is None:
             return F.linear(input, weight, bias)
@@ -121,6 +205,8 @@ class _BayesConv(BayesianLayer, _ConvNd):
     """A convolution: the op itself is torch's, with the drawn weight in place of the mean."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.perturbation is not None:
+            return self._perturbed(self.perturbation, self._conv_forward, input)
         weight, bias, leaves = self.value("weight"), self.value("bias"), self.active_leaves()
         if leaves is None:
             return self._conv_forward(input, weight, bias)
@@ -168,8 +254,14 @@ class _BayesConvTranspose(BayesianLayer, _ConvTransposeNd):
             weight.dim() - 2,
             list(self.dilation),
         )
+
+        def op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return self.function(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
+
+        if self.perturbation is not None:
+            return self._perturbed(self.perturbation, op, input)
         if leaves is None:
-            return self.function(input, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
+            return op(input, weight, bias)
         settings = Settings(self.stride, self.padding, self.dilation, True, tuple(extra), self.groups)
         return curvature.convolution(input, weight, bias, leaves, settings)
 
@@ -190,6 +282,19 @@ class BayesConvTranspose3d(_BayesConvTranspose, nn.ConvTranspose3d):
     """`nn.ConvTranspose3d` with a Gaussian posterior."""
 
     function = staticmethod(F.conv_transpose3d)
+
+
+# A subclass with a forward of its own may do something else with its weight, which is therefore drawn.
+_LINEAR_IN_WEIGHT = (BayesLinear.forward, _BayesConv.forward, _BayesConvTranspose.forward)
+
+
+def can_draw_output(layer: BayesianLayer) -> bool:
+    """Return whether a layer can draw its output in place of its weight: not under a matrix-variate posterior.
+
+    Args:
+        layer: Layer in question.
+    """
+    return type(layer).forward in _LINEAR_IN_WEIGHT and layer.roots is None
 
 
 class _BayesNorm(BayesianLayer):

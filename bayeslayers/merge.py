@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from bayeslayers import gaussian
 from bayeslayers.card import Card
-from bayeslayers.layers import BayesianLayer
+from bayeslayers.layers import ROOTS, BayesianLayer
+from bayeslayers.placement import at_means
 from bayeslayers.sampling import Site, posterior
 
 
@@ -26,7 +27,8 @@ def merge(posteriors: Sequence[nn.Module], method: Literal["product", "average"]
     mean and variance of their uniform mixture (`gaussian.mixture`).
 
     Weights are combined entry by entry, which makes sense only for networks whose units correspond:
-    those trained from common weights. What has no posterior is averaged: parameters that are not
+    those trained from common weights. Of a matrix-variate posterior each entry's own precision counts,
+    and the result is diagonal. What has no posterior is averaged: parameters that are not
     Bayesian by their mean, and the statistics of BatchNorm by mean and variance of their mixture. The
     product's are then right for shards of equal size. Other buffers must be equal.
 
@@ -59,7 +61,11 @@ def merge(posteriors: Sequence[nn.Module], method: Literal["product", "average"]
     if not sites[0]:
         raise ValueError("posteriors must have Bayesian layers, got none. bl.to_bayesian converts a network.")
     _check_architecture(models)
-    merged = copy.deepcopy(models[0], {id(m.drawn): {} for m in models[0].modules() if isinstance(m, BayesianLayer)})
+    with at_means(models[0]):
+        merged = copy.deepcopy(models[0])
+    for layer in merged.modules():
+        if isinstance(layer, BayesianLayer):
+            layer.drop_roots()
     own = {name for of_site in map(_names, sites[0].values()) for name in of_site}
     with torch.no_grad():
         for site in posterior(merged):
@@ -96,11 +102,16 @@ def _names(site: Site) -> tuple[str, ...]:
     return (site.name, *(f"{site.name}_{part}" for part in ("precision", "prior_mean", "prior_precision")))
 
 
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's tensors without the roots of matrix-variate posteriors, of which the precisions are merged."""
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(ROOTS)}
+
+
 def _check_architecture(models: Sequence[nn.Module]) -> None:
     """Refuse models whose tensors differ in name or shape from the first's; priors may be scalars or tensors."""
-    first = models[0].state_dict()
+    first = _state(models[0])
     for number, model in enumerate(models[1:], start=1):
-        other = model.state_dict()
+        other = _state(model)
         if odd := sorted(first.keys() ^ other.keys()):
             raise ValueError(
                 f"posteriors must be of one architecture, got tensor '{odd[0]}' in only one of 0 and {number}."
@@ -139,7 +150,7 @@ def _merge_site(merged: Site, sites: Sequence[Site], method: str) -> None:
 
 def _merge_others(merged: nn.Module, models: Sequence[nn.Module], own: set[str]) -> None:
     """Write the combination of what has no posterior: statistics, deterministic parameters, fixed buffers."""
-    states = [model.state_dict() for model in models]
+    states = [_state(model) for model in models]
     target = merged.state_dict()
     parameters = {name for name, _ in merged.named_parameters()}
     for path, module in merged.named_modules():

@@ -1,97 +1,98 @@
-"""Prediction by averaging over draws of the weights, with its uncertainty taken apart."""
+"""Prediction by averaging over draws of the weights, or without them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Literal
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from bayeslayers.checks import at_least_one
-from bayeslayers.likelihoods import Bernoulli, Likelihood, likelihood_of
-from bayeslayers.sampling import Sampler, posterior
+from bayeslayers.batches import input_batches
+from bayeslayers.checks import at_least_one, near, positive
+from bayeslayers.draws import Plan, Run, dropout_draws, linearised_draws, local_draws, means, weight_draws
+from bayeslayers.likelihoods import Likelihood, likelihood_of
+from bayeslayers.moments import moment_points
+from bayeslayers.prediction import Prediction, joined
+from bayeslayers.sampling import evaluation_mode, posterior
+
+__all__ = ["Prediction", "evaluation_mode", "predict"]
 
 _WAITING_DRAWS, _WAITING_VALUES = 16, 2**16  # whose outputs memory may hold beside their averages
+_CHECKPOINT = 16  # draws between two looks at the standard error: of fewer, it is no estimate
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the posterior predicts for a batch.
-
-    Attributes:
-        mean: Posterior predictive mean: class probabilities `(n, c, *)`, the probability of yes
-            `(n, *)`, or the mean of a real target.
-        total: Total uncertainty: an entropy in nats `(n, *)`, or a variance.
-        aleatoric: The part that is noise in the data: more training data would not remove it.
-        epistemic: The part that is ignorance of the weights, `total - aleatoric`, >= 0.
-        standard_error: Monte-Carlo standard error of `mean`; NaN from a single draw.
-        num_samples: Draws averaged.
-        likelihood: The likelihood that gives these numbers their meaning.
-    """
-
-    mean: Tensor
-    total: Tensor
-    aleatoric: Tensor
-    epistemic: Tensor
-    standard_error: Tensor
-    num_samples: int
-    likelihood: Likelihood
-
-    def __len__(self) -> int:
-        return len(self.mean)
-
-    @property
-    def probs(self) -> Tensor:
-        """Probabilities, `(n, c, *)` for classes, `(n, *)` for yes or no."""
-        if not self.likelihood.discrete:
-            raise AttributeError("probs: a Gaussian prediction has a mean and variances, no probabilities.")
-        return self.mean
-
-    @property
-    def labels(self) -> Tensor:
-        """The most probable class, or 1 where yes is more probable than no."""
-        return (self.probs > 0.5).long() if isinstance(self.likelihood, Bernoulli) else self.probs.argmax(1)
-
-    @property
-    def confidence(self) -> Tensor:
-        """Probability of `labels`, in [0, 1]."""
-        if isinstance(self.likelihood, Bernoulli):
-            return torch.maximum(self.probs, 1 - self.probs)
-        return self.probs.amax(1)
+METHODS: dict[str, Callable[[nn.Module, Plan], Iterator[Run]]] = {
+    "sample": weight_draws,
+    "mean": means,
+    "local": local_draws,
+    "moments": moment_points,
+    "linearised": linearised_draws,
+    "dropout": dropout_draws,
+}
+_WITHOUT_DRAWS = ("mean", "moments")
 
 
 def predict(
     model: nn.Module,
-    x: Tensor,
+    x: Tensor | Iterable[Any],
     num_samples: int = 64,
     *,
-    likelihood: Likelihood | None = None,
+    tolerance: float | None = None,
+    sample_chunk: int | Literal["auto"] = "auto",
     batch_size: int | None = None,
+    method: Literal["sample", "mean", "local", "moments", "linearised", "dropout"] = "sample",
+    antithetic: bool = False,
+    likelihood: Likelihood | None = None,
     generator: torch.Generator | None = None,
-    method: Literal["sample", "mean"] = "sample",
+    result_device: torch.device | str | None = None,
+    progress: bool | None = None,
 ) -> Prediction:
-    """Return the posterior predictive distribution for a batch, averaged over draws of the weights.
+    """Return the posterior predictive distribution for some examples, with its uncertainty taken apart.
 
     Draws stream: memory does not grow with `num_samples`. The model runs in eval mode, and every
-    module's own mode is restored.
+    module's own mode is restored. The same arguments and generator state give the same numbers.
 
     Args:
         model: Model with Bayesian layers.
-        x: Inputs, examples in dimension 0; moved to the model's device.
-        num_samples: Draws, >= 1.
+        x: Inputs, examples in dimension 0; or a DataLoader or another iterable of such batches, each
+            x or (x, ...). They are moved to the model's device. All batches see the same draws.
+        num_samples: Draws, >= 1; with a tolerance, the most of them.
+        tolerance: Standard error of the mean, > 0, below which a batch takes no more draws: that of
+            every probability, or of every real mean. It is looked at every 16 draws, and a warning
+            says where `num_samples` did not reach it. Looking again and again, the error of a rare
+            event that no draw has shown yet is not seen.
+        sample_chunk: Draws to run at once. "auto" takes as many as leave the largest output of a
+            layer in the cache, 32 at most. The results agree to rounding. Too many for the memory
+            are halved, with a warning.
+        batch_size: Examples per forward pass; None takes a tensor whole, and batches as they come.
+        method: How to average over the posterior:
+            "sample" draws whole networks.
+            "mean" is one pass with the posterior means, whose epistemic part is 0.
+            "moments" propagates mean and variance in one pass, see `bayeslayers.moments`; the outputs'
+            Gaussian is then averaged over `num_samples` points that never change.
+            "local" draws the outputs of linear layers and convolutions example by example: exact for
+            layers on `(n, i)`, an approximation where positions share weights, and cheaper where
+            weights outnumber activations, see `bayeslayers.perturbation`.
+            "linearised" draws outputs of the network linear in its weights (Immer et al. 2021).
+            "dropout" draws dropout masks at the posterior means, the baseline of Gal & Ghahramani 2016.
+        antithetic: Draw in pairs, mean + noise and mean - noise, of an even `num_samples`, for method
+            "sample". What is linear in the weights has no Monte-Carlo error then; the standard error
+            is that of pairs.
         likelihood: Meaning of the outputs; None takes `model.likelihood`, else `Categorical()`.
-        batch_size: Examples per forward pass; None takes all at once. Each draw serves all batches.
         generator: Source of the draws, on the model's device; torch's default one if None.
-        method: "sample" averages over draws; "mean" is one pass with the posterior means, whose
-            epistemic part is 0.
+        result_device: Where to put the results of each batch as it is done, as "cpu"; None leaves
+            them on the model's device.
+        progress: Show a bar; None shows it for a DataLoader on a terminal.
 
     Raises:
-        ValueError: If `x` is empty or not finite, `num_samples` < 1, the method is unknown, or no
-            layer is Bayesian.
+        ValueError: If inputs are empty or not finite, a number is out of its range, the method is
+            unknown or does not fit the model or the other arguments, or no layer is Bayesian.
+        TypeError: If `x` holds something else than tensors.
 
     Example:
         >>> import torch, bayeslayers as bl
@@ -99,92 +100,181 @@ def predict(
         >>> prediction.probs.shape, prediction.labels.shape
         (torch.Size([5, 3]), torch.Size([5]))
     """
-    at_least_one("num_samples", num_samples)
-    _check_input(x)
-    if method not in ("sample", "mean"):
-        raise ValueError(f"method must be 'sample' or 'mean', got {method!r}.")
-    sites = list(posterior(model))
-    if not sites:
-        raise ValueError("model must have Bayesian layers, got none: every draw would be the same.")
+    if not isinstance(x, Tensor):
+        generator = generator or _seeded(_device(model, method))
+    plan = _plan(num_samples, tolerance, sample_chunk, method, antithetic, generator)
+    if batch_size is not None:
+        at_least_one("batch_size", batch_size)
+    device = _device(model, method)
     likelihood = likelihood or likelihood_of(model)
-    batches = x.to(sites[0].mean.device).split(
-        at_least_one("batch_size", batch_size) if batch_size is not None else len(x)
-    )
-    averages = [_Average(likelihood) for _ in batches]
-    if method == "mean":
-        num_samples, draw = 1, nullcontext
-    else:
-        draw = Sampler(sites, generator, frozen=True).draw
+
+    def result(inputs: Tensor) -> Prediction:
+        _check_input(inputs)
+        batches = inputs.to(device).split(batch_size or len(inputs))
+        averages = _averages(model, batches, plan, METHODS[method], tolerance, likelihood)
+        part = joined([average.result() for average in averages])
+        return part if result_device is None else part.to(result_device)
+
     with torch.no_grad(), evaluation_mode(model):
-        for _ in range(num_samples):
-            with draw():
-                for average, batch in zip(averages, batches, strict=True):
-                    average.add(model(batch))
-    parts = [average.result() for average in averages]
-    mean, total, aleatoric, epistemic, error = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Prediction(mean, total, aleatoric, epistemic, error, num_samples, likelihood)
+        found = result(x) if isinstance(x, Tensor) else joined([result(batch) for batch in _stream(x, plan, progress)])
+    if method == "moments":
+        found = replace(found, standard_error=torch.full_like(found.standard_error, math.nan))
+    if tolerance is not None and not (missed := float(found.standard_error.max())) < tolerance:
+        warnings.warn(
+            f"tolerance {tolerance} is not reached by {num_samples} draws: the greatest standard error is "
+            f"{missed:.2g}. Raise num_samples.",
+            stacklevel=2,
+        )
+    return found
+
+
+def _plan(
+    num_samples: int,
+    tolerance: float | None,
+    sample_chunk: int | str,
+    method: str,
+    antithetic: bool,
+    generator: torch.Generator | None,
+) -> Plan:
+    at_least_one("num_samples", num_samples)
+    if method not in METHODS:
+        raise ValueError(
+            f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}.{near(str(method), METHODS)}"
+        )
+    if sample_chunk != "auto":
+        at_least_one("sample_chunk", sample_chunk)  # pyright: ignore[reportArgumentType]
+    if tolerance is not None:
+        positive("tolerance", tolerance)
+        if method in _WITHOUT_DRAWS:
+            raise ValueError(f"tolerance must be None for method {method!r}, which draws nothing, got {tolerance}.")
+    if antithetic and method != "sample":
+        raise ValueError(f"antithetic must be False for method {method!r}, got True: only weights come in pairs.")
+    if antithetic and num_samples % 2:
+        raise ValueError(f"num_samples must be even for antithetic pairs, got {num_samples}.")
+    chunk = None if sample_chunk == "auto" else int(sample_chunk)
+    return Plan(int(num_samples), chunk, generator, antithetic, None if tolerance is None else _CHECKPOINT)
+
+
+def _device(model: nn.Module, method: str) -> torch.device:
+    sites = list(posterior(model))
+    if not sites and method != "dropout":
+        raise ValueError("model must have Bayesian layers, got none: every draw would be the same.")
+    return sites[0].mean.device if sites else next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _seeded(device: torch.device) -> torch.Generator:
+    """Return a generator whose seed the default one draws."""
+    return torch.Generator(device).manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+
+
+def _stream(x: Iterable[Any], plan: Plan, progress: bool | None) -> Iterator[Tensor]:
+    """Yield the inputs of each batch, the generator back at the same state each time, for the same draws."""
+    if hasattr(x, "__array__"):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}. torch.as_tensor converts arrays.")
+    assert plan.generator is not None
+    batches, state = input_batches("x", x), plan.generator.get_state()
+    if progress or (progress is None and isinstance(x, DataLoader) and sys.stderr is not None and sys.stderr.isatty()):
+        batches = _with_bar(batches, len(x) if isinstance(x, Sized) else None)
+    for batch in batches:
+        plan.generator.set_state(state)
+        yield batch
+
+
+def _with_bar(batches: Iterable[Tensor], number: int | None) -> Iterable[Tensor]:
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(batches, "predict", number, console=Console(stderr=True), transient=True)
+
+
+def _averages(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    plan: Plan,
+    method: Callable[[nn.Module, Plan], Iterator[Run]],
+    tolerance: float | None,
+    likelihood: Likelihood,
+) -> list[_Average]:
+    """Return the averages over draws of each batch; draw after draw goes to all that need more."""
+    averages = [_Average(likelihood, 2 if plan.antithetic else 1) for _ in batches]
+    unfinished = list(zip(averages, batches, strict=True))
+    for run in method(model, plan):
+        for average, batch in unfinished:
+            for outputs in run(batch):
+                average.add(outputs)
+        if tolerance is not None:
+            unfinished = [(a, b) for a, b in unfinished if a.draws % _CHECKPOINT or not a.error().max() < tolerance]
+            if not unfinished:
+                break
+    return averages
 
 
 class _Average:
     """Running mean and variance over draws (Chan et al. 1983), which do not cancel as a sum of squares does.
 
     Small outputs wait for those of further draws: the operations cost more than the numbers in them.
+
+    Args:
+        likelihood: Meaning of the outputs.
+        group: Draws in a row that depend on each other, 2 for antithetic pairs; groups are independent.
     """
 
-    count = 0
     mean: Tensor
-    squares: Tensor  # sum of squared deviations from the mean
     aleatoric: Tensor
+    squares: Tensor  # sum over draws of squared deviations from the mean
+    group_squares: Tensor  # the same sum over means of groups
 
-    def __init__(self, likelihood: Likelihood):
-        self.likelihood = likelihood
+    def __init__(self, likelihood: Likelihood, group: int = 1):
+        self.likelihood, self.group = likelihood, group
+        self.count = self.draws = 0  # averaged, and with those that wait
         self._waiting: list[Tensor] = []
 
-    def add(self, output: Tensor) -> None:
-        self._waiting.append(output)
-        if len(self._waiting) >= min(_WAITING_DRAWS, _WAITING_VALUES / output.numel()):
+    def add(self, outputs: Tensor) -> None:
+        """Add the outputs of some draws, `(s, n, *)`."""
+        self._waiting.append(outputs)
+        self.draws += len(outputs)
+        enough = min(_WAITING_DRAWS, _WAITING_VALUES / outputs[0].numel())
+        if self.draws - self.count >= enough and self.draws % self.group == 0:
             self._merge()
 
     def _merge(self) -> None:
-        draws = len(self._waiting)
-        means, noise = (part.unflatten(0, (draws, -1)) for part in self.likelihood.per_draw(torch.cat(self._waiting)))
+        outputs = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
         self._waiting = []
+        parts = self.likelihood.per_draw(outputs.flatten(0, 1))
+        means, noise = (part.unflatten(0, outputs.shape[:2]) for part in parts)
         mean, aleatoric = means.mean(0), noise.mean(0)
-        squares = (means - mean).square().sum(0)
+        squares = group_squares = (means - mean).square().sum(0)
+        if self.group > 1:
+            group_squares = (means.unflatten(0, (-1, self.group)).mean(1) - mean).square().sum(0)
         if self.count == 0:
-            self.mean, self.squares, self.aleatoric = mean, squares, aleatoric
+            self.mean, self.aleatoric, self.squares, self.group_squares = mean, aleatoric, squares, group_squares
         else:
-            share = draws / (self.count + draws)
+            share = len(outputs) / self.draws
             deviation = mean - self.mean
+            between = share * self.count * deviation.square()
             self.mean += share * deviation
-            self.squares += squares + share * self.count * deviation.square()
             self.aleatoric += share * (aleatoric - self.aleatoric)
-        self.count += draws
+            self.squares += squares + between
+            if self.group > 1:
+                self.group_squares += group_squares + between / self.group
+        self.count = self.draws
 
-    def result(self) -> tuple[Tensor, ...]:
-        """Return mean, total, aleatoric, epistemic and the standard error of the mean."""
+    def error(self) -> Tensor:
+        """Return the standard error of the mean; NaN from a single group."""
         if self._waiting:
             self._merge()
+        groups = self.count // self.group
+        return (self.group_squares / (groups - 1) / groups).sqrt() if groups > 1 else self.mean * math.nan
+
+    def result(self) -> Prediction:
+        error = self.error()
         total, epistemic = self.likelihood.split(self.mean, self.squares / self.count, self.aleatoric)
-        error = (self.squares / (self.count - 1) / self.count).sqrt() if self.count > 1 else self.mean * math.nan
-        return self.mean, total, self.aleatoric, epistemic, error
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode inside the scope, and each of its modules back in its own mode after it."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+        return Prediction(
+            self.mean, total, self.aleatoric, epistemic, error, self.count, self.likelihood, (self.count,)
+        )
 
 
 def _check_input(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}. torch.as_tensor converts arrays.")
     if x.dim() == 0 or len(x) == 0:
         raise ValueError(f"x must hold at least one example in dimension 0, got shape {tuple(x.shape)}.")
     if x.is_floating_point() and (bad := int((~x.isfinite()).sum())):

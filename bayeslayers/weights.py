@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from bayeslayers.card import PosteriorError
+from bayeslayers.layers import POSTERIOR_SUFFIXES, ROOTS, BayesianLayer, attach_posterior
 from bayeslayers.sampling import posterior
 
 WEIGHTS, CONFIG, README = "model.safetensors", "config.json", "README.md"
@@ -63,7 +64,7 @@ class Weights:
         Raises:
             PosteriorError: If a tensor is missing, unknown, of another shape or kind.
         """
-        own = model.state_dict()
+        own = self._expected(model)
         if missing := sorted(own.keys() - self.shapes.keys()):
             raise PosteriorError(
                 f"{self.path} must hold tensor '{missing[0]}', got none of that name ({len(missing)} missing)."
@@ -72,7 +73,7 @@ class Weights:
             raise PosteriorError(
                 f"{self.path} must hold the model's tensors, got '{unknown[0]}' ({len(unknown)} unknown)."
             )
-        means = {site.name: tuple(site.mean.shape) for site in posterior(model)}
+        means = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         for name, expected in own.items():
             # A prior may be one number in the file and a tensor in the model, or the other way round.
             prior_of = name.rpartition("_prior_")[0] if "_prior_" in name else None
@@ -82,6 +83,45 @@ class Weights:
                     f"{self.path}: tensor '{name}' must be {expected.dtype} of shape {tuple(expected.shape)}, got "
                     f"{self.dtypes[name]} of shape {self.shapes[name]}."
                 )
+
+    def _expected(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the tensors that a model takes from this file: its own, but roots and posteriors as the file has."""
+        expected = dict(model.state_dict())
+        for name, parameter in self._attachable(model).items():
+            for suffix, shape in zip(POSTERIOR_SUFFIXES, (parameter.shape, (), ()), strict=True):
+                expected[name + suffix] = parameter.new_empty(shape, device="meta")
+        for path, layer in model.named_modules(remove_duplicate=False):
+            if not isinstance(layer, BayesianLayer):
+                continue
+            names = [f"{path}.{root}" if path else root for root in ROOTS]
+            found, allowed = [self.shapes.get(name) for name in names], layer.root_shapes()
+            for name in names:
+                expected.pop(name, None)
+            if allowed and found != [None, None]:
+                shapes = next((pair for pair in allowed if list(pair) == found), allowed[0])
+                weight = layer.get_parameter("weight")
+                expected |= {n: weight.new_empty(s, device="meta") for n, s in zip(names, shapes, strict=True)}
+        return expected
+
+    def _attachable(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the parameters that have a posterior in the file and none in the model, as those IVON trains."""
+        own = model.state_dict()
+        return {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.is_floating_point()
+            and all(name + suffix in self.shapes and name + suffix not in own for suffix in POSTERIOR_SUFFIXES)
+        }
+
+    def _attach(self, model: nn.Module) -> None:
+        """Give parameters the buffers for what the file holds of them, outside of Bayesian layers."""
+        for name in self._attachable(model):
+            path, _, key = name.rpartition(".")
+            attach_posterior(model.get_submodule(path), 1.0, 1.0, [key])
+        for site in posterior(model):
+            for suffix, prior in zip(POSTERIOR_SUFFIXES[1:], (site.prior_mean, site.prior_precision), strict=True):
+                if not isinstance(site.module, BayesianLayer) and prior.shape != self.shapes[site.name + suffix]:
+                    setattr(site.module, site.key + suffix, prior.new_empty(self.shapes[site.name + suffix]))
 
     def _fits(self, name: str, expected: Tensor) -> bool:
         """Whether a tensor is of the expected kind; floating-point numbers may be of another precision."""
@@ -99,13 +139,15 @@ class Weights:
         return tensor
 
     def fill(self, model: nn.Module) -> None:
-        """Load the tensors into a model, all or none.
+        """Load the tensors into a model, all or none; a parameter gets the posterior that the file has for it.
 
         Raises:
             PosteriorError: As `check_shapes` and `read` do.
         """
         self.check_shapes(model)
-        model.load_state_dict({name: self.read(name, own.dtype) for name, own in model.state_dict().items()})
+        tensors = {name: self.read(name, expected.dtype) for name, expected in self._expected(model).items()}
+        self._attach(model)
+        model.load_state_dict(tensors)
 
 
 @contextmanager

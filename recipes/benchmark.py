@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,6 +114,80 @@ def _plain_prediction(build: Callable[[], nn.Module], path: Path, x: Tensor, num
             torch.addcmul(tensors[name], parameter.normal_(), deviations[name], out=parameter)
         probs = probs + net(x).softmax(1)
     return probs / num_samples
+
+
+@dataclass(frozen=True)
+class PredictRow:
+    """One measurement: a prediction, and the ratio of its median time per draw to that of a deterministic forward."""
+
+    model: str
+    batch: int
+    num_samples: int
+    method: str
+    median_ms: float
+    forward_ms: float
+    ratio_per_sample: float
+    peak_memory_mb: float
+
+
+def benchmark_predict(
+    rounds: int = 100,
+    seed: int = 0,
+    models: Sequence[str] = ("mlp", "lenet5", "resnet20"),
+    batches: Sequence[int] = (1, 64, 512),
+    num_samples: int = 32,
+) -> list[PredictRow]:
+    """Time `predict` beside one forward pass of the deterministic twin in eval mode.
+
+    Args:
+        rounds: Interleaved runs, after a tenth as many to warm up: of the twin, and a twentieth as many of `predict`,
+            1 at the least.
+        seed: Of weights and data.
+        models: Names of the zoo.
+        batches: Examples per batch.
+        num_samples: Draws.
+    """
+    at_least_one("rounds", rounds)
+    rows = []
+    for name in models:
+        torch.manual_seed(seed)
+        model = zoo.create(name).eval()
+        twin = bl.to_deterministic(model).eval()
+        for batch in batches:
+            x = torch.rand(batch, *model[0].size)
+            methods: dict[str, Callable[[], object]] = {
+                method: partial(bl.predict, model, x, num_samples, method=method) for method in ("sample", "local")
+            }
+            passes = max(1, 20 // len(methods))
+            medians = interleaved_medians(
+                {"forward": partial(_forwards, twin, x, passes)} | methods, max(1, rounds // 20)
+            )
+            forward = medians["forward"] / passes
+            for method, action in methods.items():
+                ratio, peak = medians[method] / (num_samples * forward), peak_memory(action) / 2**20
+                times = (round(1e3 * medians[method], 3), round(1e3 * forward, 3))
+                rows.append(PredictRow(name, batch, num_samples, method, *times, round(ratio, 3), round(peak, 1)))
+    return rows
+
+
+@torch.no_grad()
+def _forwards(net: nn.Module, x: Tensor, passes: int) -> None:
+    for _ in range(passes):
+        net(x)
+
+
+def peak_memory(action: Callable[[], object]) -> int:
+    """Return the most bytes that the process held while it ran an action; without Linux, at any time so far."""
+    import resource
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # brings the mark to what is held now
+    except OSError:
+        action()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    action()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def _plain_lenet5() -> nn.Module:

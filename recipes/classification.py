@@ -15,11 +15,13 @@ from torch import nn
 import bayeslayers as bl
 import zoo
 from bayeslayers.checkpoint import write_atomically
-from bayeslayers.checks import at_least_one, near
+from bayeslayers.checks import at_least_one
 from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.metrics import classification_metrics, ood_auroc
 from bayeslayers.predict import Prediction, predict
 from recipes.data import Split, load_split, num_batches
+from recipes.methods import make_optimizer, method_of
+from recipes.schedules import Schedule, make_schedulers
 from recipes.training import CHECKPOINT, Training
 
 METRICS, POSTERIOR = "metrics.json", "posterior"
@@ -33,6 +35,8 @@ class Evaluation:
         num_samples: Draws of the final measurement.
         epoch_samples: Draws of the measurement after each epoch.
         seed: Of the draws.
+        method: How to predict, as in `bl.predict`: "sample", "mean", "local", "dropout", "linearised". None
+            for draws of a posterior, and one pass of a point estimate.
         ood: Data set of strangers, for the AUROC of total entropy, or None.
         batch_size: Examples per forward pass.
     """
@@ -40,8 +44,24 @@ class Evaluation:
     num_samples: int = 64
     epoch_samples: int = 8
     seed: int = 0
+    method: str | None = None
     ood: str | None = None
     batch_size: int = 1000
+
+
+@dataclass
+class Laplace:
+    """A diagonal Laplace approximation after the training.
+
+    Attributes:
+        prior_precision: Precision of the prior; None to maximise the marginal likelihood.
+        last_layer: Give the last layer alone a posterior.
+        temperature: T of the tempered posterior.
+    """
+
+    prior_precision: float | None = None
+    last_layer: bool = False
+    temperature: float = 1.0
 
 
 @dataclass
@@ -52,11 +72,12 @@ class Config:
         name: Name of the run and its posterior.
         model: `name` in the zoo, and the arguments of its builder.
         data: Data set to train and test on.
-        optimizer: `name` ("vogn" or "adam"), and its arguments.
+        optimizer: `name` of a method of `recipes.methods`, and its arguments.
         batch_size: Examples per step.
         epochs: Passes over the training data.
-        schedule: Learning rate over the run: "cosine" to zero, or "constant".
+        schedule: Learning rate and temperature over the run.
         seed: Of initial weights, order of the data, and draws.
+        laplace: Fit a Laplace approximation after a point estimate is trained; None for none.
         evaluation: How the result is measured.
         baseline: Run folder of a twin, whose figures go into the card beside ours.
         output: Run folder; `runs/NAME` if None.
@@ -71,21 +92,15 @@ class Config:
     optimizer: dict[str, Any]
     batch_size: int = 128
     epochs: int = 10
-    schedule: str = "cosine"
+    schedule: Schedule = field(default_factory=Schedule)
     seed: int = 0
+    laplace: Laplace | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     baseline: str | None = None
     output: str | None = None
     data_root: str | None = None
     limit: int | None = None
     notes: str = ""
-
-
-OPTIMIZERS = {"vogn": bl.VOGN, "adam": torch.optim.Adam}
-SCHEDULES = {
-    "cosine": torch.optim.lr_scheduler.CosineAnnealingLR,
-    "constant": torch.optim.lr_scheduler.ConstantLR,
-}
 
 
 def train(config: Config, resume: bool = False, command: str = "") -> dict[str, float] | None:
@@ -116,20 +131,22 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
     )
     torch.manual_seed(config.seed)
     model = zoo.create(**config.model)
-    optimizer = make_optimizer(config, model, len(train_data))
-    bayesian = isinstance(optimizer, bl.VOGN)
+    optimizer = make_optimizer(config.optimizer, model, len(train_data), config.seed)
+    how = config.evaluation
+    method = how.method or method_of(config.optimizer).predict
+    while_training = "mean" if config.laplace else method
 
     def measure() -> dict[str, float]:
-        prediction = predict_split(model, test_data, config.evaluation.epoch_samples, config.evaluation, bayesian)
+        prediction = predict_split(model, test_data, how.epoch_samples, how, while_training)
         return {f"test_{key}": value for key, value in classification_metrics(prediction, test_data.labels).items()}
 
-    steps = config.epochs * num_batches(train_data, config.batch_size)
-    schedule = {"T_max": steps} if config.schedule == "cosine" else {"factor": 1.0}
     run = Training(
         folder=folder,
         model=model,
         optimizer=optimizer,
-        scheduler=SCHEDULES[config.schedule](optimizer, **schedule),
+        schedulers=make_schedulers(
+            config.schedule, optimizer, num_batches(train_data, config.batch_size), config.epochs
+        ),
         likelihood=likelihood_of(model),
         data=train_data,
         batch_size=config.batch_size,
@@ -144,16 +161,18 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
     if not run.run():
         console.print(f"stopped and saved in epoch {run.epoch + 1}; continue with --resume")
         return None
-    metrics = final_metrics(model, config, test_data, strangers or None, bayesian)
+    if config.laplace:
+        model, method = fit_laplace(model, config, train_data), how.method or "sample"
+    metrics = final_metrics(model, config, test_data, strangers or None, method)
     write_atomically(folder / METRICS, json.dumps(metrics, indent=2).encode())
-    if bayesian:
+    if method not in ("mean", "dropout"):
         save(model, config, folder / POSTERIOR, command, metrics, baseline, len(train_data), test_data)
     console.print_json(json.dumps(metrics))
     console.print(f"written to {folder}")
     return metrics
 
 
-_IDENTITY = ("model", "data", "optimizer", "batch_size", "epochs", "schedule", "seed", "limit")
+_IDENTITY = ("model", "data", "optimizer", "batch_size", "epochs", "schedule", "laplace", "seed", "limit")
 
 
 def check(config: Config) -> None:
@@ -164,49 +183,53 @@ def check(config: Config) -> None:
         at_least_one(f"evaluation.{name}", getattr(config.evaluation, name))
     if config.limit is not None:
         at_least_one("limit", config.limit)
-    if config.schedule not in SCHEDULES:
-        hint = near(config.schedule, SCHEDULES)
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {config.schedule!r}.{hint}")
-
-
-def make_optimizer(config: Config, model: nn.Module, dataset_size: int) -> torch.optim.Optimizer:
-    """Return the configured optimiser; Adam trains the means alone, as the deterministic twin."""
-    kwargs = dict(config.optimizer)
-    name = kwargs.pop("name", None)
-    if name not in OPTIMIZERS:
+    config.schedule.check()
+    point = method_of(config.optimizer).predict == "mean"
+    if config.laplace and not point:
         raise ValueError(
-            f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}.{near(str(name), OPTIMIZERS)}"
+            f"laplace must follow the training of a point estimate, got optimizer {config.optimizer['name']!r}. Leave "
+            "one of them out."
         )
-    if name == "adam":
-        return torch.optim.Adam(model.parameters(), **kwargs)
-    return bl.VOGN(model, dataset_size, generator=torch.Generator().manual_seed(config.seed), **kwargs)
 
 
-def predict_split(model: nn.Module, data: Split, num_samples: int, how: Evaluation, bayesian: bool) -> Prediction:
-    """Return the prediction for a split, by draws or, for a deterministic twin, by the means."""
+def fit_laplace(model: nn.Module, config: Config, data: Split) -> nn.Module:
+    """Return the trained network with the precisions of its Laplace approximation."""
+    assert config.laplace
+    size = config.evaluation.batch_size
+    return bl.laplace(
+        model,
+        [(data.inputs(rows), data.labels[rows]) for rows in (slice(i, i + size) for i in range(0, len(data), size))],
+        prior_precision="marglik" if config.laplace.prior_precision is None else config.laplace.prior_precision,
+        layers=bl.last_layer if config.laplace.last_layer else None,
+        temperature=config.laplace.temperature,
+    )
+
+
+def predict_split(model: nn.Module, data: Split, num_samples: int, how: Evaluation, method: str) -> Prediction:
+    """Return the prediction for a split."""
     return predict(
         model,
         data.inputs(slice(None)),
         num_samples,
         batch_size=how.batch_size,
         generator=torch.Generator().manual_seed(how.seed),
-        method="sample" if bayesian else "mean",
+        method=method,  # pyright: ignore[reportArgumentType]
     )
 
 
 def final_metrics(
-    model: nn.Module, config: Config, test: Split, strangers: Split | None, bayesian: bool
+    model: nn.Module, config: Config, test: Split, strangers: Split | None, method: str
 ) -> dict[str, float]:
     """Measure the trained model on the test split, and against strangers."""
     how = config.evaluation
-    known = predict_split(model, test, how.num_samples, how, bayesian)
+    known = predict_split(model, test, how.num_samples, how, method)
     metrics = classification_metrics(known, test.labels)
     if strangers is not None:
-        strange = predict_split(model, strangers, how.num_samples, how, bayesian)
+        strange = predict_split(model, strangers, how.num_samples, how, method)
         metrics[f"ood_auroc_{how.ood}"] = ood_auroc(known.total, strange.total)
-        if bayesian:
+        if method != "mean":
             metrics[f"ood_auroc_{how.ood}_epistemic"] = ood_auroc(known.epistemic, strange.epistemic)
-    counts = {"num_samples": how.num_samples if bayesian else 1, "seed": how.seed}
+    counts = {"num_samples": how.num_samples if method != "mean" else 1, "seed": how.seed}
     return metrics | {"test_examples": len(test)} | counts
 
 

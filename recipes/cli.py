@@ -98,12 +98,24 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--record", action="store_true", help="measure on the bundled slice, and write to the card")
     _add_json(own)
 
+    own = add(evaluate)
+    own.add_argument("posterior", metavar="MODEL", help="a bundled name, a folder, or OWNER/REPO[@REVISION]")
+    own.add_argument("--data", metavar="NAME", help="mnist, cifar10, npz:PATH, imagefolder:PATH, ... (the card's)")
+    own.add_argument("--data-root", type=Path, metavar="PATH", help="folder of data already there (downloaded to data)")
+    own.add_argument("--ood", action="append", default=[], metavar="NAME", help="data set of strangers; repeatable")
+    own.add_argument("--method", choices=["sample", "mean"], default="sample", help="draws, or the posterior means")
+    own.add_argument("--limit", type=int, metavar="N", help="use the first N examples of each set alone")
+    own.add_argument("--batch-size", type=int, default=250, metavar="N", help="examples per forward pass (%(default)s)")
+    own.add_argument("--report", type=Path, metavar="FOLDER", help="write report.html and report.json there")
+    _add_draws(own)
+    _add_json(own)
+
     own = add(benchmark)
     own.add_argument(
         "what",
-        choices=["step", "load"],
+        choices=["step", "load", "predict"],
         help="step: a training step of VOGN beside one of Adam; load: a posterior loaded to predict one image, beside "
-        "plain torch",
+        "plain torch; predict: 32 draws beside one forward pass",
     )
     own.add_argument("--rounds", type=int, default=100, help="interleaved runs of each (%(default)s)")
     _add_json(own)
@@ -306,11 +318,38 @@ def verify(arguments: argparse.Namespace) -> int:
     return 0 if all(check.ok for check in checks) else 1
 
 
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Measure a posterior on data, and how well it tells strangers from it."""
+    from recipes.evaluate import Question, write_report
+    from recipes.evaluate import evaluate as run
+
+    if (folder := arguments.report) is not None and folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"report must be a folder, got {folder}, which is a file.")
+    options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Question)}
+    answer = run(Question(**options), arguments.data_root, progress=not arguments.json and sys.stdout.isatty())
+    if folder is not None:
+        write_report(answer, folder)
+    if arguments.json:
+        print(answer.to_json(), end="")
+        return 0
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console()
+    console.print(f"{escape(answer.question.posterior)} on {escape(str(answer.question.data))}", highlight=False)
+    console.print(answer.evaluation)
+    if folder is not None:
+        console.print(
+            f"written to {escape(str(folder / 'report.html'))} and report.json", highlight=False, soft_wrap=True
+        )
+    return 0
+
+
 def benchmark(arguments: argparse.Namespace) -> int:
     """Measure costs as ratios, side by side in one process."""
-    from recipes.benchmark import benchmark_load, benchmark_step
+    from recipes.benchmark import benchmark_load, benchmark_predict, benchmark_step
 
-    measure = {"step": benchmark_step, "load": benchmark_load}[arguments.what]
+    measure = {"step": benchmark_step, "load": benchmark_load, "predict": benchmark_predict}[arguments.what]
     rows = [dataclasses.asdict(row) for row in measure(arguments.rounds)]
     if arguments.json:
         print(json.dumps(rows, indent=2))

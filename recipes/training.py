@@ -6,7 +6,7 @@ import csv
 import io
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +16,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from bayeslayers.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from bayeslayers.likelihoods import Likelihood
+from bayeslayers.optim import TemperatureWarmup
 from recipes.data import Split, batches, num_batches
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.csv"
@@ -32,7 +34,7 @@ class Training:
         folder: Where checkpoint and logs go.
         model: The network.
         optimizer: Its optimiser; `step(closure)` returns `(loss, output)`.
-        scheduler: Schedule of the learning rate, stepped after every batch.
+        schedulers: Schedules of learning rate and temperature, stepped after every batch.
         likelihood: The loss.
         data: Training split.
         batch_size: Examples per step.
@@ -49,7 +51,7 @@ class Training:
     folder: Path
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    schedulers: Sequence[LambdaLR | TemperatureWarmup]
     likelihood: Likelihood
     data: Split
     batch_size: int
@@ -107,7 +109,8 @@ class Training:
             return loss, output
 
         loss, output = self.optimizer.step(closure)  # pyright: ignore
-        self.scheduler.step()
+        for scheduler in self.schedulers:
+            scheduler.step()
         self.step += 1
         self.sums["loss"] += loss.item()
         self.sums["accuracy"] += float((output.argmax(1) == y).float().mean())
@@ -126,9 +129,10 @@ class Training:
 
     def save(self) -> None:
         """Write checkpoint and log."""
-        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        parts = {"model": self.model, "optimizer": self.optimizer}
         own = {"epoch": self.epoch, "step": self.step, "sums": self.sums, "rows": self.rows, "identity": self.identity}
-        states = {name: part.state_dict() for name, part in parts.items()}
+        states: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+        states["schedulers"] = [scheduler.state_dict() for scheduler in self.schedulers]
         save_checkpoint(self.folder / CHECKPOINT, states | own | {"rng": torch.get_rng_state()})
         if self.rows:
             text = io.StringIO()
@@ -153,7 +157,8 @@ class Training:
                 )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        for scheduler, own in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(own)
         torch.set_rng_state(state["rng"])
         self.epoch, self.step, self.sums, self.rows = (state[key] for key in ("epoch", "step", "sums", "rows"))
 

@@ -40,3 +40,18 @@ def test_the_load_benchmark_compares_side_by_side(capsys):
     for row in rows:
         assert row["ratio_to_plain"] == pytest.approx(row["median_ms"] / row["plain_ms"], rel=0.01)
     torch.random.set_rng_state(before)
+
+
+def test_the_predict_benchmark_gives_ratios_per_draw():
+    before = torch.random.get_rng_state()
+    rows = benchmark.benchmark_predict(1, models=["lenet5"], batches=[1, 3], num_samples=4)
+    assert [(row.batch, row.method) for row in rows] == [(b, m) for b in (1, 3) for m in ("sample", "local")]
+    for row in rows:
+        assert row.ratio_per_sample == pytest.approx(row.median_ms / (4 * row.forward_ms), rel=0.02)
+    torch.random.set_rng_state(before)
+
+
+def test_peak_memory_is_that_of_the_action():
+    size = 64 * 2**20
+    little, much = (benchmark.peak_memory(lambda n=n: torch.ones(n, dtype=torch.uint8)) for n in (1, size))
+    assert 0.5 * size < much - little < 1.5 * size

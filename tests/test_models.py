@@ -158,11 +158,25 @@ def test_only_batch_norm_mixes_examples(name, norm):
     x = torch.rand(3, *net.card.input_size)
     with torch.no_grad():
         batch, alone = net(x), net(torch.cat([x[:1], 1 - x[1:]]))
-    if norm == "batch":
+    if norm in ("batch", "plain_batch"):
         assert not torch.allclose(batch[0], alone[0], rtol=1e-3, atol=1e-4)
     else:
         assert_close(batch[0], alone[0], rtol=1e-4, atol=1e-5)
         assert not torch.allclose(batch[1], alone[1], rtol=1e-3, atol=1e-4)
+
+
+def test_plain_batch_norm_has_no_posterior_and_is_trained():
+    net = create("resnet20", norm="plain_batch", input_size=(3, 8, 8))
+    twin = create("resnet20", norm="batch", input_size=(3, 8, 8))
+    norms = {name for name in twin.state_dict() if "bn" in name and "_pr" in name}
+    assert norms and set(twin.state_dict()) - set(net.state_dict()) == norms
+    optimizer = bl.VOGN(net, 4, lr=0.1, deterministic_lr=0.01)
+    assert [(g["kind"], g["lr"]) for g in optimizer.param_groups] == [("bayesian", 0.1), ("deterministic", 0.01)]
+    before = net.bn1.bias.clone()
+    with optimizer.sampled():
+        F.cross_entropy(net(torch.rand(4, 3, 8, 8)), torch.arange(4)).backward()
+    optimizer.step()
+    assert_close((net.bn1.bias - before).abs().amax().item(), 0.01, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(16, 1), (64, 4), (512, 32), (24, 3), (6, 3), (7, 7)])
@@ -223,8 +237,8 @@ def test_posterior_of_a_variant_is_rebuilt_from_its_card(tmp_path):
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("resnet20", {"norm": "bach"}, "norm must be one of batch, group, frn, got 'bach'. Did you mean 'batch'"),
-        ("vgg11", {"norm": None}, "norm must be one of batch, group, frn, got None"),
+        ("resnet20", {"norm": "bach"}, "norm must be one of batch, plain_batch, group, frn, got 'bach'. Did you mean 'batch'"),
+        ("vgg11", {"norm": None}, "norm must be one of batch, plain_batch, group, frn, got None"),
         ("resnet18", {"shortcut": "C"}, "shortcut must be one of A, B, got 'C'"),
         ("resnet18", {"num_classes": 0}, "num_classes must be an integer >= 1, got 0"),
         ("unet_small", {"num_classes": 2.5}, "num_classes must be an integer >= 1, got 2.5"),

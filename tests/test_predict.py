@@ -121,7 +121,7 @@ def test_memory_does_not_grow_with_the_number_of_draws():
         net = network()
         net.register_forward_hook(count)
         gc.collect()
-        bl.predict(net, inputs(5, 4), number)
+        bl.predict(net, inputs(5, 4), number, sample_chunk=1)
         return counts[0]
 
     assert tensors_alive_in_draw(68) == tensors_alive_in_draw(20)  # outputs of up to 16 draws wait
@@ -215,7 +215,20 @@ def test_dropout_and_batch_norm_are_in_eval_mode():
         ({"x": torch.tensor([[1.0, math.nan, math.inf, 0.0]])}, ValueError, "x must be finite, got 2 of 4 values"),
         ({"x": np.zeros((2, 4))}, TypeError, "x must be a tensor, got ndarray"),
         ({"model": nn.Linear(4, 3)}, ValueError, "model must have Bayesian layers, got none"),
-        ({"method": "mode"}, ValueError, "method must be 'sample' or 'mean', got 'mode'"),
+        ({"method": "mode"}, ValueError, "method must be one of 'sample', 'mean', .*, got 'mode'"),
+        ({"method": "means"}, ValueError, "got 'means'. Did you mean 'mean'"),
+        ({"sample_chunk": 0}, ValueError, "sample_chunk must be an integer >= 1, got 0"),
+        ({"sample_chunk": "all"}, ValueError, "sample_chunk must be an integer >= 1, got 'all'"),
+        ({"tolerance": 0.0}, ValueError, "tolerance must be a finite number > 0, got 0.0"),
+        ({"tolerance": 0.1, "method": "mean"}, ValueError, "tolerance must be None for method 'mean'"),
+        ({"tolerance": 0.1, "method": "moments"}, ValueError, "tolerance must be None for method 'moments'"),
+        ({"antithetic": True, "method": "local"}, ValueError, "antithetic must be False for method 'local'"),
+        ({"antithetic": True, "num_samples": 3}, ValueError, "num_samples must be even for antithetic pairs, got 3"),
+        ({"method": "dropout"}, ValueError, "model must have nn.Dropout modules for method 'dropout', got none"),
+        ({"x": []}, ValueError, "x must hold at least one batch, got none"),
+        ({"x": [{"image": 1}]}, TypeError, "x must yield tensors x or batches .*, got dict"),
+        ({"x": 3}, TypeError, "x must be a loader, another iterable of batches, or tensors, got int"),
+        ({"x": [inputs(2, 4), inputs(0, 4)]}, ValueError, "x must hold at least one example"),
         ({"model": network(1)}, ValueError, "two or more classes in dimension 1"),
     ],
 )

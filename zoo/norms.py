@@ -30,6 +30,7 @@ def group_norm(channels: int) -> bl.BayesGroupNorm:
 
 NORMS = {
     "batch": Norm(bl.BayesBatchNorm2d, nn.ReLU),
+    "plain_batch": Norm(nn.BatchNorm2d, nn.ReLU),
     "group": Norm(group_norm, nn.ReLU),
     "frn": Norm(bl.BayesFilterResponseNorm2d, nn.SiLU),
 }
@@ -38,7 +39,8 @@ NORMS = {
 def norm_named(name: str) -> Norm:
     """Return the kind of normalisation of a name.
 
-    "batch" is BatchNorm, which mixes the examples of a batch in training; "group" is GroupNorm, and
+    "batch" is BatchNorm, which mixes the examples of a batch in training, and "plain_batch" the same
+    without posterior, prior and noise, as Osawa et al. 2019 train ResNets; "group" is GroupNorm, and
     "frn" filter response normalisation with SiLU in place of ReLU, under which each example is alone.
 
     Raises:

@@ -166,7 +166,7 @@ def _resnet(
         Args:
             num_classes: Outputs, >= 1.
             input_size: `(c, h, w)`.
-            norm: "batch", "group" or "frn", see `zoo.norms`.
+            norm: "batch", "plain_batch", "group" or "frn", see `zoo.norms`.
             shortcut: Where the shape changes, "A" subsamples and adds channels of zeros, "B" is a 1x1 convolution.
             zero_init: Start the last norm's scale of each block at 0, so that the block is its shortcut
                 (Goyal et al. 2017, arXiv 1706.02677).
@@ -217,7 +217,7 @@ def wide_resnet(
         input_size: `(c, h, w)`.
         depth: 6 n + 4, with n >= 1 blocks in each of the three stages.
         width: Factor on the 16, 32 and 64 channels of the stages, >= 1.
-        norm: "batch", "group" or "frn", see `zoo.norms`.
+        norm: "batch", "plain_batch", "group" or "frn", see `zoo.norms`.
         mean: Mean of the inputs, per channel.
         std: Standard deviation of the inputs, per channel.
     """
@@ -244,7 +244,7 @@ def wide_resnet28_10(
     Args:
         num_classes: Outputs, >= 1.
         input_size: `(c, h, w)`.
-        norm: "batch", "group" or "frn", see `zoo.norms`.
+        norm: "batch", "plain_batch", "group" or "frn", see `zoo.norms`.
         mean: Mean of the inputs, per channel.
         std: Standard deviation of the inputs, per channel.
     """

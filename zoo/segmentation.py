@@ -116,7 +116,7 @@ def unet_small(
         num_classes: Classes, >= 1; the output is `(n, num_classes, h, w)`.
         input_size: `(c, h, w)`, the usual size; the network takes any h and w.
         width: Channels at the finest scale, >= 1; each coarser one has twice as many.
-        norm: "batch", "group" or "frn", see `zoo.norms`.
+        norm: "batch", "plain_batch", "group" or "frn", see `zoo.norms`.
         mean: Mean of the inputs, per channel.
         std: Standard deviation of the inputs, per channel.
     """
@@ -139,7 +139,7 @@ def segnet_basic(
     Args:
         num_classes: Classes, >= 1; the output is `(n, num_classes, h, w)`.
         input_size: `(c, h, w)`, the usual size; the network takes any h and w.
-        norm: "batch", "group" or "frn", see `zoo.norms`.
+        norm: "batch", "plain_batch", "group" or "frn", see `zoo.norms`.
         mean: Mean of the inputs, per channel.
         std: Standard deviation of the inputs, per channel.
     """

@@ -35,7 +35,7 @@ def _vgg(name: str, depths: Sequence[int]) -> Callable[..., nn.Sequential]:
         Args:
             num_classes: Outputs, >= 1.
             input_size: `(c, h, w)`, h and w >= 32.
-            norm: "batch", "group" or "frn", see `zoo.norms`.
+            norm: "batch", "plain_batch", "group" or "frn", see `zoo.norms`.
             mean: Mean of the inputs, per channel.
             std: Standard deviation of the inputs, per channel.
         """

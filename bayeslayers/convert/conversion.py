@@ -15,7 +15,9 @@ from bayeslayers.convert.readers import readers_of, turn_off_fast_paths
 from bayeslayers.convert.report import ConversionReport, Status, TensorEntry
 from bayeslayers.convert.reroute import bayesian_subclass, obstacle
 from bayeslayers.convert.selection import Selectors, select
-from bayeslayers.layers import DEFAULT_INIT_PRECISION, DEFAULT_PRIOR_PRECISION, POSTERIOR_SUFFIXES, BayesianLayer
+from bayeslayers.layers import DEFAULT_INIT_PRECISION, DEFAULT_PRIOR_PRECISION, POSTERIOR_SUFFIXES, ROOTS, BayesianLayer
+from bayeslayers.placement import at_means
+from bayeslayers.sampling import posterior
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -126,8 +128,11 @@ def to_deterministic(net: Network) -> Network:
     Raises:
         TypeError: If a Bayesian layer is of a class without a rule.
     """
-    draws = {id(m.drawn): {} for m in net.modules() if isinstance(m, BayesianLayer)}
-    twin = copy.deepcopy(net, draws)  # also inside `sampled`, whose draws have no copies
+    with at_means(net):  # also inside `sampled`, whose draws have no copies
+        twin = copy.deepcopy(net)
+    for site in list(posterior(twin)):
+        for suffix in POSTERIOR_SUFFIXES if not isinstance(site.module, BayesianLayer) else ():
+            delattr(site.module, site.key + suffix)
     ordinary = {bayesian: plain for plain, bayesian in _RULES.items()}
     bayesian_layers = {name: m for name, m in twin.named_modules() if isinstance(m, BayesianLayer)}
     layer: Any
@@ -138,7 +143,7 @@ def to_deterministic(net: Network) -> Network:
                 f"layer '{name}' must be of a class with a rule, got {type(layer).__name__}. register_rule adds one."
             )
         for key in list(layer._buffers):
-            if key.endswith(POSTERIOR_SUFFIXES):
+            if key.endswith(POSTERIOR_SUFFIXES) or key in ROOTS:
                 delattr(layer, key)
         for key in BayesianLayer.__annotations__:  # what a Bayesian layer has besides
             vars(layer).pop(key, None)

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from bayeslayers import curvature
 from bayeslayers.curvature.accumulate import Leaves, tally
 from bayeslayers.curvature.conv import Settings
+from bayeslayers.curvature.kronecker import KroneckerLeaves
 from bayeslayers.layers import BayesianLayer
 
 _KEYS = ("weight", "bias")
@@ -126,14 +127,16 @@ class _Reroute(TorchFunctionMode):
                     f"the forward of {self.name} uses its {key} in {name!r}, for which there is no curvature rule"
                 )
 
-    def leaves_of(self, examples: int, weight: Tensor | None, bias: Tensor | None) -> Leaves | None:
+    def leaves_of(self, examples: int, weight: Tensor | None, bias: Tensor | None) -> Any:
         """Return the leaves that an op with this weight and bias fills, None if they are not the layer's."""
         if self.leaves is None or weight is None or weight is not self.values["weight"]:
             return None
         if bias is not None and bias is not self.values["bias"]:
             return None
         self.examples.append(examples)
-        return self.leaves if bias is not None else self.leaves._replace(bias=None)
+        if bias is not None or isinstance(self.leaves, KroneckerLeaves):
+            return self.leaves
+        return self.leaves._replace(bias=None)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bayeslayers.curvature import kronecker
 from bayeslayers.curvature.accumulate import (
     Leaves,
     autocast_operand,
@@ -15,24 +16,27 @@ from bayeslayers.curvature.accumulate import (
     tally,
     wide,
 )
+from bayeslayers.curvature.kronecker import KroneckerLeaves
 
 # Up to here the pairs of positions cost less than per-example gradients that are written and read again.
 GRAM_POSITIONS = 4
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: Leaves) -> Tensor:
-    """Return `F.linear(x, weight, bias)` and let the leaves receive squared per-example gradients.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: Leaves | KroneckerLeaves) -> Tensor:
+    """Return `F.linear(x, weight, bias)` and let the leaves receive squared per-example gradients or factors.
 
     Args:
         x: Input `(n, *, i)`, or `(i,)` for a single example.
         weight: `(o, i)`.
         bias: `(o,)` or None.
-        leaves: Where the sums of squares go.
+        leaves: Where the sums of squares go, or those of the factors.
     """
     x, weight = autocast_operand(x), autocast_operand(weight)
     bias = None if bias is None else autocast_operand(bias)
     if x.dim() == 1:
         return linear(x.unsqueeze(0), weight, bias, leaves).squeeze(0)
+    if isinstance(leaves, KroneckerLeaves):
+        return kronecker.linear(x, weight, bias, leaves)
     return _Linear.apply(x, weight, bias, *leaves)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.checks import at_least_one, positive
+from bayeslayers.layers import BayesianLayer
 from bayeslayers.optim.adam import adam_update
 from bayeslayers.optim.ranks import average_over_ranks
 from bayeslayers.sampling import Sampler, Site, posterior
@@ -55,6 +56,7 @@ class VariationalOptimizer(torch.optim.Optimizer, abc.ABC):
         sync: Average over the ranks of the default process group before each step.
     """
 
+    _keeps_roots: ClassVar[bool] = False  # moves matrix-variate posteriors as such
     _step_supports_amp_scaling = True  # see _unscale
     _statistic: ClassVar[str] = "curvature"  # what messages call the statistics
     _loss_power: int = 2  # the power of the loss they are proportional to
@@ -95,6 +97,8 @@ class VariationalOptimizer(torch.optim.Optimizer, abc.ABC):
                 site.prior_precision.fill_(prior_precision)
             if init_precision is not None:
                 site.precision.fill_(init_precision)
+        if init_precision is not None:
+            self._drop_roots()
 
     def _bind(self) -> None:
         """Find the uncertain tensors of the model, and all its parameters."""
@@ -104,6 +108,11 @@ class VariationalOptimizer(torch.optim.Optimizer, abc.ABC):
                 "model must have Bayesian layers, got none. Build it from them, as BayesLinear, or convert it by "
                 "to_bayesian."
             )
+        devices = sorted({str(tensor.device) for tensor in self.model.parameters()})
+        if len(devices) > 1:
+            raise ValueError(f"model must be on one device, got parameters on {' and '.join(devices)}. Move it by to().")
+        if self._generator is not None and self._generator.device.type != torch.device(devices[0]).type:
+            raise ValueError(f"generator must be on the model's device {devices[0]}, got {self._generator.device}.")
         self._sites: dict[nn.Parameter, Site] = {site.mean: site for site in sites}
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
         self._sampler = Sampler(sites, self._generator)
@@ -116,6 +125,12 @@ class VariationalOptimizer(torch.optim.Optimizer, abc.ABC):
         uncertain, others = [p for p in rest if p in self._sites], [p for p in rest if p not in self._sites]
         own = {} if deterministic_lr is None else {"lr": deterministic_lr}
         return [*given, *({"params": p} for p in [uncertain] if p), *({"params": p, **own} for p in [others] if p)]
+
+    def _drop_roots(self) -> None:
+        """Leave matrix-variate posteriors the precisions of their entries, which this method moves."""
+        for site in self._sites.values():
+            if isinstance(site.module, BayesianLayer):
+                site.module.drop_roots()
 
     def _has_own_prior(self, site: Site) -> bool:
         return any("prior_precision" in group and site.mean in set(group["params"]) for group in self.param_groups)
@@ -173,6 +188,8 @@ class VariationalOptimizer(torch.optim.Optimizer, abc.ABC):
         """
         if self._inside:
             raise RuntimeError("sampled() must not be nested in itself; leave one scope before the next.")
+        if not self._keeps_roots:
+            self._drop_roots()
         earlier = {p: p.grad for p in self._names}
         if all(grad is None for grad in earlier.values()):  # cleared past the optimizer: no draw to average with
             self._forget()

@@ -15,7 +15,8 @@ from bayeslayers.checks import fraction, non_negative, positive
 from bayeslayers.gaussian import natural_gradient_step_
 from bayeslayers.optim.adam import corrected_weight, momentum_average
 from bayeslayers.optim.base import Recorded, VariationalOptimizer
-from bayeslayers.sampling import Tracker
+from bayeslayers.placement import put
+from bayeslayers.sampling import Tracker, layers_with_curvature
 
 LossReduction = Literal["mean", "sum"]
 
@@ -57,7 +58,7 @@ class _GaussNewton(VariationalOptimizer):
 
     def _bind(self) -> None:
         super()._bind()
-        self._tracker = Tracker({site.name.rpartition(".")[0]: site.module for site in self._sites.values()})
+        self._tracker = Tracker(layers_with_curvature(self._sites.values()))
 
     @contextmanager
     def _scope(self, noise: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -112,7 +113,7 @@ class _GaussNewton(VariationalOptimizer):
 
         def run(*drawn: Tensor) -> tuple[Tensor, ...]:
             for site, value in zip(sites, drawn, strict=True):
-                site.module.drawn[site.key] = value
+                put((site.module, site.key), value)
             result = closure()
             return result if isinstance(result, tuple) else (result,)
 
@@ -120,9 +121,9 @@ class _GaussNewton(VariationalOptimizer):
             draws = []
             for _ in range(self.num_samples - 1):
                 with self._sampler.draw():
-                    draws.append([site.module.drawn[site.key] for site in sites])
+                    draws.append([site.value for site in sites])
             with self._sampler.draw():  # the last draw's scope, in which `run` puts those of all in its place
-                draws.append([site.module.drawn[site.key] for site in sites])
+                draws.append([site.value for site in sites])
                 stacked = [torch.stack(values) for values in zip(*draws, strict=True)]
                 losses, *outputs = torch.func.vmap(run, randomness="different")(*stacked)
             self._refuse_bad_loss(losses)

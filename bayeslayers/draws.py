@@ -1,0 +1,349 @@
+"""The methods of `predict` that draw: several draws at once where that is faster.
+
+A method is a function that yields, draws after draws, a function from a batch to the outputs of
+those draws in pieces `(s, n, *)`. Every batch is shown to each of these functions before the next.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.hooks import RemovableHandle
+
+from bayeslayers.layers import BayesianLayer, can_draw_output
+from bayeslayers.linearised import linearised_outputs
+from bayeslayers.noise import StandardNormal
+from bayeslayers.perturbation import LocalReparameterization, Op, Perturbation
+from bayeslayers.placement import cleared, put, refresh, slots_of
+from bayeslayers.sampling import Sampler, Site, posterior
+
+Run: TypeAlias = Callable[[Tensor], Iterator[Tensor]]
+
+# Measured on 2 CPU cores with LeNet-5, ResNet-20 and an MLP at batches of 1 to 512: several draws at
+# once win by up to half until the largest output of a layer outgrows the cache, and lose beyond it.
+_CACHE_BYTES = 2**23
+_DEVICE_BYTES = 2**26  # elsewhere, where a launch costs more; not measured
+_WEIGHT_BYTES = 2**26
+_MOST = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the draws of one prediction are made.
+
+    Attributes:
+        num_samples: Draws, at most.
+        chunk: Draws to run at once; None chooses by the sizes of the network.
+        generator: Source of the draws; torch's default one if None.
+        antithetic: Draws come in pairs, mean + noise and mean - noise.
+        checkpoint: No chunk reaches over a multiple of it, where draws may end.
+    """
+
+    num_samples: int
+    chunk: int | None = None
+    generator: torch.Generator | None = None
+    antithetic: bool = False
+    checkpoint: int | None = None
+
+    def counts(self, at_once: AtOnce) -> Iterator[int]:
+        """Yield how many draws come next, until there are `num_samples`."""
+        done, pair = 0, 2 if self.antithetic else 1
+        while done < self.num_samples:
+            count = min(-(-at_once.size // pair) * pair, self.num_samples - done)
+            if self.checkpoint:
+                count = min(count, self.checkpoint - done % self.checkpoint)
+            yield count
+            done += count
+
+
+class AtOnce:
+    """How many draws go through a network at once, `size`: it is found with the first draw, and halved if memory ends.
+
+    Args:
+        model: The network.
+        plan: Its `chunk`, or None to begin with one draw and choose then.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan):
+        self.model, self.chosen, self._warned = model, plan.chunk is None, False
+        self.size = plan.chunk or 1
+        self._most = _MOST
+        self._measured = not self.chosen
+        self._largest, self._budget = 1, _CACHE_BYTES
+
+    def outputs(self, forward: Callable[[slice, Tensor], Tensor], count: int, batch: Tensor) -> Iterator[Tensor]:
+        """Yield the outputs of `count` draws, as pieces of `forward(draws, batch)`."""
+        with self._measuring():
+            start = 0
+            while start < count:
+                size = min(self.size, count - start)
+                try:
+                    piece = forward(slice(start, start + size), batch)
+                except (torch.OutOfMemoryError, MemoryError):
+                    if size == 1:
+                        raise
+                    piece = None
+                except Exception:
+                    # The first draw ran alone: what fails now is a module that does not take several.
+                    if size == 1 or not self.chosen:
+                        raise
+                    self._most = self.size = 1
+                    continue
+                if piece is None:  # out of the handler, which holds on to the memory
+                    self.halve(size)
+                    continue
+                yield piece
+                start += size
+
+    def halve(self, size: int) -> None:
+        """Go on with half as many draws at once as did not fit, and say so once."""
+        self.size = self._most = max(1, size // 2)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{size} draws at once do not fit into memory: going on with {self.size}, fewer if need be. "
+                "sample_chunk sets their number.",
+                stacklevel=2,
+            )
+
+    def settle(self, draw_bytes: int = 0) -> None:
+        """Choose `size`, once every batch has been through the network with one draw, of so many bytes of weights."""
+        if not self._measured:
+            self._measured = True
+            weights = _WEIGHT_BYTES // max(1, draw_bytes)
+            self.size = max(1, min(self._most, weights, self._budget // self._largest))
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """Note the largest output of a layer of the first draw."""
+        if self._measured:
+            yield
+            return
+        handles: list[RemovableHandle] = []
+        try:
+            for module in self.model.modules():
+                if next(module.children(), None) is None:
+                    handles.append(module.register_forward_hook(self._note))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, module: nn.Module, arguments: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            self._largest = max(self._largest, output.numel() * output.element_size())
+            self._budget = _CACHE_BYTES if output.device.type == "cpu" else _DEVICE_BYTES
+
+
+def weight_draws(model: nn.Module, plan: Plan) -> Iterator[Run]:
+    """Draw whole networks from the posterior; each serves all batches.
+
+    Draws at once are draws one after the other in the same order, run by `torch.func.vmap`: they
+    agree to rounding.
+    """
+    return _network_draws(_Networks(model, plan), plan)
+
+
+def local_draws(model: nn.Module, plan: Plan) -> Iterator[Run]:
+    """Draw the outputs of linear layers and convolutions, by `perturbation.LocalReparameterization`.
+
+    Layers on `(n, i)` have the predictive distribution of drawn weights, exactly and for each example
+    by itself: what is drawn for one example says nothing about another. For positions that share
+    their weights it is an approximation. What the inputs of all draws have in common, as the first
+    layer's moments, is computed once for the draws that run at once.
+    """
+    return _network_draws(_Networks(model, plan, local=True), plan)
+
+
+def _network_draws(networks: _Networks, plan: Plan) -> Iterator[Run]:
+    at_once = AtOnce(networks.model, plan)
+    for count in plan.counts(at_once):
+        networks.draw(count)
+        yield partial(at_once.outputs, networks.outputs, count)
+        at_once.settle(networks.bytes)
+
+
+class _Networks:
+    """Drawn networks, with the weights that `Sampler` draws one after the other, to run several at once."""
+
+    def __init__(self, model: nn.Module, plan: Plan, local: bool = False):
+        self.model, self.generator, self.antithetic = model, plan.generator, plan.antithetic
+        sites = list(posterior(model))
+        self._perturbed = _local(sites, plan.generator) if local else {}
+        self._slots = slots_of(place for site in sites for place in site.places)
+        self._sites = [site for site in sites if site.module not in self._perturbed]  # whose weights are drawn
+        self._means = [site.mean.detach() for site in self._sites]
+        self._deviations = [site.precision.rsqrt() for site in self._sites]
+        self._stacks: list[Tensor] = []
+        correlated = any(getattr(site.module, "roots", None) is not None for site in self._sites)
+        self._sampler = Sampler(self._sites, frozen=True) if correlated else None
+        self.bytes = sum(mean.numel() * mean.element_size() for mean in self._means)
+
+    def draw(self, count: int) -> None:
+        """Draw the next networks, in the memory of the last ones."""
+        if not self._stacks or len(self._stacks[0]) != count:
+            self._stacks = []
+            self._stacks = [_stack_like(mean, count) for mean in self._means]
+        factors = [1.0] * len(self._stacks)
+        for index in range(0, count, 2 if self.antithetic else 1):
+            normal = StandardNormal(self.generator)
+            factors = [normal.fill_unscaled_(stack[index]) for stack in self._stacks]
+        if self.antithetic:
+            for stack in self._stacks:
+                torch.neg(stack[::2], out=stack[1::2])
+        if self._sampler is not None:
+            self._correlate(self._sampler, factors)
+            return
+        for mean, deviation, stack, factor in zip(self._means, self._deviations, self._stacks, factors, strict=True):
+            torch.addcmul(mean, stack, deviation, value=factor, out=stack)
+
+    def _correlate(self, sampler: Sampler, factors: Sequence[float]) -> None:
+        """Turn noise into weights where a posterior is matrix-variate."""
+        columns = list(zip(self._sites, self._stacks, factors, strict=True))
+        for index in range(len(self._stacks[0])):
+            with sampler.draw({site.name: stack[index] * factor for site, stack, factor in columns}):
+                for site, stack, _ in columns:
+                    stack[index] = site.value
+
+    def outputs(self, draws: slice, batch: Tensor) -> Tensor:
+        """Return the outputs of some of the drawn networks, `(s, n, *)`."""
+        stacks = [stack[draws] for stack in self._stacks]
+        with cleared(self._slots):
+            if (size := draws.stop - draws.start) == 1:
+                return self._forward(batch, None, *(stack[0] for stack in stacks)).unsqueeze(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # ops without a batching rule are slower, not wrong
+                return vmap(partial(self._forward, batch))(batch.new_empty(size), *stacks)
+
+    def _forward(self, batch: Tensor, draw: Tensor | None, *weights: Tensor) -> Tensor:
+        for layer, perturbation in self._perturbed.items():
+            vars(layer)["perturbation"] = perturbation if draw is None else _EachDraw(perturbation, draw)
+        for site, weight in zip(self._sites, weights, strict=True):
+            for place in site.places:
+                put(place, weight)
+        refresh(self._slots)
+        return self.model(batch)
+
+
+def _local(sites: Sequence[Site], generator: torch.Generator | None) -> dict[nn.Module, LocalReparameterization]:
+    """Return how layers draw their outputs: those that can, and share no weight with others, as in `Sampler`."""
+    tied = {module for site in sites if len(site.places) > 1 for module, _ in site.places}
+    found: dict[nn.Module, LocalReparameterization] = {}
+    for site in sites:
+        if isinstance(site.module, BayesianLayer) and can_draw_output(site.module) and site.module not in tied:
+            perturbation = found.setdefault(site.module, LocalReparameterization("local", generator))
+            perturbation.values[site.key] = site.precision.rsqrt()
+    return found
+
+
+def _stack_like(mean: Tensor, count: int) -> Tensor:
+    """Return memory for tensors laid out as `empty_like(mean)`, on which the order of their noise depends."""
+    one = torch.empty_like(mean)
+    return torch.empty_strided((count, *one.shape), (one.numel(), *one.stride()), dtype=one.dtype, device=one.device)
+
+
+class _EachDraw(Perturbation):
+    """Local reparameterisation under `vmap`, whose noise differs from draw to draw though the moments may not.
+
+    Args:
+        one: That of a single draw.
+        draw: Any tensor of `vmap` that runs over the draws.
+    """
+
+    def __init__(self, one: LocalReparameterization, draw: Tensor):
+        super().__init__("local", one.generator)
+        self._one, self._draw = one, draw
+
+    def __call__(self, op: Op, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _Noisy.apply(*self._one.moments(op, input, weight, bias), self._draw, self.generator)
+
+
+class _Noisy(torch.autograd.Function):
+    """`mean + noise * deviation`; a function of autograd for its rule of `vmap`, in which tensors are plain ones."""
+
+    @staticmethod
+    def forward(mean: Tensor, deviation: Tensor, draw: Tensor, generator: torch.Generator | None) -> Tensor:
+        raise AssertionError("runs under vmap alone")
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: object, output: object) -> None:
+        pass  # no gradient flows
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Sequence[int | None], mean: Tensor, deviation: Tensor, draw: Tensor, generator: Any
+    ) -> tuple[Tensor, int]:
+        mean, deviation = (
+            part if dim is None else part.movedim(dim, 0)
+            for part, dim in zip((mean, deviation), in_dims[:2], strict=True)
+        )
+        shape = deviation.shape if in_dims[1] is not None else (info.batch_size, *deviation.shape)
+        noise = deviation.new_empty(shape)
+        factor = StandardNormal(generator).fill_unscaled_(noise)
+        return torch.addcmul(mean, noise, deviation.to(mean.dtype), value=factor).to(mean.dtype), 0
+
+
+def dropout_draws(model: nn.Module, plan: Plan) -> Iterator[Run]:
+    """Draw dropout masks, the weights at their means: Monte-Carlo dropout.
+
+    The masks are those of the `nn.Dropout` modules; what a network calls as a function stays off.
+    Source: Gal & Ghahramani 2016 (arXiv 1506.02142).
+
+    Raises:
+        ValueError: If no module of the network is a dropout, or one is of a kind without a rule.
+    """
+    dropouts = [module for module in model.modules() if isinstance(module, _DropoutNd)]
+    if not dropouts:
+        raise ValueError("model must have nn.Dropout modules for method 'dropout', got none: no draw would differ.")
+    for module in dropouts:
+        if type(module) not in _MASK_DIMENSIONS:
+            raise ValueError(f"method 'dropout' must have a rule for every dropout, got {type(module).__name__}.")
+    at_once = AtOnce(model, plan)
+
+    def forward(draws: slice, batch: Tensor) -> Tensor:
+        handles = [module.register_forward_hook(partial(_mask, plan.generator)) for module in dropouts]
+        try:
+            return folded(model, draws, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    for count in plan.counts(at_once):
+        yield partial(at_once.outputs, forward, count)
+        at_once.settle()
+
+
+_MASK_DIMENSIONS = {nn.Dropout: None, nn.Dropout1d: 2, nn.Dropout2d: 2, nn.Dropout3d: 2}  # None: all of the input's
+
+
+def _mask(generator: torch.Generator | None, module: _DropoutNd, arguments: object, output: Tensor) -> Tensor:
+    """Return the output of a dropout in eval mode, dropped: units or whole channels, the rest scaled up."""
+    shape = output.shape[: _MASK_DIMENSIONS[type(module)]]
+    kept = output.new_empty(shape + (1,) * (output.dim() - len(shape))).bernoulli_(1 - module.p, generator=generator)
+    return output * kept / (1 - module.p) if module.p < 1 else torch.zeros_like(output)
+
+
+def folded(model: nn.Module, draws: slice, batch: Tensor) -> Tensor:
+    """Return as many outputs as `draws` counts, `(s, n, *)`, of networks whose noise differs between examples."""
+    number = draws.stop - draws.start
+    repeated = batch.repeat(number, *[1] * (batch.dim() - 1)) if number > 1 else batch
+    return model(repeated).unflatten(0, (number, len(batch)))
+
+
+def linearised_draws(model: nn.Module, plan: Plan) -> Iterator[Run]:
+    """Draw outputs of the network that is linear in its weights, see `bayeslayers.linearised`."""
+    yield lambda batch: iter([linearised_outputs(model, batch, plan.num_samples, plan.generator)])
+
+
+def means(model: nn.Module, plan: Plan) -> Iterator[Run]:
+    """Compute once, with the posterior means."""
+    yield lambda batch: iter([model(batch).unsqueeze(0)])

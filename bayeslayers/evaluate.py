@@ -1,0 +1,199 @@
+"""Evaluation: every figure of a posterior on labelled data, and how well it tells strangers apart, in one pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bayeslayers.batches import Labelled, Unlabelled, input_batches, labelled_batches
+from bayeslayers.likelihoods import Likelihood, likelihood_of
+from bayeslayers.metrics.calibration import Reliability
+from bayeslayers.metrics.classification import ClassificationRecord
+from bayeslayers.metrics.elements import RANKED, as_uncertainty, per_example, uncertainties
+from bayeslayers.metrics.ranking import RiskCoverage, two_sets
+from bayeslayers.metrics.regression import RegressionRecord
+from bayeslayers.predict import Prediction, predict
+from bayeslayers.recalibrate import Recalibration
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured; it prints as a table.
+
+    Attributes:
+        likelihood: "categorical", "bernoulli" or "gaussian".
+        num_examples: Examples with a label that counts, or images of a segmentation.
+        num_samples: Draws averaged; 1 for the posterior means.
+        metrics: Figures by name. NaN is a figure that the data leaves undefined, as an AUROC without errors.
+        reliability: Reliability diagram of the confidence; None for real targets.
+        risk_coverage: Error rate of the most confident predictions; None for real targets.
+        scores: Per example, float32 on the CPU: "confidence", "entropy", "epistemic", "aleatoric", and "correct"
+            (bool, or the share of right positions); for real targets "residual" (the root mean square where an
+            example has several), "variance", "epistemic", "aleatoric".
+        ood: The same uncertainties of each set of strangers.
+        class_iou: Intersection over union of each class of a segmentation, NaN for a class without any; else None.
+    """
+
+    likelihood: str
+    num_examples: int
+    num_samples: int
+    metrics: dict[str, float]
+    reliability: Reliability | None = None
+    risk_coverage: RiskCoverage | None = None
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    ood: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    class_iou: Tensor | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures and the reliability diagram, ready for JSON: None stands for NaN."""
+        plain: dict[str, Any] = {
+            "likelihood": self.likelihood,
+            "num_examples": self.num_examples,
+            "num_samples": self.num_samples,
+            "metrics": {key: _json(value) for key, value in self.metrics.items()},
+        }
+        if self.reliability is not None:
+            plain["reliability"] = {key: _json(value.tolist()) for key, value in vars(self.reliability).items()}
+        if self.class_iou is not None:
+            plain["class_iou"] = _json(self.class_iou.tolist())
+        return plain
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        caption = (
+            f"{self.likelihood}, {self.num_examples:,} examples, {self.num_samples} draw{'s' * (self.num_samples > 1)}."
+        )
+        table = Table("metric", caption=caption)
+        table.add_column("value", justify="right")
+        for key, value in self.metrics.items():
+            table.add_row(key, f"{value:.4g}")
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=StringIO(), width=140)
+        with console.capture() as text:
+            console.print(self)
+        return text.get()
+
+
+def evaluate(
+    model: nn.Module,
+    data: Labelled,
+    *,
+    ood: Mapping[str, Unlabelled] | None = None,
+    num_samples: int = 64,
+    likelihood: Likelihood | None = None,
+    generator: torch.Generator | None = None,
+    ignore_index: int | None = None,
+    recalibration: Recalibration | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Evaluation:
+    """Return how well the posterior predicts labelled data, and tells strangers from it.
+
+    Data streams: memory holds one batch and per example a few numbers, for segmentation also counts in bins.
+
+    Classes, and yes or no: accuracy; nll; brier (the squared distance to the one-hot label; (p - y)^2 of yes or
+    no); ece, adaptive_ece and classwise_ece; misclassification_auroc_SCORE and misclassification_fpr95_SCORE,
+    how well each score finds errors; aurc and coverage_at_risk_RISK of the confidence. With several labels
+    per example, as in a segmentation, they are over positions, without adaptive_ece and with miou, the mean of
+    `class_iou` over classes that occur. Real targets: rmse; nll; crps; coverage_LEVEL of the central
+    interval, under the Gaussian of the predictive mean and variance. Strangers: NAME/auroc_SCORE, NAME/fpr95_SCORE.
+
+    Scores are confidence, entropy (total uncertainty) and epistemic (the mutual information); of real
+    targets variance and epistemic. docs/evaluation.md defines every figure and names its source.
+
+    Args:
+        model: Model with Bayesian layers.
+        data: A loader or other iterable of batches (x, y), or one tuple (x, y) of tensors.
+        ood: By name, strangers: iterables of x or (x, y), or one tensor.
+        num_samples: Draws per batch.
+        likelihood: As for `predict`.
+        generator: Source of the draws; every batch has its own.
+        ignore_index: Label of what is left out of every figure, or None.
+        recalibration: Applied to every prediction, if given.
+        progress: Whether to show a progress bar.
+        **options: Further arguments of `predict`, as `method` and `batch_size`.
+
+    Raises:
+        TypeError: If `data` or `ood` yields no tensors.
+        ValueError: If one is empty, targets do not fit the predictions, or predictions are not finite.
+
+    Example:
+        >>> import torch, bayeslayers as bl
+        >>> model, x, y = bl.BayesLinear(4, 3), torch.randn(20, 4), torch.arange(20) % 3
+        >>> evaluation = bl.evaluate(model, (x, y), ood={"far": 10 * x}, num_samples=8)
+        >>> sorted(evaluation.scores)
+        ['aleatoric', 'confidence', 'correct', 'entropy', 'epistemic']
+        >>> 0 <= evaluation.metrics["far/auroc_epistemic"] <= 1
+        True
+    """
+    if not isinstance(ood, Mapping | None):
+        raise TypeError(f"ood must map names to data, got {type(ood).__name__}. Write ood={{'name': data}}.")
+    likelihood = likelihood or likelihood_of(model)
+
+    def predicted(x: Tensor) -> Prediction:
+        prediction = predict(model, x, num_samples, likelihood=likelihood, generator=generator, **options)
+        return prediction if recalibration is None else recalibration.apply(prediction)
+
+    record, draws = None, 0
+    for x, y in labelled_batches("data", _shown(data, "data", progress)):
+        prediction = predicted(x)
+        if record is None:
+            record = ClassificationRecord(prediction, ignore_index) if likelihood.discrete else RegressionRecord()
+        record.add(prediction, y)
+        draws = max(draws, prediction.num_samples)
+    assert record is not None
+    scores, metrics, strange = record.scores(), record.metrics(), {}
+    for name, strangers in (ood or {}).items():
+        batches = input_batches(f"ood[{name!r}]", _shown(strangers, name, progress))
+        strange[name] = _scores(predicted(x) for x in batches)
+        metrics |= _told_apart(name, scores, strange[name], RANKED[likelihood.discrete])
+    common = likelihood.name, record.num_examples, draws, metrics
+    if isinstance(record, RegressionRecord):
+        return Evaluation(*common, scores=scores, ood=strange)
+    iou = record.class_iou() if record.dense else None
+    return Evaluation(*common, record.reliability(), record.risk_coverage(), scores, strange, iou)
+
+
+def _scores(predictions: Iterable[Prediction]) -> dict[str, Tensor]:
+    """Return the uncertainties per example of all predictions."""
+    parts = [{key: per_example(value) for key, value in uncertainties(p).items()} for p in predictions]
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def _told_apart(
+    name: str, known: Mapping[str, Tensor], strange: Mapping[str, Tensor], ranked: Iterable[str]
+) -> dict[str, float]:
+    """Return how well each score tells one set of strangers from the known examples."""
+    levels = {key: two_sets(*(as_uncertainty(key, scores[key]) for scores in (known, strange))) for key in ranked}
+    return {f"{name}/auroc_{key}": level.auroc() for key, level in levels.items()} | {
+        f"{name}/fpr95_{key}": level.false_positive_rate() for key, level in levels.items()
+    }
+
+
+def _shown(data: Any, name: str, progress: bool) -> Any:
+    """Return `data`, whose batches move a progress bar if wanted."""
+    if not progress or isinstance(data, tuple | Tensor) or not isinstance(data, Iterable):
+        return data
+    from rich.progress import track
+
+    return track(data, name, transient=True)
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_json(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

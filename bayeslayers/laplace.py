@@ -1,0 +1,280 @@
+"""Diagonal Laplace approximation: the posterior of a network that was trained in the ordinary way, from one pass."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bayeslayers.batches import Labelled, labelled_batches
+from bayeslayers.card import Card
+from bayeslayers.checks import positive
+from bayeslayers.convert import ConversionReport, to_bayesian, to_deterministic
+from bayeslayers.convert.selection import Selectors
+from bayeslayers.layers import BayesianLayer
+from bayeslayers.likelihoods import Likelihood, likelihood_of
+from bayeslayers.placement import at_means
+from bayeslayers.sampling import Site, evaluation_mode, posterior, tracked
+
+Network = TypeVar("Network", bound=nn.Module)
+PriorPrecision = float | Literal["marglik", "marglik_per_layer"] | None
+
+
+@dataclass(frozen=True)
+class LaplaceFit:
+    """What a Laplace approximation found.
+
+    Attributes:
+        log_marginal_likelihood: Laplace's estimate of log p(data | prior), in nats, the likelihood to the
+            power 1/T: it compares priors, and networks, on the same data.
+        log_likelihood: log p(data | means), in nats.
+        dataset_size: Examples that the pass saw, N.
+        prior_precision: By layer, the prior precision found or given; empty where the layers kept theirs.
+        report: What became Bayesian; None where the network's own Bayesian layers were taken.
+    """
+
+    log_marginal_likelihood: float
+    log_likelihood: float
+    dataset_size: int
+    prior_precision: Mapping[str, float]
+    report: ConversionReport | None
+
+
+def laplace(
+    model: Network,
+    data: Labelled,
+    likelihood: Likelihood | None = None,
+    prior_precision: PriorPrecision = "marglik",
+    *,
+    layers: Selectors | None = None,
+    temperature: float = 1.0,
+    progress: bool = False,
+) -> Network:
+    """Return a trained network with its Laplace posterior; its attribute `laplace` holds what was found on the way.
+
+        p = (1/T) sum_i (grad loss_i(m))^2 + p0
+
+    The weights m stay what they are; one pass over the data, in eval mode, gives the sum of squared
+    per-example gradients, the diagonal of the empirical Fisher matrix, in the Hessian's place. The
+    pass also gives the evidence, of which "marglik" takes the prior precision with the most:
+
+        log p(data | p0) ~ -(1/T) sum_i loss_i(m) - 1/2 sum_w [p0 (m - m0)^2 + log(p / p0)]
+
+    The posterior lies in the same buffers as any other: `predict`, `evaluate` and `save_posterior`
+    work. For `predict` prefer method="linearised".
+
+    Source: Ritter et al. 2018 (ICLR, "A Scalable Laplace Approximation"); MacKay 1992 ("A Practical
+    Bayesian Framework"); Immer et al. 2021 (arXiv 2104.04975); Daxberger et al. 2021
+    (arXiv 2106.14806).
+
+    Args:
+        model: Trained network, left as it is. The result is a copy, an ordinary network converted by
+            `to_bayesian`, one with Bayesian layers as it is. Frozen weights get a posterior too.
+        data: Training data: a loader, another iterable of batches (x, y), or one batch.
+        likelihood: Meaning of the outputs; None takes `model.likelihood`, else `Categorical()`.
+        prior_precision: Precision p0 of the prior of all weights; "marglik" finds it,
+            "marglik_per_layer" one for each layer; None keeps the layers', as after
+            `posterior_to_prior`. Means of the prior are the layers': 1 for the scale of a norm, else 0.
+        layers: Layers that get a posterior, as `include` of `to_bayesian`; `last_layer` leaves the rest
+            deterministic, also of a network that was Bayesian. None takes all, or those that are Bayesian.
+        temperature: T of the tempered posterior; T < 1 sharpens.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: If an argument breaks its rule, or no prior precision has the most evidence.
+        FloatingPointError: If a loss or a squared gradient is not finite.
+        RuntimeError: If a layer has no per-example gradients, as one that runs twice in one pass.
+
+    Example:
+        >>> import torch, bayeslayers as bl
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> x, y = torch.randn(20, 4), torch.randint(3, (20,))
+        >>> net = bl.laplace(net, [(x, y)], layers=bl.last_layer)
+        >>> net.laplace.dataset_size, net[2].weight_precision.shape
+        (20, torch.Size([3, 8]))
+    """
+    positive("temperature", temperature)
+    if isinstance(prior_precision, str):
+        if prior_precision not in ("marglik", "marglik_per_layer"):
+            raise ValueError(
+                "prior_precision must be a number > 0, 'marglik', 'marglik_per_layer' or None, got "
+                f"{prior_precision!r}."
+            )
+    elif prior_precision is not None:
+        positive("prior_precision", prior_precision)
+    net, report = _bayesian_copy(model, layers)
+    sites = list(posterior(net))
+    batches = labelled_batches("data", _shown(data) if progress else data)
+    squares, log_likelihood, examples = _one_pass(net, sites, batches, likelihood or likelihood_of(net))
+    curvature = {name: square / temperature for name, square in squares.items()}
+    found = _set_prior_precision(sites, curvature, prior_precision)
+    with torch.no_grad():
+        for site in sites:
+            site.precision.copy_(curvature[site.name] + site.prior_precision)
+    if isinstance(card := getattr(net, "card", None), Card):
+        net.__dict__["card"] = _own_card(card, report, examples, temperature)
+    evidence = log_likelihood / temperature - sum(_occam_factor(site, curvature[site.name]) for site in sites)
+    net.__dict__["laplace"] = LaplaceFit(evidence, log_likelihood, examples, found, report)
+    return net
+
+
+def _bayesian_copy(model: Network, layers: Selectors | None) -> tuple[Network, ConversionReport | None]:
+    """Return a copy of the network with Bayesian layers, and the report if they were chosen here."""
+    sites = list(posterior(model))
+    if sites and layers is None:
+        with at_means(model):  # also inside `sampled`, whose draws have no copies
+            net = copy.deepcopy(model)
+        for layer in net.modules():
+            if isinstance(layer, BayesianLayer):
+                layer.drop_roots()
+        return net, None
+    net, report = to_bayesian(to_deterministic(model) if sites else model, include=layers)
+    before = {site.name: site for site in sites}
+    for site in posterior(net):
+        if (old := before.get(site.name)) is not None:
+            for part in ("prior_mean", "prior_precision"):
+                setattr(site.module, f"{site.key}_{part}", getattr(old, part).clone())
+    return net, report
+
+
+def _one_pass(
+    net: nn.Module, sites: Sequence[Site], batches: Iterator[tuple[Tensor, Tensor]], likelihood: Likelihood
+) -> tuple[dict[str, Tensor], float, int]:
+    """Return sums of squared per-example gradients by name, the log likelihood, and the number of examples."""
+    uncertain = {site.mean for site in sites}
+    flags = {parameter: parameter.requires_grad for parameter in net.parameters()}
+    for parameter in flags:  # so that no gradient is computed that is not squared
+        parameter.requires_grad_(parameter in uncertain)
+    log_likelihood, examples, device = 0.0, 0, sites[0].mean.device
+    with torch.enable_grad(), evaluation_mode(net), tracked(net) as tracker:
+        for x, y in batches:
+            loss = likelihood.loss(net(x.to(device)), y.to(device)) * len(y)
+            if not loss.isfinite():
+                raise FloatingPointError(f"the loss must be finite, got {loss.item()} on a batch of {len(y)} examples.")
+            loss.backward()
+            log_likelihood -= loss.item()
+            examples += len(y)
+        squares = {site.name: _square(site, tracker.leaves.get(site.name)) for site in sites}
+        if tracker.examples != examples:
+            raise RuntimeError(
+                f"dimension 0 of every Bayesian layer's input must run over the {examples} examples of the targets, "
+                f"got {tracker.examples}. Choose other layers."
+            )
+    for parameter, flag in flags.items():
+        parameter.grad = None
+        parameter.requires_grad_(flag)
+    return squares, log_likelihood, examples
+
+
+def _square(site: Site, leaf: Tensor | None) -> Tensor:
+    """Return the sum of squares of one tensor, 0 where no output depends on it."""
+    square = None if leaf is None else leaf.grad
+    if square is None:
+        if site.mean.grad is not None:
+            raise RuntimeError(
+                f"parameter '{site.name}' must get its gradient through its own layer, got it past the layer. "
+                "Choose other layers."
+            )
+        return torch.zeros_like(site.mean)
+    if not square.isfinite().all():
+        raise FloatingPointError(f"the squared gradients of '{site.name}' must be finite, got some that are not.")
+    return square
+
+
+def _set_prior_precision(
+    sites: Sequence[Site], curvature: Mapping[str, Tensor], prior_precision: PriorPrecision
+) -> dict[str, float]:
+    """Write the prior precision to the sites, and return it by layer."""
+    if prior_precision is None:
+        return {}
+    by_layer: dict[str, list[Site]] = {}
+    for site in sites:
+        by_layer.setdefault(site.name.rpartition(".")[0], []).append(site)
+    if prior_precision == "marglik_per_layer":
+        found = {layer: _best_for(own, curvature) for layer, own in by_layer.items()}
+    else:
+        value = _best_for(sites, curvature) if prior_precision == "marglik" else float(prior_precision)
+        found = dict.fromkeys(by_layer, value)
+    for layer, own in by_layer.items():
+        for site in own:
+            site.prior_precision.fill_(found[layer])
+    return found
+
+
+def _best_for(sites: Sequence[Site], curvature: Mapping[str, Tensor]) -> float:
+    distance = sum(float((_wide(site.mean) - _wide(site.prior_mean)).square().sum()) for site in sites)
+    values = torch.cat([_wide(curvature[site.name]).flatten() for site in sites])
+    names = ", ".join(f"'{site.name}'" for site in sites[:3]) + (", ..." if len(sites) > 3 else "")
+    if distance == 0:
+        raise ValueError(
+            f"prior_precision must be a number where all weights ({names}) are at their prior means, got 'marglik': "
+            "the larger, the more evidence."
+        )
+    if not values.any():
+        raise ValueError(
+            f"prior_precision must be a number where the loss has no gradient by the weights ({names}), got 'marglik': "
+            "the smaller, the more evidence."
+        )
+    return best_prior_precision(values, distance)
+
+
+def best_prior_precision(curvature: Tensor, distance: float) -> float:
+    """Return the prior precision p0 with the most evidence, for precisions h + p0 of the posterior.
+
+        d log evidence / d log p0 = 1/2 [ sum_w h / (h + p0) - p0 sum_w (m - m0)^2 ]
+
+    The first sum, the number of weights that the data determine, falls with p0, and the second term
+    rises: there is one root, and it is a maximum. Bisection on log p0 finds it between the roots that
+    take all weights to be determined, or only that of the largest h.
+
+    Source: MacKay 1992 ("A Practical Bayesian Framework for Backpropagation Networks"), with h fixed.
+
+    Args:
+        curvature: The h, float64, >= 0 and not all 0.
+        distance: Sum of (m - m0)^2, > 0.
+    """
+    largest = float(curvature.max())
+    low = 2 * largest / (largest * distance + math.sqrt(largest * distance * (largest * distance + 4)))
+    high = curvature.numel() / distance
+    while high > low * (1 + 1e-13):
+        middle = math.sqrt(low * high)
+        if float((curvature / (curvature + middle)).sum()) > middle * distance:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _occam_factor(site: Site, curvature: Tensor) -> float:
+    """Return what one tensor takes from the evidence: 1/2 sum [p0 (m - m0)^2 + log((h + p0) / p0)]."""
+    prior_precision = _wide(site.prior_precision)
+    scatter = prior_precision * (_wide(site.mean) - _wide(site.prior_mean)).square()
+    return 0.5 * float((scatter + (_wide(curvature) / prior_precision).log1p()).sum())
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64 on the CPU: sums are over all weights, and not every device has float64."""
+    return tensor.detach().cpu().double()
+
+
+def _own_card(card: Card, report: ConversionReport | None, examples: int, temperature: float) -> Card:
+    """Return a card that says of the network what is known without measuring it.
+
+    With layers chosen here it is no longer the network of the card's builder.
+    """
+    kept = {key: getattr(card, key) for key in ("likelihood", "class_names", "input_size", "dataset")}
+    if report is None:
+        kept |= {"builder": card.builder, "kwargs": card.kwargs}
+    return Card(**kept, dataset_size=examples, temperature=temperature, optimizer={"name": "Laplace"})
+
+
+def _shown(data: Labelled) -> Labelled:
+    """Return `data`, whose batches move a progress bar."""
+    from rich.progress import track
+
+    return data if isinstance(data, tuple) else track(data, "laplace", transient=True)

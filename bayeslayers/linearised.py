@@ -1,0 +1,164 @@
+"""The network linearised in its weights at the posterior mean, whose outputs are Gaussian in closed form.
+
+    f(x, w) ~ f(x, m) + J(x) (w - m),  J = df/dw at m
+    outputs ~ N(f(x, m), S(x)),        S(x) = J(x) diag(1/p) J(x)^T
+
+It is the predictive of a Laplace approximation, whose curvature (Gauss-Newton, Fisher) is that of
+this linear model: draws of the weights of the network itself leave the region where that holds, and
+underfit. Source: Immer et al. 2021 (arXiv 2008.08400).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bayeslayers.checks import at_least_one
+from bayeslayers.curvature.accumulate import wide
+from bayeslayers.layers import BayesLinear
+from bayeslayers.sampling import Sampler, Site, evaluation_mode, posterior
+
+_CHUNK_BYTES = 2**29  # of Jacobians at a time: those of ResNet-18 with 10 outputs, for one example
+
+
+def linearised_moments(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean `(n, c)` of the linearised network's outputs, and their covariance `(n, c, c)`.
+
+    The covariance is that of an example's outputs, flattened where they are not `(n, c)`. The model
+    runs in eval mode, and every module's own mode is restored. Time grows as c backward passes for
+    each example; a posterior over the last layer alone costs one forward pass.
+
+    Args:
+        model: Model with Bayesian layers.
+        x: Inputs, examples in dimension 0; moved to the model's device.
+
+    Raises:
+        ValueError: If no layer is Bayesian.
+
+    Example:
+        >>> import torch, bayeslayers as bl
+        >>> net = torch.nn.Sequential(bl.BayesLinear(4, 8), torch.nn.Tanh(), bl.BayesLinear(8, 3))
+        >>> mean, covariance = bl.linearised_moments(net, torch.randn(5, 4))
+        >>> mean.shape, covariance.shape
+        (torch.Size([5, 3]), torch.Size([5, 3, 3]))
+    """
+    mean, spread = _moments(model, x)
+    return mean, spread if spread.dim() == 3 else spread.diag_embed()
+
+
+def linearised_outputs(
+    model: nn.Module, x: Tensor, num_samples: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Return draws `(s, n, c)` of the linearised network's outputs, independent from example to example.
+
+    Each is f(m) + L eps with standard normal eps and L L^T the covariance of `linearised_moments`.
+
+    Args:
+        model: Model with Bayesian layers.
+        x: Inputs, examples in dimension 0; moved to the model's device.
+        num_samples: Draws, >= 1; they cost next to nothing beside the covariance.
+        generator: Source of the draws, on the model's device; torch's default one if None.
+
+    Raises:
+        ValueError: If no layer is Bayesian, or `num_samples` < 1.
+    """
+    at_least_one("num_samples", num_samples)
+    mean, spread = _moments(model, x)
+    noise = torch.randn(num_samples, *spread.shape[:2], generator=generator, dtype=spread.dtype, device=spread.device)
+    if spread.dim() == 3:
+        deviation = torch.einsum("nij,snj->sni", _square_root(spread), noise)
+    else:
+        deviation = spread.sqrt() * noise
+    return mean + deviation.to(mean.dtype).reshape(num_samples, *mean.shape)
+
+
+def _square_root(covariance: Tensor) -> Tensor:
+    """Return L with L L^T = covariance, which may be singular: more outputs than weights, say."""
+    values, vectors = torch.linalg.eigh(covariance)
+    # No eigenvalue of J J^T is negative; rounding alone leaves one a hair below 0.
+    return vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
+
+
+@torch.no_grad()
+def _moments(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the outputs' mean, and their covariance `(n, c, c)` or, where they are independent, variance `(n, c)`."""
+    sites = list(posterior(model))
+    if not sites:
+        raise ValueError("model must have Bayesian layers, got none: its outputs are certain.")
+    x = x.to(sites[0].mean.device)
+    function = _OfNoise(model, sites)
+    # Of attention kernels this one alone has rules for vmap.
+    with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH):
+        mean, variance = _of_head(function, sites, x)
+        if variance is not None:
+            return mean, variance
+        outputs, weights = mean[0].numel(), sum(zero.numel() for zero in function.zeros)
+        size = max(1, _CHUNK_BYTES // (outputs * weights * mean.element_size()))
+        rows = max(1, _CHUNK_BYTES // (2 * weights * mean.element_size())) if size == 1 else outputs
+        parts = [vmap(lambda each: function.covariance(each, rows))(chunk) for chunk in x.split(size)]
+    return mean, torch.cat(parts)
+
+
+class _OfNoise:
+    """A network as a function of the noise z in its weights m + z / sqrt(p).
+
+    Its Jacobian at z = 0 is J diag(p)^(-1/2), whose square is the covariance.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site]):
+        self.model = model
+        self.names = [site.name for site in sites]
+        self.sampler = Sampler(sites, frozen=True)
+        self.zeros = [torch.zeros_like(site.mean) for site in sites]
+
+    def __call__(self, x: Tensor, noise: Sequence[Tensor]) -> Tensor:
+        with self.sampler.draw(dict(zip(self.names, noise, strict=True))):
+            return self.model(x)
+
+    def covariance(self, example: Tensor, rows: int) -> Tensor:
+        """Return the covariance of the outputs for one example, from blocks of so many rows of the Jacobian."""
+        output, pull = vjp(lambda *noise: self(example.unsqueeze(0), noise).flatten(), *self.zeros)[:2]
+        unit = torch.eye(len(output), dtype=output.dtype, device=output.device)
+
+        def jacobian(block: Tensor) -> list[Tensor]:
+            return [wide(grad).flatten(1) for grad in vmap(pull)(block)]
+
+        def product(left: list[Tensor], right: list[Tensor]) -> Tensor:
+            return torch.stack([a @ b.T for a, b in zip(left, right, strict=True)]).sum(0)
+
+        blocks, products = unit.split(rows), []
+        for block in blocks:
+            left = jacobian(block)
+            products.append(torch.cat([product(left, left if b is block else jacobian(b)) for b in blocks], 1))
+        return torch.cat(products)
+
+
+def _of_head(function: _OfNoise, sites: Sequence[Site], x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the outputs, and their variance where they are those of one linear layer, which alone is uncertain.
+
+    No two outputs have a weight in common then, so that they are independent, and no Jacobian is
+    needed: v_o = sum_i a_i^2 / p_oi + 1 / p_o for the layer's input a.
+    """
+    layer, inputs = sites[0].module, []
+    if (
+        type(layer) is not BayesLinear
+        or layer.roots is not None
+        or any(site.module is not layer or len(site.places) > 1 for site in sites)
+    ):
+        return function(x, function.zeros), None
+    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    try:
+        output = function(x, function.zeros)
+    finally:
+        handle.remove()
+    # The input of the first use depends on no draw; nothing came behind it, not even in place or by a hook.
+    if not inputs or inputs[0].dim() != 2 or not torch.equal(F.linear(inputs[0], layer.weight, layer.bias), output):
+        return output, None
+    variances = {site.key: 1 / wide(site.precision) for site in sites}
+    variance = wide(inputs[0]).square() @ variances["weight"].T
+    return output, variance + variances["bias"] if layer.bias is not None else variance

@@ -1,0 +1,26 @@
+"""How good predictions are: likelihood, calibration, ranking by uncertainty, real targets.
+
+Running sums take one batch after the other, so that memory holds bins, or one number per example, and never
+all probabilities. torchmetrics, whose calibration error and AUROC keep every example, is the reference they are
+tested against; its confusion matrix is used.
+"""
+
+from bayeslayers.metrics.calibration import CalibrationBins, Reliability, adaptive_calibration_error
+from bayeslayers.metrics.classification import ClassificationRecord, classification_metrics
+from bayeslayers.metrics.ranking import Levels, RiskCoverage, ScoreHistogram, ood_auroc
+from bayeslayers.metrics.regression import RegressionRecord, gaussian_crps, gaussian_nll
+
+__all__ = [
+    "CalibrationBins",
+    "ClassificationRecord",
+    "Levels",
+    "RegressionRecord",
+    "Reliability",
+    "RiskCoverage",
+    "ScoreHistogram",
+    "adaptive_calibration_error",
+    "classification_metrics",
+    "gaussian_crps",
+    "gaussian_nll",
+    "ood_auroc",
+]

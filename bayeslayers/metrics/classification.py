@@ -1,0 +1,177 @@
+"""Classes, or yes and no: accuracy, likelihood, calibration, and which errors the uncertainty gives away."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bayeslayers.likelihoods import Bernoulli, Likelihood
+from bayeslayers.metrics.calibration import CalibrationBins, Reliability, adaptive_calibration_error
+from bayeslayers.metrics.elements import RANKED, as_uncertainty, class_labels, per_example, uncertainties
+from bayeslayers.metrics.ranking import Levels, RiskCoverage, ScoreHistogram
+from bayeslayers.predict import Prediction
+
+SCORES = RANKED[True]
+RISKS = (0.01, 0.05, 0.1)
+_CHUNK = 2**21  # probabilities that are taken apart at once: 16 MB in float64, and some copies of them
+
+
+def classification_metrics(prediction: Prediction, target: Tensor) -> dict[str, float]:
+    """Return accuracy, negative log-likelihood (nats), Brier score and expected calibration error.
+
+    The calibration error takes the most probable class's confidence in 15 equal bins (Guo et al.
+    2017, arXiv 1706.04599, Eq. 3).
+
+    Args:
+        prediction: Prediction of a Categorical likelihood for n examples.
+        target: Class indices `(n,)`.
+    """
+    if prediction.likelihood.name != "categorical" or prediction.mean.dim() != 2:
+        raise ValueError(
+            f"prediction must be categorical of shape (n, c), got {prediction.likelihood.name} of shape "
+            f"{tuple(prediction.mean.shape)}."
+        )
+    record = ClassificationRecord(prediction)
+    record.add(prediction, target)
+    return {key: value for key, value in record.fit().items() if key != "classwise_ece"}
+
+
+def class_probs(probs: Tensor, likelihood: Likelihood) -> Tensor:
+    """Return probabilities of classes `(n, c, *)`, float64; a probability of yes becomes those of no and yes."""
+    if not isinstance(likelihood, Bernoulli):
+        return probs.double()
+    # Yes is stored as 1 from half a step below it on (2^-25 in float32): no may be that probable, not impossible.
+    half_step = torch.finfo(probs.dtype).eps / 4
+    return torch.stack([(1 - probs.double()).clamp_min(half_step), probs.double()], 1)
+
+
+def log_probs(probs: Tensor) -> Tensor:
+    """Return their logarithms; a float32 softmax can underflow to 0, for which the smallest float32 stands."""
+    return probs.clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
+class ClassificationRecord:
+    """Running figures of predicted classes.
+
+    One label per example: scores are kept, one number per example, and ranked exactly. A label per position
+    (segmentation, or several yes or no): figures are means over positions, which are ranked in the bins of a
+    `ScoreHistogram`, and the scores of an example are means over its positions.
+
+    Args:
+        like: A prediction of the kind that is to come.
+        ignore_index: Label of what is left out of every figure, or None.
+    """
+
+    def __init__(self, like: Prediction, ignore_index: int | None = None):
+        self.likelihood, self.ignore_index = like.likelihood, ignore_index
+        self.dense = like.total[0].numel() > 1
+        num_classes = 2 if isinstance(self.likelihood, Bernoulli) else like.mean.shape[1]
+        self.num_examples = 0
+        self._sums = torch.zeros(4, dtype=torch.float64)  # elements, right ones, negative log-likelihood, Brier score
+        self._top, self._each = CalibrationBins(), CalibrationBins(num_classes)
+        self._confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self._histograms = {name: ScoreHistogram() for name in SCORES}
+        self._scores: list[dict[str, Tensor]] = []
+
+    def add(self, prediction: Prediction, target: Tensor) -> None:
+        """Add a batch.
+
+        Raises:
+            TypeError: If `target` is no tensor.
+            ValueError: If it does not fit the prediction, or that is not finite.
+        """
+        scores = uncertainties(prediction)
+        labels, counted = class_labels(prediction, target, self.ignore_index)
+        correct = prediction.labels == labels
+        examples = max(1, _CHUNK // prediction.mean[0].numel())
+        for chunk in zip(*(part.split(examples) for part in (prediction.probs, labels, counted)), strict=True):
+            self._add_probs(*chunk)
+        hits = correct[counted]
+        self._sums[:2] += torch.tensor([hits.numel(), int(hits.sum())])
+        self._top.add(prediction.confidence[counted].double().unsqueeze(1), hits.unsqueeze(1))
+        if self.dense:
+            self._add_positions(scores, correct, counted, labels, prediction.labels)
+        else:
+            kept = counted.flatten().cpu()
+            each = {name: per_example(score)[kept] for name, score in scores.items()}
+            self._scores.append(each | {"correct": hits.cpu()})
+        self.num_examples += len(self._scores[-1]["correct"])
+
+    def _add_probs(self, probs: Tensor, labels: Tensor, counted: Tensor) -> None:
+        classes, labels = class_probs(probs, self.likelihood).movedim(1, -1)[counted], labels[counted]
+        of_label = classes.gather(1, labels.unsqueeze(1))
+        brier = classes.square().sum() - 2 * of_label.sum() + len(labels)
+        # Of yes or no the score is (p - y)^2, that of one class.
+        brier = brier / 2 if isinstance(self.likelihood, Bernoulli) else brier
+        self._sums[2:] += torch.stack([-log_probs(of_label).sum(), brier]).cpu()
+        self._each.add(classes, F.one_hot(labels, classes.shape[1]))
+
+    def _add_positions(
+        self, scores: dict[str, Tensor], correct: Tensor, counted: Tensor, labels: Tensor, predicted: Tensor
+    ) -> None:
+        from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+        for name, histogram in self._histograms.items():
+            histogram.add(as_uncertainty(name, scores[name])[counted], ~correct[counted])
+        self._confusion += multiclass_confusion_matrix(
+            predicted[counted], labels[counted], len(self._confusion), validate_args=False
+        ).cpu()
+        share = (correct & counted).flatten(1).sum(1) / counted.flatten(1).sum(1)
+        self._scores.append({name: per_example(score) for name, score in scores.items()} | {"correct": share.cpu()})
+
+    def scores(self) -> dict[str, Tensor]:
+        """Return the uncertainties of each example, and whether it is `correct`, or which share of its positions."""
+        return {key: torch.cat([batch[key] for batch in self._scores]) for key in self._scores[0]}
+
+    def levels(self) -> dict[str, Levels]:
+        """Return the levels of each uncertainty, errors as positives."""
+        if self.dense:
+            return {name: histogram.levels() for name, histogram in self._histograms.items()}
+        scores = self.scores()
+        return {name: Levels.of(as_uncertainty(name, scores[name]), ~scores["correct"]) for name in SCORES}
+
+    def fit(self) -> dict[str, float]:
+        """Return the figures that do not rank: accuracy, likelihood, Brier score and calibration.
+
+        Raises:
+            ValueError: If no element has a label.
+        """
+        count, right, nll, brier = self._sums.tolist()
+        if count == 0:
+            raise ValueError(f"target must hold labels that count, got ignore_index={self.ignore_index} alone.")
+        return {
+            "accuracy": right / count,
+            "nll": nll / count,
+            "brier": brier / count,
+            "ece": float(self._top.errors()),
+            "classwise_ece": float(self._each.errors().mean()),
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """Return all figures; see `bayeslayers.evaluate`."""
+        figures, levels = self.fit(), self.levels()
+        if self.dense:
+            figures["miou"] = float(self.class_iou().nanmean())
+        else:
+            scores = self.scores()
+            figures["adaptive_ece"] = adaptive_calibration_error(scores["confidence"], scores["correct"])
+        for name, level in levels.items():
+            figures[f"misclassification_auroc_{name}"] = level.auroc()
+            figures[f"misclassification_fpr95_{name}"] = level.false_positive_rate()
+        curve = levels["confidence"].risk_coverage()
+        figures["aurc"] = levels["confidence"].aurc()
+        return figures | {f"coverage_at_risk_{risk}": curve.coverage_at(risk) for risk in RISKS}
+
+    def reliability(self) -> Reliability:
+        """Return the reliability diagram of the confidence."""
+        return self._top.reliability()
+
+    def risk_coverage(self) -> RiskCoverage:
+        """Return the risk-coverage curve of the confidence."""
+        return self.levels()["confidence"].risk_coverage()
+
+    def class_iou(self) -> Tensor:
+        """Return intersection over union of each class's predicted and true positions, `(c,)`; NaN if it has none."""
+        both = self._confusion.diagonal()
+        return both / (self._confusion.sum(0) + self._confusion.sum(1) - both)

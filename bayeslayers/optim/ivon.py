@@ -1,0 +1,248 @@
+"""IVON, the improved variational online Newton method: any parameter, and no per-example gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bayeslayers.checks import fraction, non_negative, positive
+from bayeslayers.gaussian import retracted_precision
+from bayeslayers.layers import attach_posterior
+from bayeslayers.optim.adam import momentum_average
+from bayeslayers.optim.base import Recorded, VariationalOptimizer
+from bayeslayers.sampling import posterior
+
+Estimator = Literal["price", "gradsq"]
+
+
+def _radius(name: str, value: float) -> float:
+    return value if value == math.inf else positive(name, value)
+
+
+_RULES = {
+    "lr": non_negative,
+    "beta1": fraction,
+    "beta2": fraction,
+    "hess_init": positive,
+    "weight_decay": positive,
+    "clip_radius": _radius,
+    "temperature": positive,
+}
+
+
+class IVON(VariationalOptimizer):
+    """Natural-gradient variational inference at the cost of Adam, for any network.
+
+    Every parameter that requires a gradient becomes uncertain, also those of modules that are no
+    Bayesian layers: attention, recurrent networks, parameters of your own. Frozen ones are left alone.
+    With ess = N / T and the posterior's precision p = ess (h + weight_decay), a step is
+
+        h_hat = g (w - m) p                  "price": unbiased for the diagonal of the Hessian
+                ess g^2                      "gradsq": of the batch's gradient; never negative
+        p <- p (1 - r + r^2 / 2)             r = (1 - beta2) (p - ess h_hat - prior_precision) / p
+        m <- m - lr (ess g_bar + prior_precision (m - prior_mean)) / p
+
+    with g the gradient at the draw w, h_hat averaged over draws and g_bar the average over steps,
+    corrected for its start. 1 - r + r^2 / 2 = ((1 - r)^2 + 1) / 2 >= 1/2, so p stays positive whatever
+    h_hat is. `weight_decay` sets the priors at the start, prior_precision = ess weight_decay; they
+    are buffers beside the parameters from then on, of mean 0 but in Bayesian normalisation layers.
+
+    The loss is the mean over the batch's examples. "price" pairs each gradient with its own draw:
+    `sync` averages the products over ranks, each with draws of its own, in the place of
+    `DistributedDataParallel`, which averages gradients alone and asks for the same draw on all ranks.
+
+    Source: Shen et al. 2024 (arXiv 2402.17641), Algorithm 1; the precision's step: Lin et al. 2020
+    (arXiv 2002.10060).
+
+    Args:
+        model: Any network, on its device already.
+        dataset_size: Number of training examples N.
+        lr: Step size of the mean.
+        beta1: Momentum, the weight of the past in the average of gradients, in [0, 1).
+        beta2: Weight of the past in the average of Hessians, in [0, 1).
+        hess_init: Hessian h at the start, > 0.
+        weight_decay: Prior precision over ess, > 0.
+        clip_radius: Bound on each entry of the mean's step before `lr`, > 0.
+        rescale_lr: Multiply `lr` by hess_init + weight_decay, which makes its scale that of SGD.
+        estimator: "price" or "gradsq", the estimate of the Hessian.
+        num_samples: Draws per `step(closure)`.
+        temperature: T of the tempered posterior; the likelihood counts N/T times. T < 1 sharpens.
+        generator: Source of the draws, on the model's device; torch's default one if None.
+        groups: Parameter groups with hyperparameters of their own, each a dict of `params` and any of
+            lr, beta1, beta2, hess_init, weight_decay, clip_radius, temperature.
+        keep_posterior: Keep precision and prior where the model has them, as a loaded one; hess_init
+            and weight_decay then set those of the other parameters, and the scale of `lr`.
+        sync: Average over the ranks of torch.distributed's default group before each step.
+
+    Raises:
+        ValueError: If an argument breaks its rule, or no parameter requires a gradient.
+        TypeError: If a parameter that requires a gradient is complex.
+
+    Example:
+        >>> import torch, bayeslayers as bl
+        >>> net = torch.nn.Linear(2, 3)
+        >>> x, y = torch.randn(8, 2), torch.randint(3, (8,))
+        >>> optimizer = bl.IVON(net, dataset_size=8)
+        >>> with optimizer.sampled():
+        ...     torch.nn.functional.cross_entropy(net(x), y).backward()
+        >>> optimizer.step()
+        >>> bl.predict(net, x).probs.shape
+        torch.Size([8, 3])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset_size: int,
+        lr: float = 0.1,
+        beta1: float = 0.9,
+        beta2: float = 0.99999,
+        hess_init: float = 1.0,
+        weight_decay: float = 1e-4,
+        clip_radius: float = math.inf,
+        rescale_lr: bool = True,
+        estimator: Estimator = "price",
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        keep_posterior: bool = False,
+        sync: bool = False,
+    ):
+        if estimator not in ("price", "gradsq"):
+            raise ValueError(f"estimator must be 'price' or 'gradsq', got {estimator!r}.")
+        self.estimator: Estimator = estimator
+        self.rescale_lr, self.keep_posterior = rescale_lr, keep_posterior
+        self._loss_power = 1 if estimator == "price" else 2
+        self._sites = {}
+        self._new: set[nn.Parameter] = set()  # whose precision and prior no group has set yet
+        super().__init__(
+            model,
+            dataset_size,
+            _RULES,
+            {
+                "lr": lr,
+                "beta1": beta1,
+                "beta2": beta2,
+                "hess_init": hess_init,
+                "weight_decay": weight_decay,
+                "clip_radius": clip_radius,
+                "temperature": temperature,
+            },
+            num_samples=num_samples,
+            generator=generator,
+            groups=groups,
+            sync=sync,
+        )
+
+    def _bind(self) -> None:
+        if not self._sites:
+            self._attach(self.model.parameters())
+        if not any(True for _ in posterior(self.model)):
+            raise ValueError("model must have a parameter that requires a gradient, got none. Unfreeze what to train.")
+        super()._bind()
+
+    def _attach(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give those parameters a posterior that require a gradient and have none; their group will set it."""
+        missing = {p for p in parameters if p.requires_grad} - {site.mean for site in posterior(self.model)}
+        for module in self.model.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None and parameter in missing:
+                    attach_posterior(module, 1.0, 1.0, [key])
+                    missing.remove(parameter)
+                    self._new.add(parameter)
+
+    def _all_groups(self, groups: Sequence[Mapping[str, Any]], deterministic_lr: float | None) -> list[dict[str, Any]]:
+        everything = super()._all_groups(groups, deterministic_lr)
+        # Without those of the frozen parameters, which a later add_param_group may add, once unfrozen.
+        return [group for group in everything if any(p in self._sites for p in group["params"])]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the model: of new layers, or unfrozen ones; each gets a posterior.
+
+        Args:
+            param_group: `params`, and any hyperparameter of their own.
+
+        Raises:
+            ValueError: If a value breaks its rule, a parameter is not the model's, or is in a group already.
+        """
+        params = param_group["params"]
+        parameters: list[Any] = [params] if isinstance(params, Tensor) else list(params)
+        self._attach(parameters)
+        self._bind()
+        before = len(self.param_groups)
+        super().add_param_group({**param_group, "params": parameters})
+        for group in self.param_groups[before:]:
+            if "prior_precision" in group:
+                group["weight_decay"] = group["prior_precision"] / self._ess(group)
+            for parameter in group["params"]:
+                site = self._sites.get(parameter)
+                if site is not None and (parameter in self._new or not self.keep_posterior):
+                    site.prior_precision.fill_(self._ess(group) * group["weight_decay"])
+                    site.precision.fill_(self._ess(group) * (group["hess_init"] + group["weight_decay"]))
+            self._new -= set(group["params"])
+
+    def _scope(self, noise: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
+        return self._sampler.draw(noise)
+
+    def _record(self) -> Recorded | None:
+        statistics: dict[nn.Parameter, Tensor] = {}
+        for parameter, name in self._names.items():
+            if parameter.grad is None:
+                continue
+            if parameter not in self._sites:
+                raise RuntimeError(
+                    f"parameter '{name}' must have a posterior, got it unfrozen since. Pass it to add_param_group."
+                )
+            statistics[parameter] = self._statistic_of(parameter, parameter.grad)
+        return Recorded(statistics) if statistics else None
+
+    def _statistic_of(self, parameter: nn.Parameter, grad: Tensor) -> Tensor:
+        """Return g (w - m) sqrt(p), whose factor of noise is standard normal, or g^2."""
+        if self.estimator == "gradsq":
+            return grad.square()
+        noise, factor = self._sampler.noise[self._sites[parameter].name]
+        return noise * grad if factor == 1 else (noise * grad).mul_(factor)
+
+    def _refuse_bad_step(self) -> None:
+        super()._refuse_bad_step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in self._statistics:  # the new precision, in the memory of what it is made of
+                    self._statistics[parameter] = self._new_precision(parameter, group)
+        if torch.stack([precision.sum() for precision in self._statistics.values()]).isfinite().all():
+            return
+        for parameter, precision in self._statistics.items():
+            if bad := int((~precision.isfinite()).sum()):
+                self._forget()
+                raise FloatingPointError(
+                    f"the precision of '{self._names[parameter]}' must be finite, got {bad} of {precision.numel()} "
+                    "entries that would not be: the step is refused, the posterior is as it was. Lower lr, or look at "
+                    "the batch."
+                )
+
+    def _new_precision(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
+        site, ess = self._sites[parameter], self._ess(group)
+        statistic = self._statistics[parameter].mul_(ess * self._scale)
+        hessian = statistic.mul_(site.precision.sqrt() if self.estimator == "price" else ess)
+        return retracted_precision(site.precision, hessian.add_(site.prior_precision), 1 - group["beta2"])
+
+    def _update(self, group: dict[str, Any]) -> None:
+        lr = group["lr"] * (group["hess_init"] + group["weight_decay"] if self.rescale_lr else 1.0)
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            site, state = self._sites[parameter], self.state[parameter]
+            state["step"] = state.get("step", 0) + 1
+            grad = momentum_average(state, parameter.grad, group["beta1"])
+            site.precision.copy_(self._statistics[parameter])
+            step = (site.mean - site.prior_mean).mul_(site.prior_precision).add_(grad, alpha=self._ess(group))
+            step.div_(site.precision)
+            if group["clip_radius"] < math.inf:
+                step.clamp_(-group["clip_radius"], group["clip_radius"])
+            site.mean.add_(step, alpha=-lr)

@@ -1,0 +1,483 @@
+"""K-FAC and Noisy K-FAC: natural gradients and matrix-variate posteriors from Kronecker factors of the Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bayeslayers.checks import at_least_one, fraction, non_negative, positive
+from bayeslayers.curvature.accumulate import full_precision, wide
+from bayeslayers.gaussian import natural_gradient_step_
+from bayeslayers.layers import BayesianLayer
+from bayeslayers.likelihoods import Likelihood, likelihood_of
+from bayeslayers.matrix_gaussian import as_matrix, damp, inverse, inverse_root, marginal_precision
+from bayeslayers.optim.adam import corrected_weight, momentum_average
+from bayeslayers.optim.base import Recorded, VariationalOptimizer
+from bayeslayers.optim.fisher import check_likelihood, sampled_loss
+from bayeslayers.sampling import Site, Tracker, layers_with_curvature
+
+Fisher = Literal["sampled", "empirical"]
+Schedule = Callable[[int], int]
+
+_RULES = {
+    "lr": non_negative,
+    "beta1": fraction,
+    "factor_lr": partial(fraction, one=True),
+    "temperature": positive,
+    "damping": non_negative,
+}
+_INPUT, _OUTPUT = "_input_factor", "_output_factor"  # behind a weight's name, the names of its statistics
+
+
+class _KroneckerFactored(VariationalOptimizer):
+    """The step that K-FAC and Noisy K-FAC share; `draws` says whether weights are drawn."""
+
+    _keeps_roots: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset_size: int,
+        defaults: Mapping[str, Any],
+        *,
+        draws: bool,
+        update_every: int,
+        inverse_every: int | Schedule,
+        fisher: Fisher,
+        likelihood: Likelihood | None,
+        **options: Any,
+    ):
+        if fisher not in ("sampled", "empirical"):
+            raise ValueError(f"fisher must be 'sampled' or 'empirical', got {fisher!r}.")
+        self.update_every = at_least_one("update_every", update_every)
+        if not callable(inverse_every):
+            at_least_one("inverse_every", inverse_every)
+        self.inverse_every = inverse_every
+        self.fisher, self.likelihood = fisher, likelihood or likelihood_of(model)
+        if fisher == "sampled":
+            check_likelihood(self.likelihood)
+        self._draws_weights = draws
+        super().__init__(model, dataset_size, _RULES, defaults, **options)
+
+    def _bind(self) -> None:
+        super()._bind()
+        self._tracker = Tracker(layers_with_curvature(self._sites.values()), kronecker=True)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the model; see `VariationalOptimizer.add_param_group`.
+
+        Args:
+            param_group: `params`, and any hyperparameter of their own. Weight and bias of a layer whose
+                curvature has Kronecker factors belong together.
+
+        Raises:
+            ValueError: If they are in groups apart, and as there.
+        """
+        params = param_group["params"]
+        group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
+        members = set(group["params"])
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, BayesianLayer) and layer.factor_sizes() is not None:
+                if {parameter in members for parameter in layer.parameters(recurse=False)} == {True, False}:
+                    raise ValueError(
+                        f"params must hold weight and bias of layer '{name}' or neither, got one of them: their "
+                        "curvature is one matrix."
+                    )
+        super().add_param_group(group)
+
+    # What a scope records.
+
+    @contextmanager
+    def _scope(self, noise: Mapping[str, Tensor] | None) -> Iterator[None]:
+        steps = max((state.get("step", 0) for state in self.state.values()), default=0)
+        self._tracks = steps % self.update_every == 0
+        self._sums: dict[str, Tensor] = {}
+        self._examples = 0
+        with self._sampler.draw(noise) if self._draws_weights else nullcontext():
+            if not self._tracks:
+                yield
+                return
+            samples = self.fisher == "sampled"
+            hook = self.model.register_forward_hook(self._sample_labels) if samples else nullcontext()
+            with hook, self._tracker.track():
+                yield
+
+    def _sample_labels(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        """Add the factors at labels drawn given the output of a forward pass, before the pass of the user's loss."""
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"the model's output must be a tensor under fisher='sampled', got {type(output).__name__}. Use "
+                "fisher='empirical'."
+            )
+        if not output.requires_grad or not torch.is_grad_enabled():
+            return
+        with full_precision(output.device.type):
+            sums, examples = self._tracker.sums_of(sampled_loss(self.likelihood, output, self._generator))
+        self._examples += examples
+        for name, value in sums.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def _clear_record(self) -> None:
+        # Sampled factors stay: those of a forward pass whose backward is still to come are among them, and
+        # none of them depends on the loss.
+        if self.fisher == "empirical":
+            self._tracker.clear()
+
+    def _record(self) -> Recorded | None:
+        if all(parameter.grad is None for parameter in self._names):
+            return None
+        if not self._tracks:
+            return Recorded({})
+        if self.fisher == "sampled":
+            sums, examples, unit = self._sums, self._examples, 1
+            if examples == 0:
+                raise RuntimeError(
+                    "the model must be called as a whole, not compiled, under fisher='sampled', for labels are drawn "
+                    "from its output, got a gradient without. Use fisher='empirical'."
+                )
+        else:
+            sums = {name: leaf.grad for name, leaf in self._tracker.leaves.items() if leaf.grad is not None}
+            examples = self._tracker.examples
+            unit = examples**2  # gradients of a mean over examples are this much smaller, squared
+        for parameter, site in self._sites.items():
+            if parameter.grad is not None and not {site.name, self._weight_name(site) + _INPUT} & sums.keys():
+                raise RuntimeError(
+                    f"parameter '{site.name}' must get its gradient through its own layer, got it past the layer. "
+                    "Read it by calling the layer, or use an ordinary parameter."
+                )
+        scales = {name: (1 if name.endswith(_INPUT) else unit) / examples for name in sums}
+        return Recorded({name: value * scales[name] for name, value in sums.items()})
+
+    @staticmethod
+    def _weight_name(site: Site) -> str:
+        return f"{site.name.removesuffix(site.key)}weight"
+
+    def _rescale(self, loss_scale: float) -> None:
+        """Take the loss scale out of what is squared from gradients of the user's loss."""
+        if self.fisher == "empirical":
+            for name, value in self._statistics.items():
+                if not name.endswith(_INPUT):
+                    self._statistics[name] = value / loss_scale**self._loss_power
+
+    # The step.
+
+    def _refuse_bad_step(self) -> None:
+        super()._refuse_bad_step()
+        try:
+            self._curvatures = {
+                parameter: self._curvature(self._sites[parameter], group)
+                for group in self.param_groups
+                if group["kind"] == "bayesian"
+                for parameter in group["params"]
+                if parameter.grad is not None and self._is_weight_with_factors(parameter)
+            }
+        except FloatingPointError:
+            self._forget()
+            raise
+
+    def _is_weight_with_factors(self, parameter: nn.Parameter) -> bool:
+        return self._sites[parameter].key == "weight" and self._has_factors(self._sites[parameter])
+
+    @staticmethod
+    def _has_factors(site: Site) -> bool:
+        """Whether a tensor's curvature is in the factors of its layer's weight, which are not those of a frozen one."""
+        layer: Any = site.module
+        return layer.factor_sizes() is not None and layer.weight.requires_grad
+
+    def _curvature(self, site: Site, group: dict[str, Any]) -> dict[str, Any]:
+        """Return what this step changes in the state of a weight's factors, with the roots of the posterior.
+
+        Nothing is changed yet: a factor without an inverse refuses the step of all layers.
+        """
+        state = self.state.get(site.mean, {})
+        new: dict[str, Any] = {key: state[key] for key in ("updates", "input", "output") if key in state}
+        if site.name + _INPUT in self._statistics:
+            factors = self._statistics[site.name + _INPUT], self._statistics[site.name + _OUTPUT]
+            new = self._averaged(new, *factors, group["factor_lr"])
+        if "input" in new and self._is_due(state, new["input"]):
+            ess = self._ess(group)
+            prior = self._prior_precision(site, len(new["input"])) / ess
+            factors = new["input"], new["output"]
+            of_posterior, of_step = damp(*factors, prior), damp(*factors, prior + group["damping"])
+            new |= {"input_inverse": inverse(of_step[0]), "output_inverse": inverse(of_step[1])}
+            new["roots"] = inverse_root(of_posterior[0]), inverse_root(of_posterior[1]) * ess**-0.5
+            new["inverse_step"] = state.get("step", 0) + 1
+        return new
+
+    @staticmethod
+    def _averaged(old: dict[str, Any], input_factor: Tensor, output_factor: Tensor, factor_lr: float) -> dict[str, Any]:
+        """Return the averages with new factors in them, begun anew where a frozen or freed bias changes their size."""
+        if "input" not in old or old["input"].shape != input_factor.shape:
+            return {"updates": 1, "input": input_factor, "output": output_factor}
+        weight = corrected_weight(factor_lr, old["updates"] + 1)
+        return {
+            "updates": old["updates"] + 1,
+            "input": wide(old["input"]).lerp(input_factor, weight),
+            "output": wide(old["output"]).lerp(output_factor, weight),
+        }
+
+    def _is_due(self, state: Mapping[str, Any], input_factor: Tensor) -> bool:
+        """Whether inverses are to be computed in the coming step of a layer."""
+        if "inverse_step" not in state or state["input_inverse"].shape != input_factor.shape:
+            return True
+        step = state["step"] + 1
+        return step - state["inverse_step"] >= at_least_one(f"inverse_every({step})", self._interval(step))
+
+    def _interval(self, step: int) -> int:
+        if callable(self.inverse_every):
+            return self.inverse_every(step)
+        # The first factors are those of few examples: held for long, their inverse makes the steps diverge.
+        return 1 if step <= self.inverse_every else self.inverse_every
+
+    def _prior_precision(self, site: Site, inputs: int) -> float:
+        """Return the mean prior precision of a layer's matrix: one number is all that the factors have room for."""
+        layer: Any = site.module
+        columns = site.mean.shape[1:].numel()
+        total = float(site.prior_precision.mean()) * columns
+        if inputs > columns:
+            total += float(layer.bias_prior_precision.mean())
+        return total / inputs
+
+    def _update(self, group: dict[str, Any]) -> None:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            site = self._sites[parameter]
+            if not self._has_factors(site):
+                self._update_diagonal(site, group)
+            elif site.key == "weight":
+                self._update_matrix(site, group)
+
+    def _update_matrix(self, site: Site, group: dict[str, Any]) -> None:
+        """Move a layer's matrix by its gradient, the prior's in it, between the inverse factors."""
+        layer: Any = site.module
+        state = self.state[site.mean]
+        new = self._curvatures.pop(site.mean)
+        roots = new.pop("roots", None)
+        state.update(new)
+        if "input_inverse" not in state:  # the layer's first statistics are still to come
+            return
+        columns = site.mean.shape[1:].numel()
+        sites = [site, self._sites[layer.bias]] if len(state["input"]) > columns else [site]
+        matrix = as_matrix(*(wide(self._gradient(each, group)) for each in sites))
+        step = wide(state["output_inverse"]) @ matrix @ wide(state["input_inverse"])
+        precision = None if roots is None else marginal_precision(*roots)
+        for each, part in zip(sites, (slice(columns), slice(columns, None)), strict=False):
+            each.mean.sub_(step[:, part].reshape(each.mean.shape), alpha=group["lr"])
+            if precision is not None:
+                each.precision.copy_(precision[:, part].reshape(each.mean.shape))
+        if roots is not None:
+            layer.set_roots(*(root.to(site.mean.dtype) for root in roots))
+
+    def _gradient(self, site: Site, group: dict[str, Any]) -> Tensor:
+        """Return the momentum average of the loss's gradient, and the prior's."""
+        state = self.state[site.mean]
+        state["step"] = state.get("step", 0) + 1
+        grad = torch.zeros_like(site.mean) if site.mean.grad is None else site.mean.grad
+        prior = site.prior_precision / self._ess(group) * (site.mean - site.prior_mean)
+        return momentum_average(state, grad, group["beta1"]) + prior
+
+    def _update_diagonal(self, site: Site, group: dict[str, Any]) -> None:
+        """Move a tensor without factors as VOGN does."""
+        state, squares, weight = self.state[site.mean], self._statistics.get(site.name), 0.0
+        grad: Any = site.mean.grad
+        if squares is not None:
+            state["updates"] = state.get("updates", 0) + 1
+            weight = corrected_weight(group["factor_lr"], state["updates"])
+        elif "updates" not in state:
+            return
+        state["step"] = state.get("step", 0) + 1
+        natural_gradient_step_(
+            site.mean,
+            site.precision,
+            momentum_average(state, grad, group["beta1"]),
+            torch.zeros_like(site.mean) if squares is None else squares,
+            prior_mean=site.prior_mean,
+            prior_precision=site.prior_precision,
+            ess=self._ess(group),
+            lr=group["lr"],
+            precision_lr=weight,
+            damping=group["damping"],
+        )
+
+
+class NoisyKFAC(_KroneckerFactored):
+    """Natural-gradient variational inference with a matrix-variate Gaussian posterior for each layer.
+
+        W ~ N(M, 1/ess A_in^-1 (x) G_in^-1)
+        M <- M - lr G_ex^-1 (g_bar + prior_precision / ess (M - prior_mean)) A_ex^-1
+
+    for the matrix W = [weight | bias] of a linear layer or a convolution, ess = N/T. A and G are
+    moving averages of the Kronecker factors of the Fisher at drawn weights (`curvature.kronecker`),
+    A_in and G_in the two with the damping prior_precision / ess between them (`matrix_gaussian.damp`),
+    which makes them the posterior's; A_ex and G_ex those with `damping` besides. The first batch's
+    factors have weight 1, so that the posterior starts from them; before it, draws are the layer's own.
+
+    Other Bayesian tensors (norms, embeddings, transposed and grouped convolutions, the bias of a
+    frozen weight) have diagonal posteriors, moved as `VOGN` does with `factor_lr` for its
+    `precision_lr`. Parameters of layers that are not Bayesian are trained by Adam.
+
+    The layers hold roots of the covariance (`BayesianLayer`), from which draws of any kind are made
+    but those of outputs; their precisions, one over the variance of each entry, are what `merge`,
+    `kl_divergence`, `posterior_to_prior` and plots read. A prior precision that differs within a
+    layer's matrix counts by its mean in the covariance, and entry by entry in the step.
+
+    Source: Zhang et al. 2018 (arXiv 1712.02390), Algorithm 2, with the prior's gradient at the mean;
+    Martens & Grosse 2015 (arXiv 1503.05671); Grosse & Martens 2016 (arXiv 1602.01407).
+
+    Args:
+        model: Model with Bayesian layers, on its device already.
+        dataset_size: Number of training examples N.
+        lr: Step size of the mean, in units of the posterior's natural gradient.
+        beta1: Momentum, the weight of the past in the average of gradients, in [0, 1).
+        factor_lr: Weight of the new factors in their moving averages, in (0, 1].
+        damping: Added to the curvature in the mean's step, >= 0.
+        prior_precision: Precision of the prior for every Bayesian tensor; None keeps the layers'.
+        init_precision: Precision of the first draws; None keeps the layers' posterior.
+        temperature: T of the tempered posterior; the likelihood counts N/T times. T < 1 sharpens.
+        update_every: Steps from one update of the factors to the next.
+        inverse_every: Steps from one computation of inverses and roots to the next, but one in the
+            first so many steps; or a function of the number of the step that returns them.
+        fisher: "sampled" takes the factors at labels that the model's own likelihood draws, by a second
+            backward pass: the Fisher proper, which is the loss's Gauss-Newton curvature. "empirical"
+            takes them at the data's labels, from the user's backward pass.
+        likelihood: What draws the labels; None for `model.likelihood`, else `Categorical()`. The loss
+            should be its `loss`.
+        num_samples: Draws per `step(closure)`.
+        generator: Source of weights and labels, on the model's device; torch's default one if None.
+        groups: Parameter groups with hyperparameters of their own, each a dict of `params` and any of
+            lr, beta1, factor_lr, temperature, damping, prior_precision.
+        deterministic_lr: Learning rate of parameters that are not Bayesian; None for `lr`.
+        sync: Average over the ranks of torch.distributed's default group before each step.
+
+    The loss is a mean over the batch's examples. Under `torch.compile` use `fisher="empirical"`.
+
+    Raises:
+        ValueError: If an argument breaks its rule, or the model has no Bayesian layer.
+        TypeError: If labels cannot be drawn from the likelihood.
+
+    Example:
+        >>> import torch, bayeslayers as bl
+        >>> net = bl.BayesLinear(2, 3)
+        >>> x, y = torch.randn(8, 2), torch.randint(3, (8,))
+        >>> optimizer = bl.NoisyKFAC(net, dataset_size=8)
+        >>> with optimizer.sampled():
+        ...     torch.nn.functional.cross_entropy(net(x), y).backward()
+        >>> optimizer.step()
+        >>> [tuple(root.shape) for root in net.roots]
+        [(3, 3), (3, 3)]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset_size: int,
+        lr: float = 1e-2,
+        beta1: float = 0.9,
+        factor_lr: float = 0.05,
+        damping: float = 1e-3,
+        prior_precision: float | None = None,
+        init_precision: float | None = None,
+        temperature: float = 1.0,
+        update_every: int = 1,
+        inverse_every: int | Schedule = 10,
+        fisher: Fisher = "sampled",
+        likelihood: Likelihood | None = None,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        deterministic_lr: float | None = None,
+        sync: bool = False,
+    ):
+        super().__init__(
+            model,
+            dataset_size,
+            {"lr": lr, "beta1": beta1, "factor_lr": factor_lr, "damping": damping, "temperature": temperature},
+            draws=True,
+            prior_precision=prior_precision,
+            init_precision=init_precision,
+            update_every=update_every,
+            inverse_every=inverse_every,
+            fisher=fisher,
+            likelihood=likelihood,
+            num_samples=num_samples,
+            generator=generator,
+            groups=groups,
+            deterministic_lr=deterministic_lr,
+            sync=sync,
+        )
+
+
+class KFAC(_KroneckerFactored):
+    """Natural gradient descent with Kronecker factors: `NoisyKFAC` without draws, gradient and factors at the mean.
+
+    The matrix-variate posterior that it leaves beside the mean is that of an online Kronecker-factored
+    Laplace approximation, so `predict` draws from it as from any posterior; `method="mean"` is the
+    point estimate.
+
+    Source: Martens & Grosse 2015 (arXiv 1503.05671); Grosse & Martens 2016 (arXiv 1602.01407), without
+    the rescaling of the step by a quadratic model; Ritter et al. 2018 (ICLR, "A Scalable Laplace
+    Approximation for Neural Networks") for the posterior.
+
+    Args:
+        model: Model with Bayesian layers, on its device already.
+        dataset_size: Number of training examples N.
+        lr: Step size of the mean; this and the following as for `NoisyKFAC`.
+        beta1: Momentum.
+        factor_lr: Weight of the new factors.
+        damping: Added to the curvature in the mean's step.
+        prior_precision: Precision of the prior, N/T times weight decay.
+        temperature: T of the tempered posterior.
+        update_every: Steps between updates of the factors.
+        inverse_every: Steps between inverses, or a function of the number of the step.
+        fisher: "sampled" or "empirical".
+        likelihood: What draws the labels.
+        generator: Source of the labels.
+        groups: Parameter groups with hyperparameters of their own.
+        deterministic_lr: Learning rate of parameters that are not Bayesian.
+        sync: Average over ranks before each step.
+
+    Raises:
+        ValueError: If an argument breaks its rule, or the model has no Bayesian layer.
+        TypeError: If labels cannot be drawn from the likelihood.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset_size: int,
+        lr: float = 1e-2,
+        beta1: float = 0.9,
+        factor_lr: float = 0.05,
+        damping: float = 1e-3,
+        prior_precision: float | None = None,
+        temperature: float = 1.0,
+        update_every: int = 1,
+        inverse_every: int | Schedule = 10,
+        fisher: Fisher = "sampled",
+        likelihood: Likelihood | None = None,
+        generator: torch.Generator | None = None,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        deterministic_lr: float | None = None,
+        sync: bool = False,
+    ):
+        super().__init__(
+            model,
+            dataset_size,
+            {"lr": lr, "beta1": beta1, "factor_lr": factor_lr, "damping": damping, "temperature": temperature},
+            draws=False,
+            prior_precision=prior_precision,
+            update_every=update_every,
+            inverse_every=inverse_every,
+            fisher=fisher,
+            likelihood=likelihood,
+            generator=generator,
+            groups=groups,
+            deterministic_lr=deterministic_lr,
+            sync=sync,
+        )

@@ -1,0 +1,165 @@
+"""Images beside what is predicted of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bayeslayers.plots.canvas import BLUE, GREY, ORANGE, UNCERTAINTY, array, finish, legend_below, new_figure, short
+from bayeslayers.plots.canvas import palette as default_palette
+from bayeslayers.predict import Prediction
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BARS = 12  # classes that have room under an image
+_VOID = "#E5E5E5"
+
+
+def predictive_panels(
+    rows: Sequence[tuple[str, Tensor, Prediction]], class_names: Sequence[str], path: str | Path | None = None
+) -> Figure:
+    """Draw images, one row a group, each over the predictive distribution of its classes.
+
+    The bar of the predicted class is blue, or orange where total uncertainty is above a quarter
+    of its greatest value, log(number of classes). Of many classes the 12 most probable ones are shown.
+
+    Args:
+        rows: Per group its title, images `(n, c, h, w)` in [0, 1], and their prediction.
+        class_names: Names of the classes, under the bars.
+        path: File to write, or None.
+
+    Returns:
+        The figure.
+    """
+    columns = max(len(images) for _, images, _ in rows)
+    names = [short(name, 12) for name in class_names]
+    tall = max(map(len, names)) > 2  # then names stand upright
+    figure = new_figure(1.45 * columns + 0.4, (2.75 + 0.5 * tall) * len(rows) + 0.3)
+    groups = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    threshold = math.log(len(names)) / 4
+    for group, (title, images, prediction) in zip(groups, rows, strict=True):
+        group.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+        axes = group.subplots(2, columns, height_ratios=[1.25, 1], squeeze=False)
+        for axis in axes[:, len(images) :].flat:
+            axis.axis("off")
+        for column, image in enumerate(images):
+            picture, bars = axes[:, column]
+            _show(picture, image)
+            uncertain = float(prediction.total[column]) > threshold
+            label, confidence = int(prediction.labels[column]), float(prediction.confidence[column])
+            probs = prediction.probs[column].cpu()
+            shown = probs.topk(min(_BARS, len(names))).indices.sort().values.tolist()
+            colours = [(ORANGE if uncertain else BLUE) if k == label else GREY for k in shown]
+            bars.bar(range(len(shown)), array(probs[shown]), color=colours)
+            bars.set_title(f"{names[label]}: {confidence:.0%}", fontsize=9, color=colours[shown.index(label)])
+            bars.set_xticks(range(len(shown)), [names[k] for k in shown], fontsize=6, rotation=90 * tall)
+            bars.set_ylim(0, 1)
+            bars.set_yticks([0, 1] if column == 0 else [])
+            bars.set_xlabel(f"entropy {float(prediction.total[column]):.2f}", fontsize=7)
+            bars.tick_params(labelsize=6, length=0)
+            bars.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(
+        f"Bars: predictive distribution. Orange: uncertain, entropy above {threshold:.2f} nats. Blue: certain.",
+        fontsize=9,
+    )
+    return finish(figure, path)
+
+
+def segmentation_panels(
+    images: Tensor,
+    targets: Tensor,
+    prediction: Prediction,
+    *,
+    class_names: Sequence[str] | None = None,
+    palette: Sequence[str] | None = None,
+    ignore_index: int | None = None,
+    path: str | Path | None = None,
+) -> Figure:
+    """Draw one row an image: the image, its labels, the predicted ones, and where the prediction is uncertain.
+
+    Entropy is shown from 0 to its greatest value, log(number of classes); the mutual information of label and
+    weights, which is mostly far smaller, from 0 to the greatest that occurs. The legend has the classes that occur.
+
+    Args:
+        images: `(n, c, h, w)` in [0, 1], grey or RGB.
+        targets: Class per pixel, `(n, h, w)`.
+        prediction: Prediction for the images, of classes `(n, c, h, w)`, or of yes `(n, h, w)` or `(n, 1, h, w)`.
+        class_names: Names of the classes; their numbers if None.
+        palette: A colour per class, as matplotlib reads them; None for colours that the colour-blind tell apart.
+        ignore_index: Label of pixels without a class, drawn light grey.
+        path: File to write, or None.
+
+    Raises:
+        ValueError: If the shapes do not fit, or a class lacks a name or a colour.
+    """
+    from matplotlib.patches import Patch
+
+    likelihood, shape = prediction.likelihood, (len(images), *images.shape[-2:])
+    if not likelihood.discrete or prediction.total.numel() != math.prod(shape) or targets.shape != shape:
+        raise ValueError(
+            f"targets and prediction must be classes of shape {shape} as the images, got {tuple(targets.shape)} and "
+            f"{likelihood.name} of shape {tuple(prediction.total.shape)}."
+        )
+    classes = prediction.probs.shape[1] if likelihood.name == "categorical" else 2
+    names = [str(k) for k in range(classes)] if class_names is None else list(class_names)
+    colours = default_palette(classes) if palette is None else list(palette)
+    if not len(names) == len(colours) == classes:
+        raise ValueError(
+            f"class_names and palette must have an entry for each of {classes} classes, got {len(names)} and "
+            f"{len(colours)}."
+        )
+    targets = targets.detach().cpu().long()
+    predicted, total, epistemic = (
+        part.detach().reshape(shape).cpu() for part in (prediction.labels, prediction.total, prediction.epistemic)
+    )
+    void = targets == ignore_index if ignore_index is not None else torch.zeros_like(targets, dtype=torch.bool)
+    if (bad := targets[~void]).numel() and not 0 <= int(bad.min()) <= int(bad.max()) < classes:
+        raise ValueError(f"targets must be from 0 to {classes - 1}, got {int(bad.min())} to {int(bad.max())}.")
+
+    width = 2.3
+    height = width * shape[1] / shape[2]
+    figure = new_figure(5 * width, (height + 0.1) * len(images) + 1.4)
+    axes = figure.subplots(len(images) + 1, 5, squeeze=False, height_ratios=[height] * len(images) + [0.1])
+    scales = ((total, math.log(classes)), (epistemic, max(float(epistemic.max()), 1e-6)))
+    for row, image in enumerate(images):
+        _show(axes[row, 0], image)
+        _show(axes[row, 1], _coloured(targets[row].masked_fill(void[row], classes), [*colours, _VOID]))
+        _show(axes[row, 2], _coloured(predicted[row], colours))
+        for column, (values, greatest) in enumerate(scales, start=3):
+            axis = axes[row, column]
+            drawn = axis.imshow(array(values[row]), cmap=UNCERTAINTY, vmin=0, vmax=greatest)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if row == 0:
+                figure.colorbar(drawn, cax=axes[-1, column], orientation="horizontal", label="nats")
+    for axis, title in zip(axes[0], ("image", "label", "prediction", "entropy", "mutual information"), strict=True):
+        axis.set_title(title, fontsize=11)
+    for axis in axes[-1, :3]:
+        axis.axis("off")
+    occurring = sorted({*targets[~void].unique().tolist(), *predicted.unique().tolist()})
+    handles = [Patch(facecolor=colours[k], edgecolor=GREY, label=short(names[k])) for k in occurring]
+    if void.any():
+        handles.append(Patch(facecolor=_VOID, edgecolor=GREY, label="ignored"))
+    legend_below(figure, handles)
+    return finish(figure, path)
+
+
+def _show(axis: Axes, image: Tensor) -> None:
+    """Draw an image `(c, h, w)` in [0, 1], grey or RGB, without ticks."""
+    axis.imshow(array(image.permute(1, 2, 0)), cmap="gray", vmin=0, vmax=1)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+
+
+def _coloured(labels: Tensor, colours: Sequence[str]) -> Tensor:
+    """Return an image `(3, h, w)` of class indices."""
+    from matplotlib.colors import to_rgb
+
+    return torch.tensor([to_rgb(colour) for colour in colours], dtype=torch.float64)[labels].permute(2, 0, 1)

@@ -1,0 +1,201 @@
+"""A posterior measured on a data set, and strangers told from it: the work of `bayeslayers evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import bayeslayers as bl
+import zoo
+from bayeslayers.checkpoint import write_atomically
+from bayeslayers.checks import at_least_one
+from recipes.data import Split, load_split, short_name
+
+MISTAKES = 24  # the most confident ones, which a report shows
+
+
+@dataclass
+class Question:
+    """What is measured.
+
+    Attributes:
+        posterior: A bundled name, a folder, or OWNER/REPO[@REVISION].
+        data: Data set, as for `load_split`; None for the card's.
+        ood: Data sets of strangers.
+        num_samples: Draws per batch.
+        seed: Of the draws.
+        method: "sample", or "mean" for one pass with the posterior means.
+        limit: Use the first so many examples of each set alone.
+        batch_size: Examples per forward pass.
+    """
+
+    posterior: str
+    data: str | None = None
+    ood: Sequence[str] = ()
+    num_samples: int = 64
+    seed: int = 0
+    method: Literal["sample", "mean"] = "sample"
+    limit: int | None = None
+    batch_size: int = 250
+
+    def command(self) -> str:
+        """Return the command that asks this, without where things are on this machine."""
+        words = ["bayeslayers", "evaluate", self.posterior]
+        for option in dataclasses.fields(self)[1:]:
+            value = getattr(self, option.name)
+            for word in value if option.name == "ood" else [value] if value != option.default else []:
+                words += [f"--{option.name.replace('_', '-')}", str(word)]
+        return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An example that is predicted wrongly: its image in bytes `(c, h, w)`, its class, the predicted one."""
+
+    image: Tensor
+    label: str
+    predicted: str
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was measured.
+
+    Attributes:
+        question: What was asked, its data named.
+        evaluation: The figures.
+        mistakes: The most confident mistakes, most confident first.
+        versions: Of the libraries.
+    """
+
+    question: Question
+    evaluation: bl.Evaluation
+    mistakes: list[Mistake]
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """Return the text of `report.json`."""
+        asked = dataclasses.asdict(self.question) | {"ood": list(self.question.ood)}
+        plain: dict[str, Any] = {"command": self.question.command(), "versions": self.versions} | asked
+        return json.dumps(plain | self.evaluation.to_dict(), indent=2, allow_nan=False) + "\n"
+
+
+def evaluate(question: Question, data_root: str | Path | None = None, progress: bool = False) -> Answer:
+    """Measure a posterior of classes on the test split of a data set of images.
+
+    Where the card and the data have the same names of classes in another order, labels go by name.
+
+    Args:
+        question: What is measured.
+        data_root: Folder of data, as for `load_split`.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: If there is no such posterior or data, they do not fit, or a number is out of its range.
+        OSError: If data or the Hub cannot be read.
+    """
+    for name in ("num_samples", "batch_size"):
+        at_least_one(name, getattr(question, name))
+    if question.limit is not None:
+        at_least_one("limit", question.limit)
+    model = zoo.load(question.posterior)
+    card = zoo.card_of(model)
+    if card.likelihood != "categorical":
+        raise ValueError(f"posterior must be one of classes, got a {card.likelihood} one.")
+    if len(card.input_size) != 3:
+        raise ValueError(f"posterior must take images, got one for inputs of shape {tuple(card.input_size)}.")
+    question = dataclasses.replace(question, data=question.data or card.dataset.partition(" ")[0] or None)
+    if question.data is None:
+        raise ValueError("posterior's card must name its data set, got none. Give --data.")
+
+    def load(name: str) -> Split:
+        return load_split(name, data_root, train=False, size=card.input_size).head(question.limit)
+
+    data = _aligned(load(question.data), card.class_names)
+    short = [short_name(name) for name in question.ood]
+    names = short if len(set(short)) == len(short) else question.ood
+    strangers = {name: load(full) for name, full in zip(names, question.ood, strict=True)}
+    evaluation = bl.evaluate(
+        model,
+        _Batches(data, question.batch_size),
+        ood={name: _Batches(split, question.batch_size) for name, split in strangers.items()},
+        num_samples=question.num_samples,
+        generator=torch.Generator().manual_seed(question.seed),
+        method=question.method,
+        progress=progress,
+    )
+    return Answer(question, evaluation, _mistakes(model, data, evaluation, question), _versions())
+
+
+def write_report(answer: Answer, folder: str | Path) -> None:
+    """Write `report.html` and `report.json`, each whole or not at all.
+
+    Args:
+        answer: What they show.
+        folder: Made if there is none.
+    """
+    from recipes.report import report_html
+
+    contents = {"report.html": report_html(answer), "report.json": answer.to_json()}
+    for name, content in contents.items():
+        write_atomically(Path(folder) / name, content.encode())
+
+
+class _Batches:
+    """Inputs and labels of a split, in its order."""
+
+    def __init__(self, split: Split, batch_size: int):
+        self.split, self.batch_size = split, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.split) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.split), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield self.split.inputs(part), self.split.labels[part]
+
+
+def _aligned(data: Split, names: Sequence[str]) -> Split:
+    """Return the data with its labels numbered as the posterior's classes are."""
+    if not names:
+        return data
+    if sorted(names) == sorted(data.classes):
+        number = torch.tensor([names.index(name) for name in data.classes])
+        return dataclasses.replace(data, labels=number[data.labels], classes=list(names))
+    if int(data.labels.max()) >= len(names):
+        some = ", ".join(data.classes[:5]) + ", ..." * (len(data.classes) > 5)
+        raise ValueError(f"data must have the posterior's {len(names)} classes, got {len(data.classes)}: {some}.")
+    return data if len(data.classes) >= len(names) else dataclasses.replace(data, classes=list(names))
+
+
+def _mistakes(model: nn.Module, data: Split, evaluation: bl.Evaluation, question: Question) -> list[Mistake]:
+    """Return the mistakes that other draws of the weights make too, most confident first."""
+    wrong = (~evaluation.scores["correct"].bool()).nonzero().flatten()
+    index = wrong[evaluation.scores["confidence"][wrong].argsort(descending=True)][:MISTAKES]
+    if len(index) == 0:
+        return []
+    generator = torch.Generator().manual_seed(question.seed)
+    inputs, images = data.inputs(index), data.images[index]
+    prediction = bl.predict(model, inputs, question.num_samples, generator=generator, method=question.method)
+    found = []
+    for number, label in enumerate(data.labels[index].tolist()):
+        predicted = int(prediction.labels[number])
+        if predicted != label:
+            true, guess = (data.classes[k] if k < len(data.classes) else str(k) for k in (label, predicted))
+            found.append(Mistake(images[number], true, guess, float(prediction.confidence[number])))
+    return sorted(found, key=lambda mistake: -mistake.confidence)
+
+
+def _versions() -> dict[str, str]:
+    return {"bayeslayers": bl.__version__, "torch": torch.__version__, "python": platform.python_version()}

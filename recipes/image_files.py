@@ -1,0 +1,189 @@
+"""Images of the user's own: an .npz file of arrays, or a folder of pictures by class."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_GREY, _COLOUR = ("1", "L", "LA"), ("P", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's modes of 8 bits or fewer
+_PROBED = 16  # pictures of a folder whose colours are looked at before any is decoded
+
+
+def read_npz(path: str, *, train: bool) -> tuple[Tensor, Tensor, list[str]]:
+    """Return images `(n, c, h, w)`, labels and classes of an .npz file.
+
+    It holds `images`, bytes `(n, h, w)` or `(n, h, w, 3)`, `labels`, integers `(n,)`, and may hold `classes`, names.
+
+    Args:
+        path: The file. "{split}" in it stands for train or test; without, the file is either split.
+        train: The training split, else the test split.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged or holds something else. Nothing in it is unpickled.
+    """
+    file = Path(path.replace("{split}", "train" if train else "test"))
+    if not file.is_file():
+        raise FileNotFoundError(f"data must be an .npz file, got {file}, which is none.")
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
+            arrays = {key: content[key] for key in ("images", "labels", "classes") if key in content}
+    # An .npy file has no names and no scope; the others are what numpy raises for damaged files.
+    except (ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(f"data must be an .npz file of plain arrays, got {file}: {reason}.") from None
+    for key in ("images", "labels"):
+        if key not in arrays:
+            raise ValueError(f"{file} must hold the array '{key}', got {', '.join(arrays) or 'none that is known'}.")
+    images, labels = arrays["images"], arrays["labels"]
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
+        raise ValueError(
+            f"images of {file} must be bytes of shape (n, h, w) or (n, h, w, 3), got {images.dtype} {images.shape}."
+        )
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or 0 in images.shape or labels.min() < 0:
+        raise ValueError(
+            f"labels of {file} must be a class index for each of the {len(images)} images, got {labels.dtype} "
+            f"{labels.shape}{f' from {labels.min()}' if labels.size and labels.dtype.kind == 'i' else ''}."
+        )
+    classes = [str(name) for name in np.atleast_1d(arrays.get("classes", np.arange(int(labels.max()) + 1)))]
+    if len(classes) <= labels.max():
+        raise ValueError(f"classes of {file} must name label {labels.max()}, got {len(classes)} names.")
+    pixels = torch.from_numpy(images)
+    pixels = pixels[:, None] if images.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+    return pixels, torch.from_numpy(labels.astype(np.int64)), classes
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images in files, decoded each time they are read: a set that need not fit into memory.
+
+    Attributes:
+        paths: The files.
+        size: `(c, h, w)` of the images: of each picture the middle that has this shape is taken, and resized.
+    """
+
+    paths: Sequence[Path]
+    size: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        """Return images as bytes, `(n, c, h, w)`."""
+        paths = [self.paths[number] for number in torch.arange(len(self))[index].tolist()]
+        with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+            images = list(pool.map(partial(_decode, size=self.size), paths))
+        return torch.stack(images) if images else torch.empty(0, *self.size, dtype=torch.uint8)
+
+    def head(self, limit: int) -> ImageFiles:
+        """Return the first `limit` images."""
+        return ImageFiles(self.paths[:limit], self.size)
+
+
+def read_folder(path: str, *, train: bool, size: Sequence[int] | None = None) -> tuple[ImageFiles, Tensor, list[str]]:
+    """Return images, labels and classes of a folder of pictures in ImageNet's layout.
+
+    That is `PATH/train/CLASS/*.png`, and `PATH/test` or `PATH/val` alike; a folder with none of these is itself
+    either split. Classes are numbered in the order of their names.
+
+    Args:
+        path: The folder.
+        train: The training split, else the test split.
+        size: `(c, h, w)` of the images; None for that of the first.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or a class without pictures.
+        ValueError: If a class is none of the training split, a picture cannot be read, or the pictures are grey
+            and asked for in colour, or the other way round.
+    """
+    from torchvision.datasets import ImageFolder
+
+    root = Path(path)
+    there = [name for name in ("train", "test", "val") if (root / name).is_dir()]
+    wanted = [name for name in there if (name == "train") is train]
+    if there and not wanted:
+        raise FileNotFoundError(
+            f"image folder must hold {'train' if train else 'test or val'}, got {root} with {', '.join(there)} alone."
+        )
+    folder = root / wanted[0] if wanted else root
+    try:
+        data = ImageFolder(folder)
+        numbers = ImageFolder(root / "train").class_to_idx if "train" in there else data.class_to_idx
+    except FileNotFoundError as error:
+        reason = str(error).partition(". ")[0].rstrip(".")
+        raise FileNotFoundError(f"image folder must hold pictures in a folder for each class: {reason}.") from None
+    if strange := [name for name in data.classes if name not in numbers]:
+        raise ValueError(f"classes of {folder} must be those of {root / 'train'}, got {', '.join(strange[:5])} too.")
+    paths = [Path(file) for file, _ in data.samples]
+    labels = torch.tensor([numbers[data.classes[number]] for _, number in data.samples])
+    return ImageFiles(paths, _size_of(paths, size)), labels, list(numbers)
+
+
+def _size_of(paths: Sequence[Path], size: Sequence[int] | None) -> tuple[int, int, int]:
+    """Return the size to decode to, after a look whether the pictures have its colours."""
+    heads = []
+    for path in paths[:: -(-len(paths) // _PROBED)]:
+        with _opened(path) as image:
+            heads.append((image.mode, image.height, image.width))
+    colours = 3 if any(mode in _COLOUR for mode, _, _ in heads) else 1
+    if size is None:
+        return colours, *heads[0][1:]
+    channels, height, width = size
+    check_colours(str(paths[0].parent), colours, channels)
+    return channels, height, width
+
+
+def check_colours(name: str, got: int, expected: int) -> None:
+    """Refuse grey images where the model takes RGB, and the other way round."""
+    words = {1: "grey", 3: "RGB"}
+    if got != expected:
+        raise ValueError(
+            f"images of {name} must be {words.get(expected, f'of {expected} channels')} as the model takes them, got "
+            f"{words[got]} ones."
+        )
+
+
+def _decode(path: Path, size: tuple[int, int, int]) -> Tensor:
+    """Return a picture as bytes `(c, h, w)`, upright, and white where it is transparent."""
+    from PIL import Image, ImageOps
+
+    channels, height, width = size
+    with _opened(path) as image:
+        mode = image.mode
+        upright = ImageOps.exif_transpose(image)  # decodes it
+    # Some of ImageNet's photographs are grey, which RGB can hold; a grey image cannot hold colours.
+    if mode not in _GREY + _COLOUR * (channels == 3):
+        kind = "grey, of 8 bits" if channels == 1 else "of 8 bits a channel"
+        raise ValueError(f"image must be {kind}, got {path} of Pillow's mode {mode}.")
+    if upright.has_transparency_data:
+        white = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(white, upright.convert("RGBA"))
+    picture = ImageOps.fit(upright.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(picture)).reshape(height, width, channels).permute(2, 0, 1)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image]:
+    """Turn whatever Pillow's formats raise for a damaged file into one sentence."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            yield image
+    except Exception as error:
+        reason = str(error).rstrip(".")
+        raise ValueError(f"image must be a picture that Pillow reads, got {path}: {reason}.") from None

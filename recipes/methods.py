@@ -1,0 +1,79 @@
+"""The training methods that a configuration knows by name, each a change of one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import bayeslayers as bl
+from bayeslayers.checks import near
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train a network.
+
+    Attributes:
+        make: Function of (model, dataset size, generator, options) to the optimizer.
+        predict: How the trained network predicts, as in `bl.predict`: a posterior by draws, a point
+            estimate by its means.
+    """
+
+    make: Callable[[nn.Module, int, torch.Generator, Mapping[str, Any]], torch.optim.Optimizer]
+    predict: str
+
+
+def _posterior(kind: Callable[..., torch.optim.Optimizer], predict: str = "sample") -> Method:
+    def make(model: nn.Module, size: int, generator: torch.Generator, options: Mapping[str, Any]):
+        return kind(model, size, generator=generator, **options)
+
+    return Method(make, predict)
+
+
+def _point(kind: Callable[..., torch.optim.Optimizer]) -> Method:
+    """Train the means alone: the deterministic twin."""
+    return Method(lambda model, size, generator, options: kind(model.parameters(), **options), "mean")
+
+
+METHODS = {
+    "vogn": _posterior(bl.VOGN),
+    "ogn": _posterior(bl.OGN),
+    "ivon": _posterior(bl.IVON),
+    "bbb": _posterior(bl.BBB),
+    "noisykfac": _posterior(bl.NoisyKFAC),
+    "kfac": _posterior(bl.KFAC, "mean"),
+    "adam": _point(torch.optim.Adam),
+    "adamw": _point(torch.optim.AdamW),
+    "sgd": _point(torch.optim.SGD),
+}
+
+
+def method_of(optimizer: Mapping[str, Any]) -> Method:
+    """Return the method that `optimizer["name"]` names.
+
+    Raises:
+        ValueError: If there is no such method.
+    """
+    name = optimizer.get("name")
+    if name not in METHODS:
+        raise ValueError(f"optimizer must be one of {', '.join(METHODS)}, got {name!r}.{near(str(name), METHODS)}")
+    return METHODS[name]
+
+
+def make_optimizer(
+    optimizer: Mapping[str, Any], model: nn.Module, dataset_size: int, seed: int
+) -> torch.optim.Optimizer:
+    """Return the configured optimizer.
+
+    Args:
+        optimizer: `name` of the method, and its options.
+        model: The network.
+        dataset_size: Training examples.
+        seed: Of the draws.
+    """
+    options = {key: value for key, value in optimizer.items() if key != "name"}
+    return method_of(optimizer).make(model, dataset_size, torch.Generator().manual_seed(seed), options)
