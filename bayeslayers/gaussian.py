@@ -65,20 +65,20 @@ def natural_gradient_step_(
 def retracted_precision(precision: Tensor, target: Tensor, weight: float) -> Tensor:
     """Return a precision moved toward a target of any sign, and positive all the same.
 
-        p (1 - r + r^2 / 2),  r = weight (p - target) / p
+        p (1 - r + r^2 / 2) = p (1 + (1 - r)^2) / 2,  r = weight (p - target) / p
 
-    To first order in the weight it is the moving average (1 - weight) p + weight target. It is at least
-    p / 2, for 1 - r + r^2 / 2 = ((1 - r)^2 + 1) / 2.
+    To first order in the weight it is the moving average (1 - weight) p + weight target, and it is at
+    least p / 2.
 
     Source: Lin et al. 2020 (arXiv 2002.10060); Shen et al. 2024 (arXiv 2402.17641), Algorithm 1.
 
     Args:
         precision: p, > 0.
-        target: The shape of `precision`; overwritten, it serves as scratch.
+        target: The shape of `precision`; overwritten by the result.
         weight: In (0, 1].
     """
-    r = target.div_(precision).neg_().add_(1).mul_(weight)
-    return torch.addcmul(precision, precision, r.mul_(r / 2 - 1))
+    rest = target.div_(precision).mul_(weight).add_(1 - weight)  # 1 - r
+    return rest.square_().mul_(precision).add_(precision).mul_(0.5)
 
 
 def product(means: Tensor, precisions: Tensor, prior_mean: Tensor, prior_precision: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from bayeslayers.checks import at_least_one
 from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.metrics import classification_metrics, ood_auroc
 from bayeslayers.predict import Prediction, predict
-from recipes.data import Split, load_split, num_batches
+from recipes.data import Split, load_split, num_batches, short_name
 from recipes.methods import make_optimizer, method_of
 from recipes.schedules import Schedule, make_schedulers
 from recipes.training import CHECKPOINT, Training
@@ -226,9 +226,10 @@ def final_metrics(
     metrics = classification_metrics(known, test.labels)
     if strangers is not None:
         strange = predict_split(model, strangers, how.num_samples, how, method)
-        metrics[f"ood_auroc_{how.ood}"] = ood_auroc(known.total, strange.total)
+        name = short_name(str(how.ood))
+        metrics[f"ood_auroc_{name}"] = ood_auroc(known.total, strange.total)
         if method != "mean":
-            metrics[f"ood_auroc_{how.ood}_epistemic"] = ood_auroc(known.epistemic, strange.epistemic)
+            metrics[f"ood_auroc_{name}_epistemic"] = ood_auroc(known.epistemic, strange.epistemic)
     counts = {"num_samples": how.num_samples if method != "mean" else 1, "seed": how.seed}
     return metrics | {"test_examples": len(test)} | counts
 
@@ -267,7 +268,7 @@ def save(
         folder,
         name=config.name,
         class_names=test.classes,
-        dataset=f"{config.data} ({dataset_size} train, {len(test)} test)",
+        dataset=f"{short_name(config.data)} ({dataset_size} train, {len(test)} test)",
         dataset_size=dataset_size,
         temperature=float(config.optimizer.get("temperature", 1.0)),
         optimizer=config.optimizer | {"batch_size": config.batch_size, "epochs": config.epochs},

@@ -213,7 +213,7 @@ class IVON(VariationalOptimizer):
         super()._refuse_bad_step()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter in self._statistics:  # the new precision, in the memory of what it is made of
+                if parameter in self._statistics:  # the new precision takes the place of what it is made of
                     self._statistics[parameter] = self._new_precision(parameter, group)
         if torch.stack([precision.sum() for precision in self._statistics.values()]).isfinite().all():
             return
@@ -227,10 +227,12 @@ class IVON(VariationalOptimizer):
                 )
 
     def _new_precision(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
-        site, ess = self._sites[parameter], self._ess(group)
-        statistic = self._statistics[parameter].mul_(ess * self._scale)
-        hessian = statistic.mul_(site.precision.sqrt() if self.estimator == "price" else ess)
-        return retracted_precision(site.precision, hessian.add_(site.prior_precision), 1 - group["beta2"])
+        site, ess, statistic = self._sites[parameter], self._ess(group), self._statistics[parameter]
+        if self.estimator == "price":
+            target = torch.addcmul(site.prior_precision, statistic, site.precision.sqrt(), value=ess * self._scale)
+        else:
+            target = torch.add(site.prior_precision, statistic, alpha=ess**2 * self._scale)
+        return retracted_precision(site.precision, target, 1 - group["beta2"])
 
     def _update(self, group: dict[str, Any]) -> None:
         lr = group["lr"] * (group["hess_init"] + group["weight_decay"] if self.rescale_lr else 1.0)
