@@ -57,7 +57,7 @@ class CalibrationBins:
     def errors(self) -> Tensor:
         """Return the expected calibration error of each set, `(num_sets,)`.
 
-            sum over bins of count / n |accuracy - confidence|
+            sum over bins of count / n abs(accuracy - confidence)
 
         Source: Guo et al. 2017 (arXiv 1706.04599), Eq. 3, of the confidence; Kull et al. 2019
         (arXiv 1910.12656), of the probabilities of each class, whose mean is the classwise error.
@@ -74,7 +74,7 @@ class CalibrationBins:
 def adaptive_calibration_error(confidence: Tensor, correct: Tensor, num_bins: int = NUM_BINS) -> float:
     """Return the calibration error of the confidence in bins that hold equally many examples.
 
-        sum over bins of count / n |accuracy - confidence|
+        sum over bins of count / n abs(accuracy - confidence)
 
     The bins' sizes differ by at most one. Equal confidences may fall into two bins: each then counts with
     the accuracy of all of them, so that the order of the examples does not matter.

@@ -42,8 +42,8 @@ class IVON(VariationalOptimizer):
     Bayesian layers: attention, recurrent networks, parameters of your own. Frozen ones are left alone.
     With ess = N / T and the posterior's precision p = ess (h + weight_decay), a step is
 
-        h_hat = g (w - m) p                  "price": unbiased for the diagonal of the Hessian
-                ess g^2                      "gradsq": of the batch's gradient; never negative
+        h_hat = g (w - m) p     "price": unbiased for the diagonal of the Hessian
+        h_hat = ess g^2         "gradsq": of the batch's gradient; never negative
         p <- p (1 - r + r^2 / 2)             r = (1 - beta2) (p - ess h_hat - prior_precision) / p
         m <- m - lr (ess g_bar + prior_precision (m - prior_mean)) / p
 

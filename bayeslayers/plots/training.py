@@ -164,7 +164,7 @@ def _image(frame: Figure | np.ndarray) -> Image:
 def signal_to_noise(model: nn.Module, path: str | Path | None = None) -> Figure:
     """Draw per layer how the signal-to-noise ratio of its weights is distributed, in decibels.
 
-        20 log10(|mean| sqrt(precision))
+        20 log10(abs(mean) sqrt(precision))
 
     Weights to the left of 0 dB are noise rather than signal: a network loses little where they are pruned
     (Blundell et al. 2015, arXiv 1505.05424, Sec. 5.1). Ratios beyond 60 dB either way are counted at the ends.
