@@ -26,10 +26,10 @@ from bayeslayers.layers import (
     attach_posterior,
 )
 from bayeslayers.likelihoods import Bernoulli, Categorical, Gaussian
-from bayeslayers.linearised import linearised_moments, linearised_outputs
 from bayeslayers.merge import merge, posterior_to_prior
 from bayeslayers.optim import BBB, IVON, KFAC, OGN, VOGN, NoisyKFAC
-from bayeslayers.predict import Prediction, predict
+from bayeslayers.prediction import Prediction, predict
+from bayeslayers.prediction.linearised import linearised_moments, linearised_outputs
 from bayeslayers.recalibrate import Recalibration, recalibrate
 from bayeslayers.sampling import kl_divergence, posterior, sampled, tracked
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -56,3 +56,19 @@ def _kind(thing: object) -> str:
     if isinstance(thing, tuple | list):
         return f"{type(thing).__name__} of {', '.join(type(part).__name__ for part in thing) or 'nothing'}"
     return type(thing).__name__
+
+
+def with_progress(name: str, batches: Iterable[Any], number: int | None = None) -> Iterable[Any]:
+    """Return batches that move a progress bar on stderr.
+
+    Args:
+        name: What the bar says.
+        batches: Anything to iterate over.
+        number: How many there are; None for their length, where they have one.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    if number is None and isinstance(batches, Sized):
+        number = len(batches)
+    return track(batches, name, number, console=Console(stderr=True), transient=True)

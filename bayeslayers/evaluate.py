@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.batches import Labelled, Unlabelled, input_batches, labelled_batches
+from bayeslayers.batches import Labelled, Unlabelled, input_batches, labelled_batches, with_progress
 from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.metrics.calibration import Reliability
 from bayeslayers.metrics.classification import ClassificationRecord
 from bayeslayers.metrics.elements import RANKED, as_uncertainty, per_example, uncertainties
 from bayeslayers.metrics.ranking import RiskCoverage, two_sets
 from bayeslayers.metrics.regression import RegressionRecord
-from bayeslayers.predict import Prediction, predict
+from bayeslayers.prediction import Prediction, predict
 from bayeslayers.recalibrate import Recalibration
 
 if TYPE_CHECKING:
@@ -188,9 +188,7 @@ def _shown(data: Any, name: str, progress: bool) -> Any:
     """Return `data`, whose batches move a progress bar if wanted."""
     if not progress or isinstance(data, tuple | Tensor) or not isinstance(data, Iterable):
         return data
-    from rich.progress import track
-
-    return track(data, name, transient=True)
+    return with_progress(name, data)
 
 
 def _json(value: Any) -> Any:

@@ -11,15 +11,15 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.batches import Labelled, labelled_batches
+from bayeslayers.batches import Labelled, labelled_batches, with_progress
 from bayeslayers.card import Card
 from bayeslayers.checks import positive
 from bayeslayers.convert import ConversionReport, to_bayesian, to_deterministic
 from bayeslayers.convert.selection import Selectors
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.likelihoods import Likelihood, likelihood_of
-from bayeslayers.placement import at_means
 from bayeslayers.sampling import Site, evaluation_mode, posterior, tracked
+from bayeslayers.sampling.placement import at_means
 
 Network = TypeVar("Network", bound=nn.Module)
 PriorPrecision = float | Literal["marglik", "marglik_per_layer"] | None
@@ -109,7 +109,9 @@ def laplace(
         positive("prior_precision", prior_precision)
     net, report = _bayesian_copy(model, layers)
     sites = list(posterior(net))
-    batches = labelled_batches("data", _shown(data) if progress else data)
+    batches = labelled_batches(
+        "data", with_progress("laplace", data) if progress and not isinstance(data, tuple) else data
+    )
     squares, log_likelihood, examples = _one_pass(net, sites, batches, likelihood or likelihood_of(net))
     curvature = {name: square / temperature for name, square in squares.items()}
     found = _set_prior_precision(sites, curvature, prior_precision)
@@ -271,10 +273,3 @@ def _own_card(card: Card, report: ConversionReport | None, examples: int, temper
     if report is None:
         kept |= {"builder": card.builder, "kwargs": card.kwargs}
     return Card(**kept, dataset_size=examples, temperature=temperature, optimizer={"name": "Laplace"})
-
-
-def _shown(data: Labelled) -> Labelled:
-    """Return `data`, whose batches move a progress bar."""
-    from rich.progress import track
-
-    return data if isinstance(data, tuple) else track(data, "laplace", transient=True)

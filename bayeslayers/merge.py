@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from bayeslayers import gaussian
 from bayeslayers.card import Card
 from bayeslayers.layers import ROOTS, BayesianLayer
-from bayeslayers.placement import at_means
 from bayeslayers.sampling import Site, posterior
+from bayeslayers.sampling.placement import at_means
 
 
 def merge(posteriors: Sequence[nn.Module], method: Literal["product", "average"] = "product") -> nn.Module:

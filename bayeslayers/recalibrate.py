@@ -17,7 +17,7 @@ from bayeslayers.likelihoods import Bernoulli, Likelihood, likelihood_of
 from bayeslayers.metrics.classification import class_probs, log_probs
 from bayeslayers.metrics.elements import check_finite, class_labels, residuals
 from bayeslayers.metrics.regression import gaussian_nll
-from bayeslayers.predict import Prediction, predict
+from bayeslayers.prediction import Prediction, predict
 
 _CHUNK = 2**17  # elements whose probabilities are scaled at once
 _TOLERANCE = 1e-10  # of the temperature, relative

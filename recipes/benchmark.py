@@ -152,9 +152,9 @@ def benchmark_predict(
     for name in models:
         torch.manual_seed(seed)
         model = zoo.create(name).eval()
-        twin = bl.to_deterministic(model).eval()
+        twin, size = bl.to_deterministic(model).eval(), model.get_submodule("normalise").size
         for batch in batches:
-            x = torch.rand(batch, *model[0].size)
+            x = torch.rand(batch, *size)  # pyright: ignore[reportGeneralTypeIssues]
             methods: dict[str, Callable[[], object]] = {
                 method: partial(bl.predict, model, x, num_samples, method=method) for method in ("sample", "local")
             }

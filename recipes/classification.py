@@ -18,7 +18,7 @@ from bayeslayers.checkpoint import write_atomically
 from bayeslayers.checks import at_least_one
 from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.metrics import classification_metrics, ood_auroc
-from bayeslayers.predict import Prediction, predict
+from bayeslayers.prediction import Prediction, predict
 from recipes.data import Split, load_split, num_batches, short_name
 from recipes.methods import make_optimizer, method_of
 from recipes.schedules import Schedule, make_schedulers

@@ -23,7 +23,7 @@ import bayeslayers as bl
 import zoo
 from bayeslayers.checks import near
 from bayeslayers.metrics import classification_metrics, ood_auroc
-from bayeslayers.predict import Prediction, predict
+from bayeslayers.prediction import Prediction, predict
 from recipes.data import NAMES, Split, load_split
 
 SLICES = Path(__file__).parent / "assets" / "slices"

@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from test_kronecker import tracked_factors
 from test_vogn import F64, SAME, assert_same_state, make_batch, make_noise, scaled_step, seeded, state_of
 from torch import nn
 from torch.testing import assert_close
@@ -149,7 +150,7 @@ def test_tracks_the_slow_reference_for_50_steps(update_every, inverse_every):
     batches = [make_batch(3, seed) for seed in range(50)]
     noises = [make_noise(net, seed) for seed in range(50)]
     reference = reference_kfac(twin, batches, noises, **settings)
-    optimizer = bl.NoisyKFAC(net, fisher="empirical", **settings)
+    optimizer = bl.NoisyKFAC(net, fisher="empirical", init_precision="curvature", **settings)
     for (x, y), noise, (mean, roots) in zip(batches, noises, reference, strict=True):
         run_scope(optimizer, net, x, y, noise)
         optimizer.step()
@@ -189,7 +190,7 @@ def test_conjugate_problem_reaches_its_fixed_point(fisher, temperature):
     factor_lr = 0.3 if fisher == "empirical" else 0.01
     optimizer = make_optimizer(
         model, bl.NoisyKFAC, dataset_size=12, lr=1.0, beta1=0.0, factor_lr=factor_lr, prior_precision=0.4,
-        temperature=temperature, fisher=fisher,
+        temperature=temperature, fisher=fisher, init_precision="curvature",
     )  # fmt: skip
     steps, pair = 80, [{name: sign * e for name, e in make_noise(model).items()} for sign in (1, -1)]
     noises = pair if fisher == "sampled" else list(axes(model))
@@ -353,20 +354,23 @@ def test_grad_scaler_leaves_the_step_as_it_is(fisher, monkeypatch):
     assert_close(nets[1].state_dict(), nets[0].state_dict(), rtol=1e-10, atol=1e-13)
 
 
-def test_norms_move_as_under_vogn_with_an_average_that_starts_from_nothing():
+@pytest.mark.parametrize("start", [70.0, "curvature"])
+def test_norms_move_as_under_vogn(start):
     (x, y), nets = make_batch(), [make_mixed_net(), make_mixed_net()]
-    common = {"dataset_size": 50, "lr": 0.1, "prior_precision": 5.0}
+    common = {"dataset_size": 50, "lr": 0.0, "prior_precision": 5.0, "damping": 0.01, "init_precision": start}
     optimizers = [
-        bl.NoisyKFAC(nets[0], factor_lr=0.1, damping=0.01, fisher="empirical", **common),
-        bl.VOGN(nets[1], precision_lr=0.1, damping=0.01, init_precision="curvature", **common),
-    ]
+        bl.NoisyKFAC(nets[0], factor_lr=0.1, fisher="empirical", **common), bl.VOGN(nets[1], precision_lr=0.1, **common)
+    ]  # fmt: skip
     for net, optimizer in zip(nets, optimizers, strict=True):
-        with optimizer.sampled(noise=dict.fromkeys(make_noise(net), torch.zeros(())) | {
-            name: torch.zeros_like(value) for name, value in make_noise(net).items()
-        }):  # fmt: skip
-            loss_of(net, x, y).backward()
+        optimizer.param_groups[0]["lr"] = 0.1 if start == "curvature" else 0.0
+        run_scope(optimizer, net, x, y, make_noise(net))
         optimizer.step()
-    assert_close(nets[0][1].state_dict(), nets[1][1].state_dict(), rtol=1e-12, atol=1e-12)
+    expected = nets[1][1].state_dict()
+    if start == 70.0:  # VOGN's average begins with 70 alone, here the first batch counts whole beside it
+        for key in ("weight_precision", "bias_precision"):
+            likelihood = (expected[key] - 0.9 * 70 - 0.1 * 5) / 0.1
+            expected[key] = likelihood + 5 + 0.9 * (70 - 5)
+    assert_close(nets[0][1].state_dict(), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_schedule_of_inverses():
@@ -398,7 +402,7 @@ def test_statistics_are_left_alone_between_updates():
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
 def test_frozen_tensor_stays_as_it_is(frozen):
     (x, y), net = make_batch(), make_net()
-    optimizer = make_optimizer(net)
+    optimizer = make_optimizer(net, inverse_every=lambda step: 100)
     optimizer.step(closure_for(optimizer, net, x, y))
     net[0].get_parameter(frozen).requires_grad_(False)
     before = state_of(net)
@@ -408,18 +412,37 @@ def test_frozen_tensor_stays_as_it_is(frozen):
                or not torch.equal(value, before[key])}  # fmt: skip
     assert f"0.{frozen}" not in changed
     assert {f"0.{'bias' if frozen == 'weight' else 'weight'}", "2.weight", "2.bias"} <= changed
+    assert "2.weight_input_root" not in changed
     if frozen == "bias":
         assert tuple(net[0].roots[0].shape) == (3, 3)
 
 
 def test_layer_whose_gradients_vanish_has_the_posterior_of_its_prior():
     net, x = make_net(), make_batch()[0]
-    optimizer = make_optimizer(net, fisher="empirical")
+    optimizer = make_optimizer(net, fisher="empirical", init_precision="curvature")
     with optimizer.sampled():
         (net(x) * 0).sum().backward()
     optimizer.step()
     for site in bl.posterior(net):
         assert_close(site.precision, torch.full_like(site.precision, 5.0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_posterior_starts_from_that_of_the_layers(steps):
+    (x, y), net = make_batch(), make_net()
+    noise = {name: torch.zeros_like(e) for name, e in make_noise(net).items()}
+    factors = tracked_factors(net, lambda: loss_of(net, x, y).backward())
+    optimizer = make_optimizer(
+        net, factor_lr=0.2, init_precision=300.0, temperature=0.5, lr=0.0, fisher="empirical"
+    )  # fmt: skip
+    for _ in range(steps):
+        run_scope(optimizer, net, x, y, noise)
+        optimizer.step()
+    a = factors["0.weight_input_factor"] / 6
+    g = factors["0.weight_output_factor"] * 6 + 0.8**steps * (300 - 5) / 100 / a.diagonal().mean() * torch.eye(4, **F64)
+    damped = damp(a, g, 5 / 100)
+    covariances = [root @ root.T for root in net[0].roots]
+    assert_close(covariances, [inverse(damped[0]), inverse(damped[1]) / 100], rtol=1e-9, atol=1e-12)
 
 
 def spoil_loss(net, loss):
@@ -478,11 +501,14 @@ def test_factor_without_an_inverse_refuses_the_step_of_every_layer():
         *[("factor_lr", value) for value in (0.0, 1.1, math.nan)],
         *[(name, value) for name in ("update_every", "inverse_every") for value in (0, 1.5, True)],
         ("fisher", "exact"),
+        ("init_precision", "data"),
     ],
 )
 def test_bad_argument_is_refused_by_name_and_value(kind, name, value):
     net = make_net()
     before = state_of(net)
+    if name == "init_precision":
+        kind = bl.NoisyKFAC
     with pytest.raises(ValueError, match=f"{name} must be .* got '?{value}"):
         kind(net, **{"dataset_size": 10, "prior_precision": 5.0, name: value})
     assert_same_state(state_of(net), before)
@@ -505,6 +531,15 @@ def test_likelihood_without_labels_to_draw_is_refused():
     with pytest.raises(TypeError, match="likelihood must be Categorical, Bernoulli or Gaussian, got Poisson"):
         bl.KFAC(make_net(), 10, likelihood=Poisson())
     bl.KFAC(make_net(), 10, likelihood=Poisson(), fisher="empirical")
+
+
+def test_output_that_is_not_finite_is_refused():
+    (x, y), net = make_batch(), make_net()
+    optimizer = make_optimizer(net)
+    before = state_of(net, optimizer)
+    with pytest.raises(FloatingPointError, match="output must be finite, got 2 of 12 values that are not"):
+        optimizer.step(closure_for(optimizer, net, x.index_fill(0, torch.tensor(0), math.nan), y))
+    assert_same_state(state_of(net, optimizer), before)
 
 
 def test_network_that_is_not_called_as_a_whole_is_refused():

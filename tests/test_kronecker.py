@@ -64,7 +64,7 @@ def oracle_factors(twin: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torc
     return sum(torch.outer(a, a) for a in inputs), sum(torch.outer(r, r) for r in rows) / y.shape[1]
 
 
-def tracked_factors(net: nn.Module, forward, loss=potential, halves: int = 1) -> dict[str, torch.Tensor]:
+def tracked_factors(net: nn.Module, forward) -> dict[str, torch.Tensor]:
     layers = {name: m for name, m in net.named_modules() if isinstance(m, bl.BayesianLayer)}
     tracker = Tracker(layers, kronecker=True)
     with tracker.track():

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 import bayeslayers as bl
-from bayeslayers import linearised
+from bayeslayers.prediction import linearised
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -237,7 +237,11 @@ def test_posterior_of_a_variant_is_rebuilt_from_its_card(tmp_path):
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("resnet20", {"norm": "bach"}, "norm must be one of batch, plain_batch, group, frn, got 'bach'. Did you mean 'batch'"),
+        (
+            "resnet20",
+            {"norm": "bach"},
+            "norm must be one of batch, plain_batch, group, frn, got 'bach'. Did you mean 'batch'",
+        ),
         ("vgg11", {"norm": None}, "norm must be one of batch, plain_batch, group, frn, got None"),
         ("resnet18", {"shortcut": "C"}, "shortcut must be one of A, B, got 'C'"),
         ("resnet18", {"num_classes": 0}, "num_classes must be an integer >= 1, got 0"),

@@ -31,7 +31,9 @@ MAKERS = {
     "vogn": lambda net, **own: bl.VOGN(net, N, lr=0.1, precision_lr=0.1, generator=seeded(), **own),
     "ogn": lambda net, **own: bl.OGN(net, N, lr=0.1, precision_lr=0.1, **own),
     "ivon": lambda net, **own: bl.IVON(net, N, lr=0.1, hess_init=0.5, beta2=0.99, generator=seeded(), **own),
-    "ivon gradsq": lambda net, **own: bl.IVON(net, N, lr=0.1, beta2=0.99, estimator="gradsq", generator=seeded(), **own),
+    "ivon gradsq": lambda net, **own: bl.IVON(
+        net, N, lr=0.1, beta2=0.99, estimator="gradsq", generator=seeded(), **own
+    ),
     "bbb": lambda net, **own: bl.BBB(net, N, lr=0.01, generator=seeded(), **own),
     "bbb local": lambda net, **own: bl.BBB(net, N, lr=0.01, how="local", generator=seeded(), **own),
     "bbb flipout": lambda net, **own: bl.BBB(net, N, lr=0.01, how="flipout", generator=seeded(), **own),

@@ -12,7 +12,7 @@ from scipy import stats
 from torch.testing import assert_close
 
 import bayeslayers as bl
-from bayeslayers.prediction import joined
+from bayeslayers.prediction.result import joined
 
 
 def generator(seed=0):

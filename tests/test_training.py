@@ -118,7 +118,9 @@ def test_it_learns(data_root, tmp_path):
 
 
 def test_adam_trains_the_twin_whose_figures_a_posterior_shows(data_root, tmp_path):
-    adam = config(data_root, tmp_path / "adam", optimizer={"name": "adam", "lr": 0.01}, epochs=1, schedule=Schedule("constant"))
+    adam = config(
+        data_root, tmp_path / "adam", optimizer={"name": "adam", "lr": 0.01}, epochs=1, schedule=Schedule("constant")
+    )
     metrics = train(adam)
     assert not (tmp_path / "adam/posterior").exists() and metrics["num_samples"] == 1
     assert log_of(tmp_path / "adam")[0]["lr"] == pytest.approx(0.01)
@@ -189,7 +191,11 @@ def test_the_second_ctrl_c_raises(data_root, tmp_path, monkeypatch):
         ({"batch_size": -1}, ValueError, "batch_size must be an integer >= 1, got -1"),
         ({"limit": 0}, ValueError, "limit must be an integer >= 1, got 0"),
         ({"limit": -5}, ValueError, "limit must be an integer >= 1, got -5"),
-        ({"schedule": Schedule("cosin")}, ValueError, "one of cosine, constant, step, exponential, got 'cosin'. Did you mean 'cosine'"),
+        (
+            {"schedule": Schedule("cosin")},
+            ValueError,
+            "one of cosine, constant, step, exponential, got 'cosin'. Did you mean 'cosine'",
+        ),
         ({"optimizer": {"name": "vong"}}, ValueError, "one of vogn, .*got 'vong'. Did you mean 'vogn'"),
         ({"optimizer": {}}, ValueError, "optimizer must be one of vogn, .*got None"),
         ({"optimizer": VOGN | {"lr": -1.0}}, ValueError, "lr must be a finite number >= 0, got -1.0"),

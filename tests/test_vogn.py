@@ -512,5 +512,5 @@ def test_unscaled_gradients_of_a_grad_scaler_are_refused():
     with optimizer.sampled():
         scaler.scale(squared_error(net, *make_batch())).backward()
     scaler.unscale_(optimizer)
-    with pytest.raises(RuntimeError, match="must be unscaled by optimizer.unscale_"):
+    with pytest.raises(RuntimeError, match=r"must be unscaled by optimizer\.unscale_"):
         scaler.step(optimizer)

@@ -130,20 +130,18 @@ def test_draws_at_once_are_the_draws_one_after_the_other(reduction, with_output)
     results = []
     for vectorise in (False, True):
         net, (x, y) = make_net(), make_batch()
-        optimizer = bl.VOGN(
-            net, 60, num_samples=4, lr=0.1, vectorise=vectorise, generator=seeded(), loss_reduction=reduction
-        )
+        options = {"num_samples": 4, "lr": 0.1, "vectorise": vectorise, "loss_reduction": reduction}
+        optimizer = bl.VOGN(net, 60, generator=seeded(), **options)
 
-        def closure():
+        def closure(net=net, x=x, y=y, optimizer=optimizer, vectorise=vectorise):
             optimizer.zero_grad()
-            output = net(x)  # noqa: B023
-            loss = F.cross_entropy(output, y, reduction=reduction)  # noqa: B023
-            if not vectorise:  # noqa: B023
+            output = net(x)
+            loss = F.cross_entropy(output, y, reduction=reduction)
+            if not vectorise:
                 loss.backward()
             return (loss, output) if with_output else loss
 
-        found = [optimizer.step(closure) for _ in range(3)]
-        results.append([found, net.state_dict()])
+        results.append([[optimizer.step(closure) for _ in range(3)], net.state_dict()])
     assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
 
 

@@ -16,8 +16,8 @@ from bayeslayers.convert.report import ConversionReport, Status, TensorEntry
 from bayeslayers.convert.reroute import bayesian_subclass, obstacle
 from bayeslayers.convert.selection import Selectors, select
 from bayeslayers.layers import DEFAULT_INIT_PRECISION, DEFAULT_PRIOR_PRECISION, POSTERIOR_SUFFIXES, ROOTS, BayesianLayer
-from bayeslayers.placement import at_means
 from bayeslayers.sampling import posterior
+from bayeslayers.sampling.placement import at_means
 
 Network = TypeVar("Network", bound=nn.Module)
 

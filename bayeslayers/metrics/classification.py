@@ -10,7 +10,7 @@ from bayeslayers.likelihoods import Bernoulli, Likelihood
 from bayeslayers.metrics.calibration import CalibrationBins, Reliability, adaptive_calibration_error
 from bayeslayers.metrics.elements import RANKED, as_uncertainty, class_labels, per_example, uncertainties
 from bayeslayers.metrics.ranking import Levels, RiskCoverage, ScoreHistogram
-from bayeslayers.predict import Prediction
+from bayeslayers.prediction import Prediction
 
 SCORES = RANKED[True]
 RISKS = (0.01, 0.05, 0.1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bayeslayers.likelihoods import Bernoulli
-from bayeslayers.predict import Prediction
+from bayeslayers.prediction import Prediction
 
 RANKED = {True: ("confidence", "entropy", "epistemic"), False: ("variance", "epistemic")}  # by likelihood.discrete
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bayeslayers.metrics.elements import per_example, residuals, uncertainties
-from bayeslayers.predict import Prediction
+from bayeslayers.prediction import Prediction
 
 INTERVALS = (0.5, 0.9, 0.95)
 

@@ -110,7 +110,9 @@ class VariationalOptimizer(torch.optim.Optimizer, abc.ABC):
             )
         devices = sorted({str(tensor.device) for tensor in self.model.parameters()})
         if len(devices) > 1:
-            raise ValueError(f"model must be on one device, got parameters on {' and '.join(devices)}. Move it by to().")
+            raise ValueError(
+                f"model must be on one device, got parameters on {' and '.join(devices)}. Move it by to()."
+            )
         if self._generator is not None and self._generator.device.type != torch.device(devices[0]).type:
             raise ValueError(f"generator must be on the model's device {devices[0]}, got {self._generator.device}.")
         self._sites: dict[nn.Parameter, Site] = {site.mean: site for site in sites}

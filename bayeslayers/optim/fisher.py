@@ -59,8 +59,16 @@ def sampled_loss(likelihood: Likelihood, output: Tensor, generator: Generator = 
         likelihood: One of those that `check_likelihood` lets pass.
         output: Output of the network.
         generator: Source of the labels.
+
+    Raises:
+        FloatingPointError: If the output is not finite.
     """
     output = wide(output)
+    if bad := int((~output.isfinite()).sum()):
+        raise FloatingPointError(
+            f"the output must be finite, got {bad} of {output.numel()} values that are not: the step is refused, the "
+            "posterior is as it was. Lower lr, raise damping, or look at the batch."
+        )
     target = _DRAWS[type(likelihood)](*likelihood.per_draw(output.detach()), generator)
     averaged = target.numel() if likelihood.discrete else len(target)
     return likelihood.loss(output, target) * math.sqrt(averaged * len(target))

@@ -46,6 +46,7 @@ class _KroneckerFactored(VariationalOptimizer):
         defaults: Mapping[str, Any],
         *,
         draws: bool,
+        init_precision: float | Literal["curvature"] | None,
         update_every: int,
         inverse_every: int | Schedule,
         fisher: Fisher,
@@ -61,8 +62,11 @@ class _KroneckerFactored(VariationalOptimizer):
         self.fisher, self.likelihood = fisher, likelihood or likelihood_of(model)
         if fisher == "sampled":
             check_likelihood(self.likelihood)
-        self._draws_weights = draws
-        super().__init__(model, dataset_size, _RULES, defaults, **options)
+        if isinstance(init_precision, str) and init_precision != "curvature":
+            raise ValueError(f"init_precision must be a number > 0, None or 'curvature', got {init_precision!r}.")
+        self._draws_weights, self._from_curvature = draws, init_precision == "curvature"
+        value = None if isinstance(init_precision, str) else init_precision
+        super().__init__(model, dataset_size, _RULES, defaults, init_precision=value, **options)
 
     def _bind(self) -> None:
         super()._bind()
@@ -195,31 +199,36 @@ class _KroneckerFactored(VariationalOptimizer):
         Nothing is changed yet: a factor without an inverse refuses the step of all layers.
         """
         state = self.state.get(site.mean, {})
-        new: dict[str, Any] = {key: state[key] for key in ("updates", "input", "output") if key in state}
+        new: dict[str, Any] = {key: state[key] for key in ("updates", "input", "output", "start") if key in state}
         if site.name + _INPUT in self._statistics:
             factors = self._statistics[site.name + _INPUT], self._statistics[site.name + _OUTPUT]
-            new = self._averaged(new, *factors, group["factor_lr"])
+            new = self._averaged(new, site, group, *factors)
         if "input" in new and self._is_due(state, new["input"]):
             ess = self._ess(group)
-            prior = self._prior_precision(site, len(new["input"])) / ess
-            factors = new["input"], new["output"]
+            prior = _mean_over_matrix(site.module, "prior_precision", len(new["input"])) / ess
+            rest = new["start"] * (1 - group["factor_lr"]) ** new["updates"]
+            factors = new["input"], new["output"] + rest * torch.eye(len(new["output"])).to(new["output"])
             of_posterior, of_step = damp(*factors, prior), damp(*factors, prior + group["damping"])
             new |= {"input_inverse": inverse(of_step[0]), "output_inverse": inverse(of_step[1])}
             new["roots"] = inverse_root(of_posterior[0]), inverse_root(of_posterior[1]) * ess**-0.5
             new["inverse_step"] = state.get("step", 0) + 1
         return new
 
-    @staticmethod
-    def _averaged(old: dict[str, Any], input_factor: Tensor, output_factor: Tensor, factor_lr: float) -> dict[str, Any]:
+    def _averaged(self, old: dict[str, Any], site: Site, group: Mapping[str, Any], *found: Tensor) -> dict[str, Any]:
         """Return the averages with new factors in them, begun anew where a frozen or freed bias changes their size."""
-        if "input" not in old or old["input"].shape != input_factor.shape:
-            return {"updates": 1, "input": input_factor, "output": output_factor}
-        weight = corrected_weight(factor_lr, old["updates"] + 1)
-        return {
-            "updates": old["updates"] + 1,
-            "input": wide(old["input"]).lerp(input_factor, weight),
-            "output": wide(old["output"]).lerp(output_factor, weight),
-        }
+        if "input" not in old or old["input"].shape != found[0].shape:
+            start = 0.0 if self._from_curvature else self._start(site, found[0], self._ess(group))
+            return {"updates": 1, "input": found[0], "output": found[1], "start": start}
+        weight = corrected_weight(group["factor_lr"], old["updates"] + 1)
+        averages = {key: wide(old[key]).lerp(new, weight) for key, new in zip(("input", "output"), found, strict=True)}
+        return {**old, **averages, "updates": old["updates"] + 1}
+
+    @staticmethod
+    def _start(site: Site, input_factor: Tensor, ess: float) -> float:
+        """Return the multiple of I that makes up a layer's precision as G, in the mean over the diagonal of A."""
+        inputs, mean_input = len(input_factor), float(input_factor.diagonal().mean())
+        precision, prior = (_mean_over_matrix(site.module, name, inputs) for name in ("precision", "prior_precision"))
+        return (precision - prior) / ess / mean_input if precision > prior and mean_input > 0 else 0.0
 
     def _is_due(self, state: Mapping[str, Any], input_factor: Tensor) -> bool:
         """Whether inverses are to be computed in the coming step of a layer."""
@@ -233,15 +242,6 @@ class _KroneckerFactored(VariationalOptimizer):
             return self.inverse_every(step)
         # The first factors are those of few examples: held for long, their inverse makes the steps diverge.
         return 1 if step <= self.inverse_every else self.inverse_every
-
-    def _prior_precision(self, site: Site, inputs: int) -> float:
-        """Return the mean prior precision of a layer's matrix: one number is all that the factors have room for."""
-        layer: Any = site.module
-        columns = site.mean.shape[1:].numel()
-        total = float(site.prior_precision.mean()) * columns
-        if inputs > columns:
-            total += float(layer.bias_prior_precision.mean())
-        return total / inputs
 
     def _update(self, group: dict[str, Any]) -> None:
         for parameter in group["params"]:
@@ -283,12 +283,17 @@ class _KroneckerFactored(VariationalOptimizer):
         return momentum_average(state, grad, group["beta1"]) + prior
 
     def _update_diagonal(self, site: Site, group: dict[str, Any]) -> None:
-        """Move a tensor without factors as VOGN does."""
-        state, squares, weight = self.state[site.mean], self._statistics.get(site.name), 0.0
+        """Move a tensor without factors as VOGN does, its curvature averaged as factors are."""
+        state, squares, ess = self.state[site.mean], self._statistics.get(site.name), self._ess(group)
         grad: Any = site.mean.grad
         if squares is not None:
-            state["updates"] = state.get("updates", 0) + 1
-            weight = corrected_weight(group["factor_lr"], state["updates"])
+            if "updates" not in state:
+                start = site.prior_precision.expand_as(site.mean) if self._from_curvature else site.precision
+                state |= {"updates": 0, "curvature": torch.zeros_like(squares), "start": start - site.prior_precision}
+            state["updates"] += 1
+            state["curvature"].lerp_(squares, corrected_weight(group["factor_lr"], state["updates"]))
+            rest = state["start"] * (1 - group["factor_lr"]) ** state["updates"]
+            site.precision.copy_(ess * state["curvature"] + site.prior_precision + rest)
         elif "updates" not in state:
             return
         state["step"] = state.get("step", 0) + 1
@@ -296,14 +301,23 @@ class _KroneckerFactored(VariationalOptimizer):
             site.mean,
             site.precision,
             momentum_average(state, grad, group["beta1"]),
-            torch.zeros_like(site.mean) if squares is None else squares,
+            torch.zeros_like(site.mean),
             prior_mean=site.prior_mean,
             prior_precision=site.prior_precision,
-            ess=self._ess(group),
+            ess=ess,
             lr=group["lr"],
-            precision_lr=weight,
+            precision_lr=0.0,  # it has moved
             damping=group["damping"],
         )
+
+
+def _mean_over_matrix(layer: Any, name: str, inputs: int) -> float:
+    """Return the mean of a buffer over a layer's matrix of so many columns: factors have room for one number."""
+    columns = layer.weight.shape[1:].numel()
+    total = float(getattr(layer, f"weight_{name}").mean()) * columns
+    if inputs > columns:
+        total += float(getattr(layer, f"bias_{name}").mean())
+    return total / inputs
 
 
 class NoisyKFAC(_KroneckerFactored):
@@ -315,8 +329,7 @@ class NoisyKFAC(_KroneckerFactored):
     for the matrix W = [weight | bias] of a linear layer or a convolution, ess = N/T. A and G are
     moving averages of the Kronecker factors of the Fisher at drawn weights (`curvature.kronecker`),
     A_in and G_in the two with the damping prior_precision / ess between them (`matrix_gaussian.damp`),
-    which makes them the posterior's; A_ex and G_ex those with `damping` besides. The first batch's
-    factors have weight 1, so that the posterior starts from them; before it, draws are the layer's own.
+    which makes them the posterior's; A_ex and G_ex those with `damping` besides.
 
     Other Bayesian tensors (norms, embeddings, transposed and grouped convolutions, the bias of a
     frozen weight) have diagonal posteriors, moved as `VOGN` does with `factor_lr` for its
@@ -338,7 +351,10 @@ class NoisyKFAC(_KroneckerFactored):
         factor_lr: Weight of the new factors in their moving averages, in (0, 1].
         damping: Added to the curvature in the mean's step, >= 0.
         prior_precision: Precision of the prior for every Bayesian tensor; None keeps the layers'.
-        init_precision: Precision of the first draws; None keeps the layers' posterior.
+        init_precision: Precision of the posterior at the start; None keeps the layers' posterior, so that
+            a loaded one is trained further. What it is above the prior's is added to the curvature, as
+            a multiple of I for a matrix, and fades by 1 - factor_lr with each update. "curvature" leaves it
+            out; the first draws of a network that has learned nothing can then be far from its mean.
         temperature: T of the tempered posterior; the likelihood counts N/T times. T < 1 sharpens.
         update_every: Steps from one update of the factors to the next.
         inverse_every: Steps from one computation of inverses and roots to the next, but one in the
@@ -377,12 +393,12 @@ class NoisyKFAC(_KroneckerFactored):
         self,
         model: nn.Module,
         dataset_size: int,
-        lr: float = 1e-2,
+        lr: float = 0.1,
         beta1: float = 0.9,
-        factor_lr: float = 0.05,
+        factor_lr: float = 0.01,
         damping: float = 1e-3,
         prior_precision: float | None = None,
-        init_precision: float | None = None,
+        init_precision: float | Literal["curvature"] | None = None,
         temperature: float = 1.0,
         update_every: int = 1,
         inverse_every: int | Schedule = 10,
@@ -418,7 +434,8 @@ class KFAC(_KroneckerFactored):
 
     The matrix-variate posterior that it leaves beside the mean is that of an online Kronecker-factored
     Laplace approximation, so `predict` draws from it as from any posterior; `method="mean"` is the
-    point estimate.
+    point estimate. It knows nothing of how far draws may go: under a weak prior they can be useless
+    where the mean is good.
 
     Source: Martens & Grosse 2015 (arXiv 1503.05671); Grosse & Martens 2016 (arXiv 1602.01407), without
     the rescaling of the step by a quadratic model; Ritter et al. 2018 (ICLR, "A Scalable Laplace
@@ -451,10 +468,10 @@ class KFAC(_KroneckerFactored):
         self,
         model: nn.Module,
         dataset_size: int,
-        lr: float = 1e-2,
+        lr: float = 0.1,
         beta1: float = 0.9,
         factor_lr: float = 0.05,
-        damping: float = 1e-3,
+        damping: float = 0.03,
         prior_precision: float | None = None,
         temperature: float = 1.0,
         update_every: int = 1,
@@ -471,6 +488,7 @@ class KFAC(_KroneckerFactored):
             dataset_size,
             {"lr": lr, "beta1": beta1, "factor_lr": factor_lr, "damping": damping, "temperature": temperature},
             draws=False,
+            init_precision="curvature",
             prior_precision=prior_precision,
             update_every=update_every,
             inverse_every=inverse_every,

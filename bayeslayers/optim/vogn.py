@@ -15,8 +15,8 @@ from bayeslayers.checks import fraction, non_negative, positive
 from bayeslayers.gaussian import natural_gradient_step_
 from bayeslayers.optim.adam import corrected_weight, momentum_average
 from bayeslayers.optim.base import Recorded, VariationalOptimizer
-from bayeslayers.placement import put
 from bayeslayers.sampling import Tracker, layers_with_curvature
+from bayeslayers.sampling.placement import put
 
 LossReduction = Literal["mean", "sum"]
 
@@ -108,7 +108,9 @@ class _GaussNewton(VariationalOptimizer):
     def _run_at_once(self, closure: Callable[[], Any]) -> tuple[Tensor, Tensor | None]:
         """Run the closure under all draws by `vmap`, and go backward; return losses and outputs, draws first."""
         if any(isinstance(m, _BatchNorm) and m.training and m.track_running_stats for m in self.model.modules()):
-            raise RuntimeError("vectorise must be off for a network whose BatchNorm keeps running statistics, got it on.")
+            raise RuntimeError(
+                "vectorise must be off for a network whose BatchNorm keeps running statistics, got it on."
+            )
         sites = list(self._sites.values())
 
         def run(*drawn: Tensor) -> tuple[Tensor, ...]:

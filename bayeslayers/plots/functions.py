@@ -28,8 +28,8 @@ from bayeslayers.plots.canvas import (
     new_figure,
     short,
 )
-from bayeslayers.predict import Prediction, evaluation_mode, predict
-from bayeslayers.sampling import sampled
+from bayeslayers.prediction import Prediction, predict
+from bayeslayers.sampling import evaluation_mode, sampled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

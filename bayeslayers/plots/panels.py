@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bayeslayers.plots.canvas import BLUE, GREY, ORANGE, UNCERTAINTY, array, finish, legend_below, new_figure, short
 from bayeslayers.plots.canvas import palette as default_palette
-from bayeslayers.predict import Prediction
+from bayeslayers.prediction import Prediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

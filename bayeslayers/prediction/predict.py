@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bayeslayers.batches import input_batches
+from bayeslayers.batches import input_batches, with_progress
 from bayeslayers.checks import at_least_one, near, positive
-from bayeslayers.draws import Plan, Run, dropout_draws, linearised_draws, local_draws, means, weight_draws
 from bayeslayers.likelihoods import Likelihood, likelihood_of
-from bayeslayers.moments import moment_points
-from bayeslayers.prediction import Prediction, joined
+from bayeslayers.prediction.chunks import Plan, Run
+from bayeslayers.prediction.draws import dropout_draws, linearised_draws, local_draws, means, weight_draws
+from bayeslayers.prediction.moments import moment_points
+from bayeslayers.prediction.result import Prediction, joined
 from bayeslayers.sampling import evaluation_mode, posterior
-
-__all__ = ["Prediction", "evaluation_mode", "predict"]
 
 _WAITING_DRAWS, _WAITING_VALUES = 16, 2**16  # whose outputs memory may hold beside their averages
 _CHECKPOINT = 16  # draws between two looks at the standard error: of fewer, it is no estimate
@@ -73,7 +72,7 @@ def predict(
         method: How to average over the posterior:
             "sample" draws whole networks.
             "mean" is one pass with the posterior means, whose epistemic part is 0.
-            "moments" propagates mean and variance in one pass, see `bayeslayers.moments`; the outputs'
+            "moments" propagates mean and variance in one pass, see `bayeslayers.prediction.moments`; the outputs'
             Gaussian is then averaged over `num_samples` points that never change.
             "local" draws the outputs of linear layers and convolutions example by example: exact for
             layers on `(n, i)`, an approximation where positions share weights, and cheaper where
@@ -100,12 +99,12 @@ def predict(
         >>> prediction.probs.shape, prediction.labels.shape
         (torch.Size([5, 3]), torch.Size([5]))
     """
-    if not isinstance(x, Tensor):
-        generator = generator or _seeded(_device(model, method))
+    device = _device(model, method)
+    if generator is None and not isinstance(x, Tensor):
+        generator = _seeded(device)
     plan = _plan(num_samples, tolerance, sample_chunk, method, antithetic, generator)
     if batch_size is not None:
         at_least_one("batch_size", batch_size)
-    device = _device(model, method)
     likelihood = likelihood or likelihood_of(model)
 
     def result(inputs: Tensor) -> Prediction:
@@ -174,17 +173,10 @@ def _stream(x: Iterable[Any], plan: Plan, progress: bool | None) -> Iterator[Ten
     assert plan.generator is not None
     batches, state = input_batches("x", x), plan.generator.get_state()
     if progress or (progress is None and isinstance(x, DataLoader) and sys.stderr is not None and sys.stderr.isatty()):
-        batches = _with_bar(batches, len(x) if isinstance(x, Sized) else None)
+        batches = with_progress("predict", batches, len(x) if isinstance(x, Sized) else None)
     for batch in batches:
         plan.generator.set_state(state)
         yield batch
-
-
-def _with_bar(batches: Iterable[Tensor], number: int | None) -> Iterable[Tensor]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(batches, "predict", number, console=Console(stderr=True), transient=True)
 
 
 def _averages(

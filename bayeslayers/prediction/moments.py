@@ -27,8 +27,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd, _MaxPoolNd
 
-from bayeslayers.draws import Plan, Run
 from bayeslayers.layers import BayesianLayer
+from bayeslayers.prediction.chunks import Plan, Run
 
 _NODES = 32  # of Gauss-Hermite quadrature
 

@@ -1,0 +1,7 @@
+"""Prediction by averaging over the posterior: by draws of several kinds, by moments, or of the linearised network."""
+
+from bayeslayers.prediction.linearised import linearised_moments, linearised_outputs
+from bayeslayers.prediction.predict import predict
+from bayeslayers.prediction.result import Prediction
+
+__all__ = ["Prediction", "linearised_moments", "linearised_outputs", "predict"]

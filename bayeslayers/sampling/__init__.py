@@ -1,0 +1,17 @@
+"""Scopes: `sampled(model)` computes with drawn weights, `tracked(model)` sums squared per-example gradients."""
+
+from bayeslayers.sampling.sampler import Sampler, evaluation_mode, sampled
+from bayeslayers.sampling.sites import Site, kl_divergence, posterior
+from bayeslayers.sampling.tracker import Tracker, layers_with_curvature, tracked
+
+__all__ = [
+    "Sampler",
+    "Site",
+    "Tracker",
+    "evaluation_mode",
+    "kl_divergence",
+    "layers_with_curvature",
+    "posterior",
+    "sampled",
+    "tracked",
+]

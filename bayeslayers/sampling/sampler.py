@@ -1,0 +1,170 @@
+"""Scopes of draws: `sampled(model)` computes with drawn weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from bayeslayers.layers import BayesianLayer, can_draw_output
+from bayeslayers.matrix_gaussian import as_matrix, correlated
+from bayeslayers.noise import StandardNormal
+from bayeslayers.perturbation import PERTURBATIONS, How
+from bayeslayers.sampling.placement import cleared, put, refresh, slots_of
+from bayeslayers.sampling.sites import Site, posterior
+
+
+def sampled(
+    model: nn.Module,
+    generator: torch.Generator | None = None,
+    noise: Mapping[str, Tensor] | None = None,
+    how: How = "weights",
+) -> AbstractContextManager[None]:
+    """Compute with one draw of the posterior's weights inside the scope, with the means again after it.
+
+    The draw is made beside the means, which are never overwritten, and the gradient with respect
+    to the drawn weight arrives in the mean's `.grad`. Scopes nest: the inner draw holds.
+
+    Args:
+        model: Model with Bayesian layers.
+        generator: Source of the noise, on the model's device; torch's default one if None.
+        noise: Standard normal values by parameter name, in place of drawn ones (for antithetic
+            pairs, say). It must name every site.
+        how: "weights" draws each weight once for the scope. "local" and "flipout" draw the outputs of
+            linear layers and convolutions, example by example (`perturbation.LocalReparameterization`,
+            `perturbation.Flipout`), and other layers' weights as before. Under these two there is no
+            curvature to track; "local" takes no `noise`. A matrix-variate posterior has its weight drawn.
+    """
+    return Sampler(list(posterior(model)), generator, how=how).draw(noise)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode inside the scope, and each of its modules back in its own mode after it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+class Sampler:
+    """Draws of the weights of some sites, one after the other.
+
+    Args:
+        sites: The uncertain tensors to draw.
+        generator: Source of the noise; torch's default one if None.
+        frozen: The posterior will not change between draws, so that standard deviations are kept.
+        how: What is drawn; see `sampled`.
+        differentiable: Let backward passes reach the standard deviations, by `leaves`.
+
+    Attributes:
+        leaves: By site name a leaf of the last draw's graph that is proportional to the standard
+            deviation, if `differentiable`.
+        noise: By site name the values of the last draw, until the next, and the factor that makes them
+            standard normal.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        generator: torch.Generator | None = None,
+        frozen: bool = False,
+        how: How = "weights",
+        differentiable: bool = False,
+    ):
+        if how not in ("weights", *PERTURBATIONS):
+            raise ValueError(f"how must be 'weights', 'local' or 'flipout', got {how!r}.")
+        self.sites = sites
+        self.generator = generator
+        self.how: How = how
+        self.differentiable = differentiable
+        self.leaves: dict[str, Tensor] = {}
+        self.noise: dict[str, tuple[Tensor, float]] = {}
+        self._slots = slots_of(place for site in sites for place in site.places)
+        tied = {module for site in sites if len(site.places) > 1 for module, _ in site.places}
+        self._layers: dict[BayesianLayer, dict[str, Site]] = {}
+        for site in sites:
+            if isinstance(site.module, BayesianLayer):
+                self._layers.setdefault(site.module, {})[site.key] = site
+        self._perturbed = [m for m in self._layers if how in PERTURBATIONS and m not in tied and can_draw_output(m)]
+        # Memory is kept from draw to draw: on a CPU its allocation costs as much as the arithmetic.
+        self._noise: dict[str, Tensor] = {}
+        self._deviations = {site.name: site.precision.rsqrt() for site in sites} if frozen else None
+
+    @contextmanager
+    def draw(self, noise: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Compute with a new draw inside the scope; see `sampled`."""
+        if noise is not None and self.how == "local":
+            raise ValueError("noise must be None under how='local', which draws outputs, got values for weights.")
+        normal = StandardNormal(self.generator)
+        self.leaves, self.noise = {}, {}
+        with cleared(self._slots):
+            for layer in self._perturbed:
+                vars(layer)["perturbation"] = PERTURBATIONS[self.how](self.how, self.generator)
+            for site in self.sites:
+                self._draw_site(site, noise, normal)
+            for layer in self._layers:
+                if layer.roots is not None and layer.perturbation is None:
+                    self._correlate(layer, *layer.roots)
+            refresh(self._slots)
+            yield
+
+    def _draw_site(self, site: Site, noise: Mapping[str, Tensor] | None, normal: StandardNormal) -> None:
+        """Give the modules of a site its draw, or its layer what outputs are drawn with."""
+        mean = site.mean
+        perturbation = site.module.perturbation if isinstance(site.module, BayesianLayer) else None
+        deviation = site.precision.rsqrt() if self._deviations is None else self._deviations[site.name]
+        if perturbation is not None and self.how == "local":
+            perturbation.values[site.key] = self._leaf(site, deviation)
+            return
+        values, factor = self._noise_of(site.name, mean, normal) if noise is None else (_given(noise, site), 1.0)
+        self.noise[site.name] = values, factor
+        if perturbation is not None:
+            perturbation.values[site.key] = self._leaf(site, values * deviation * factor)
+            return
+        if self.differentiable:
+            drawn = mean + self._leaf(site, values * deviation * factor)
+        else:
+            # The node of addcmul keeps nothing for the mean: several backward passes may go through it.
+            drawn = torch.addcmul(mean, values, deviation, value=factor)
+        for place in site.places:
+            put(place, drawn)
+
+    def _correlate(self, layer: BayesianLayer, input_root: Tensor, output_root: Tensor) -> None:
+        """Draw the weight of a matrix-variate posterior, and the bias that is in it, from the noise of both."""
+        weight, bias = self._layers[layer]["weight"], self._layers[layer].get("bias")
+        columns = weight.mean.shape[1:].numel()
+        if len(input_root) == columns:
+            bias = None
+        noise = [values * factor for values, factor in (self.noise[site.name] for site in (weight, bias) if site)]
+        change = correlated(as_matrix(*noise), input_root, output_root)
+        for site, part in ((weight, change[:, :columns]), (bias, change[:, columns:])):
+            if site is not None:
+                for place in site.places:
+                    put(place, site.mean + part.reshape(site.mean.shape))
+
+    def _leaf(self, site: Site, value: Tensor) -> Tensor:
+        """Return the value, as the site's leaf if gradients are to reach it."""
+        if self.differentiable and site.mean.requires_grad:
+            self.leaves[site.name] = value.requires_grad_()
+        return value
+
+    def _noise_of(self, name: str, mean: Tensor, normal: StandardNormal) -> tuple[Tensor, float]:
+        """Return values for one site, in the memory of the last, and the factor that makes them standard normal."""
+        noise = self._noise.get(name)
+        if noise is None or (noise.device, noise.dtype) != (mean.device, mean.dtype):  # new, or the model has moved
+            noise = self._noise[name] = torch.empty_like(mean)
+        return noise, normal.fill_unscaled_(noise)
+
+
+def _given(noise: Mapping[str, Tensor], site: Site) -> Tensor:
+    values = noise.get(site.name)
+    if values is None or values.shape != site.mean.shape:
+        got = "none" if values is None else f"shape {tuple(values.shape)}"
+        raise ValueError(f"noise must hold '{site.name}' of shape {tuple(site.mean.shape)}, got {got}.")
+    return values

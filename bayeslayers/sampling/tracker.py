@@ -1,0 +1,179 @@
+"""Scopes of curvature: `tracked(model)` sums squared per-example gradients, or their Kronecker factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bayeslayers.curvature.accumulate import Leaves, Part
+from bayeslayers.curvature.kronecker import Backward, KroneckerLeaves
+from bayeslayers.layers import BayesianLayer
+from bayeslayers.sampling.sites import Site
+
+
+def tracked(model: nn.Module) -> AbstractContextManager[Tracker]:
+    """Let backward passes inside the scope sum squared per-example gradients, in the yielded `Tracker`.
+
+    Frozen parameters (`requires_grad=False`) are left out.
+    """
+    return Tracker({name: m for name, m in model.named_modules() if isinstance(m, BayesianLayer)}).track()
+
+
+def layers_with_curvature(sites: Iterable[Site]) -> dict[str, BayesianLayer]:
+    """Return the layers of some sites by name, each of which has a curvature rule for what it owns.
+
+    Raises:
+        ValueError: If a parameter is not a Bayesian layer's, or several modules hold it.
+    """
+    layers: dict[str, BayesianLayer] = {}
+    for site in sites:
+        if not isinstance(site.module, BayesianLayer) or len(site.places) > 1:
+            found = " and ".join(f"a {type(module).__name__}" for module, _ in site.places)
+            raise ValueError(
+                f"parameter '{site.name}' must belong to one Bayesian layer, which has a curvature rule, got {found}. "
+                "Use IVON."
+            )
+        layers[site.name.rpartition(".")[0]] = site.module
+    return layers
+
+
+class Tracker:
+    """Sums of squared per-example gradients of some layers, one scope after the other.
+
+    Args:
+        layers: Layers by their names.
+        kronecker: Sum the Kronecker factors of the weights that have them (`BayesianLayer.factor_sizes`)
+            in place of squares. A bias that is not frozen is in those of its weight.
+
+    Attributes:
+        leaves: Per parameter name, the leaf whose `.grad` is the sum of squares of the last scope,
+            in the units of the loss that was back-propagated. Those of the factors of `NAME.weight`
+            are `NAME.weight_input_factor` and `NAME.weight_output_factor`.
+    """
+
+    def __init__(self, layers: Mapping[str, BayesianLayer], kronecker: bool = False):
+        self.layers = layers
+        self.leaves: dict[str, Tensor] = {}
+        self._tallies: dict[str, Tensor] = {}
+        self._part: Part | None = None
+        self._kronecker, self._backward = kronecker, Backward()
+        self._passes: dict[int, tuple[str, int]] = {}  # per backward pass, a layer and how many examples it saw
+        self._uses: dict[tuple[str, int], int] = {}  # per layer and backward pass
+
+    @property
+    def examples(self) -> int:
+        """Examples that went backward in the last scope, over all its backward passes."""
+        counts = [tally.grad[0] for tally in self._tallies.values() if tally.grad is not None]
+        return int(max(counts, default=0))
+
+    def clear(self) -> None:
+        """Forget the sums."""
+        for leaf in (*self.leaves.values(), *self._tallies.values()):
+            leaf.grad = None
+        self._passes.clear()
+        self._uses.clear()
+
+    @contextmanager
+    def track(self, fraction: float = 1.0, generator: torch.Generator | None = None) -> Iterator[Tracker]:
+        """Sum squared per-example gradients inside the scope, from zero.
+
+        Args:
+            fraction: Part of each batch, in (0, 1], from which the sums of linear and convolution
+                weights are estimated.
+            generator: Source of that part.
+        """
+        self.clear()
+        self._part = None
+        self._backward.gradients = self._backward.factors = True
+        if fraction < 1:
+            device = None if generator is None else generator.device
+            self._part = Part(fraction, float(torch.rand((), generator=generator, device=device)))
+        before = {layer: layer.leaves for layer in self.layers.values()}
+        try:
+            for name, layer in self.layers.items():
+                layer.leaves = self._leaves_of(name, layer)
+            yield self
+        finally:
+            for layer, leaves in before.items():
+                layer.leaves = leaves
+
+    def sums_of(self, loss: Tensor) -> tuple[dict[str, Tensor], int]:
+        """Return the sums that a loss gives, by the leaves' names, and the number of its examples.
+
+        The graph stays for the backward pass of another loss, the parameters' gradients are left
+        alone, and that pass spends no time on factors.
+        """
+        leaves = {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
+        self._backward.gradients, self._backward.factors = False, True
+        try:
+            grads = torch.autograd.grad(
+                loss, [*leaves.values(), *self._tallies.values()], retain_graph=True, allow_unused=True
+            )
+        finally:
+            self._backward.gradients, self._backward.factors = True, False
+        counts = [int(tally[0]) for tally in grads[len(leaves) :] if tally is not None]
+        sums = {name: grad for name, grad in zip(leaves, grads, strict=False) if grad is not None}
+        return sums, max(counts, default=0)
+
+    def _leaves_of(self, name: str, layer: BayesianLayer) -> Leaves | KroneckerLeaves:
+        """Return the leaves of one layer, those of its frozen parameters None."""
+        if name not in self._tallies:
+            tally = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+            tally.register_hook(partial(self._check, name or type(layer).__name__, layer))
+            self._tallies[name] = tally
+        prefix, tally = f"{name}." if name else "", self._tallies[name]
+        weight, bias = (layer._parameters.get(key) for key in ("weight", "bias"))
+        sizes = layer.factor_sizes() if self._kronecker else None
+        if sizes is None or weight is None or not weight.requires_grad:
+            return Leaves(self._leaf(f"{prefix}weight", weight), self._leaf(f"{prefix}bias", bias), tally, self._part)
+        joint = bias is not None and bias.requires_grad
+        inputs, outputs = sizes[0] + joint, sizes[1]
+        like = weight.detach()[:0].to(torch.promote_types(weight.dtype, torch.float32))
+        return KroneckerLeaves(
+            self._zeros(f"{prefix}weight_input_factor", like, torch.Size((inputs, inputs))),
+            self._zeros(f"{prefix}weight_output_factor", like, torch.Size((outputs, outputs))),
+            tally,
+            self._backward,
+        )
+
+    def _leaf(self, name: str, parameter: Tensor | None) -> Tensor | None:
+        """Return a leaf with the parameter's shape, None if that is absent or frozen."""
+        if parameter is None or not parameter.requires_grad:
+            self.leaves.pop(name, None)
+            return None
+        return self._zeros(name, parameter, parameter.shape)
+
+    def _zeros(self, name: str, like: Tensor, shape: torch.Size) -> Tensor:
+        """Return a leaf with no memory of its own, the last one if it still fits."""
+        leaf = self.leaves.get(name)
+        if leaf is None or (leaf.device, leaf.dtype, leaf.shape) != (like.device, like.dtype, shape):
+            zero = torch.zeros((), dtype=like.dtype, device=like.device)
+            leaf = self.leaves[name] = zero.expand(shape).requires_grad_()
+        return leaf
+
+    def _check(self, name: str, layer: BayesianLayer, tally: Tensor) -> None:
+        """Refuse a backward pass whose per-example gradients are not those of one batch of examples.
+
+        A reentrant checkpoint runs a backward pass of its own inside the outer one, to which its
+        uses belong: it is the pass in which the forward was recomputed.
+        """
+        examples, uses = (int(x) for x in tally.tolist())
+        current = torch._C._current_graph_task_id() if layer.recomputed_in == -1 else layer.recomputed_in
+        uses = self._uses[name, current] = self._uses.get((name, current), 0) + uses
+        if uses > 1:
+            raise RuntimeError(
+                f"layer '{name}' must run once in each backward pass, ran {uses} times: per-example gradients "
+                "of a reused layer add up before they are squared. Call backward after each forward, or "
+                "exclude the layer from the Bayesian ones."
+            )
+        first, expected = self._passes.setdefault(current, (name, examples))
+        if examples != expected:
+            raise RuntimeError(
+                f"dimension 0 of the input of layer '{name}' must run over the examples, got {examples} there "
+                f"and {expected} in layer '{first}'. Keep examples in dimension 0 (a linear layer takes "
+                "(n, *, features)), or exclude the layer from the Bayesian ones."
+            )
