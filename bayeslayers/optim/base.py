@@ -10,13 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.checks import at_least_one, positive
-from bayeslayers.layers import BayesianLayer
+from bayeslayers.checks import at_least_one
 from bayeslayers.optim.adam import adam_update
+from bayeslayers.optim.groups import PosteriorGroups, Rules
 from bayeslayers.optim.ranks import average_over_ranks
-from bayeslayers.sampling import Sampler, Site, posterior
-
-Rules = Mapping[str, Callable[[str, Any], Any]]  # per hyperparameter the check that returns its value
 
 
 class Recorded(NamedTuple):
@@ -33,24 +30,21 @@ class Recorded(NamedTuple):
     grad_scale: float = 1.0
 
 
-class VariationalOptimizer(torch.optim.Optimizer, abc.ABC):
+class VariationalOptimizer(PosteriorGroups):
     """Base of the optimisers of a posterior: it averages gradients and statistics over draws of the weights.
 
     After a `sampled()` scope each parameter's `.grad` holds the mean over the draws since the last
-    step, so gradient clipping between scope and step works as usual. Uncertain and deterministic
-    parameters are in groups apart, which `group["kind"]` tells; a group may have hyperparameters of
-    its own, and a `prior_precision`.
+    step, so gradient clipping between scope and step works as usual.
 
     Args:
         model: Model with Bayesian layers, on its device already.
         dataset_size: Number of training examples N.
         rules: The check of each hyperparameter of a group.
         defaults: Their values, `lr` and `beta1` among them.
-        groups: Groups with hyperparameters of their own, each a dict with `params`. Parameters in none
-            of them form the default groups.
-        deterministic_lr: Learning rate of the default group of deterministic parameters; None for `lr`.
-        prior_precision: Set as every site's prior precision; None keeps what the layers carry.
-        init_precision: Set as every site's precision; None keeps what the layers carry.
+        groups: This and the following as for `PosteriorGroups`.
+        deterministic_lr: Learning rate of deterministic parameters.
+        prior_precision: Prior precision of every site.
+        init_precision: Precision of every site.
         num_samples: Draws per `step(closure)`.
         generator: Source of the draws; torch's default one if None.
         sync: Average over the ranks of the default process group before each step.
@@ -76,92 +70,21 @@ class VariationalOptimizer(torch.optim.Optimizer, abc.ABC):
         generator: torch.Generator | None = None,
         sync: bool = False,
     ):
-        self.model = model
-        self.dataset_size = positive("dataset_size", dataset_size)
         self.num_samples = at_least_one("num_samples", num_samples)
         self.sync = sync
-        self._rules = {**rules, "prior_precision": positive}
-        for name, value in (("prior_precision", prior_precision), ("init_precision", init_precision)):
-            if value is not None:
-                positive(name, value)
-        checked = {name: rule(name, defaults[name]) for name, rule in rules.items()}
-        if deterministic_lr is not None:
-            rules["lr"]("deterministic_lr", deterministic_lr)
         self._inside = False  # an open scope
         self._forget()
-        self._generator = generator
-        self._bind()
-        super().__init__(self._all_groups(groups or (), deterministic_lr), {"beta2": 0.999, **checked})
-        for site in self._sites.values():
-            if prior_precision is not None and not self._has_own_prior(site):
-                site.prior_precision.fill_(prior_precision)
-            if init_precision is not None:
-                site.precision.fill_(init_precision)
-        if init_precision is not None:
-            self._drop_roots()
-
-    def _bind(self) -> None:
-        """Find the uncertain tensors of the model, and all its parameters."""
-        sites = list(posterior(self.model))
-        if not sites:
-            raise ValueError(
-                "model must have Bayesian layers, got none. Build it from them, as BayesLinear, or convert it by "
-                "to_bayesian."
-            )
-        devices = sorted({str(tensor.device) for tensor in self.model.parameters()})
-        if len(devices) > 1:
-            raise ValueError(
-                f"model must be on one device, got parameters on {' and '.join(devices)}. Move it by to()."
-            )
-        if self._generator is not None and self._generator.device.type != torch.device(devices[0]).type:
-            raise ValueError(f"generator must be on the model's device {devices[0]}, got {self._generator.device}.")
-        self._sites: dict[nn.Parameter, Site] = {site.mean: site for site in sites}
-        self._names = {parameter: name for name, parameter in self.model.named_parameters()}
-        self._sampler = Sampler(sites, self._generator)
-
-    def _all_groups(self, groups: Sequence[Mapping[str, Any]], deterministic_lr: float | None) -> list[dict[str, Any]]:
-        """Return the given groups, and behind them the rest of the parameters in groups of each kind."""
-        given = [{**group, "params": _listed(group["params"])} for group in groups]
-        taken = {parameter for group in given for parameter in group["params"]}
-        rest = [p for p in self.model.parameters() if p not in taken]
-        uncertain, others = [p for p in rest if p in self._sites], [p for p in rest if p not in self._sites]
-        own = {} if deterministic_lr is None else {"lr": deterministic_lr}
-        return [*given, *({"params": p} for p in [uncertain] if p), *({"params": p, **own} for p in [others] if p)]
-
-    def _drop_roots(self) -> None:
-        """Leave matrix-variate posteriors the precisions of their entries, which this method moves."""
-        for site in self._sites.values():
-            if isinstance(site.module, BayesianLayer):
-                site.module.drop_roots()
-
-    def _has_own_prior(self, site: Site) -> bool:
-        return any("prior_precision" in group and site.mean in set(group["params"]) for group in self.param_groups)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters of the model, those of layers that it has got since included.
-
-        Args:
-            param_group: `params`, and any hyperparameter of their own. Uncertain and deterministic
-                parameters become a group each. `prior_precision` is written to the layers.
-
-        Raises:
-            ValueError: If a value breaks its rule, a parameter is not the model's, or is in a group already.
-        """
-        group = dict(param_group)
-        parameters = _listed(group.pop("params"))
-        for name in self._rules.keys() & group.keys():
-            self._rules[name](name, group[name])
-        if any(parameter not in self._names for parameter in parameters):
-            self._bind()
-        if strange := [tuple(p.shape) for p in parameters if p not in self._names]:
-            raise ValueError(f"params must be parameters of the model, got one of shape {strange[0]} that is none.")
-        for kind in ("bayesian", "deterministic"):
-            if members := [p for p in parameters if (p in self._sites) == (kind == "bayesian")]:
-                super().add_param_group({**group, "params": members, "kind": kind})
-        if "prior_precision" in group:
-            for parameter in parameters:
-                if site := self._sites.get(parameter):
-                    site.prior_precision.fill_(group["prior_precision"])
+        super().__init__(
+            model,
+            dataset_size,
+            rules,
+            defaults,
+            groups=groups,
+            deterministic_lr=deterministic_lr,
+            prior_precision=prior_precision,
+            init_precision=init_precision,
+            generator=generator,
+        )
 
     @abc.abstractmethod
     def _scope(self, noise: Mapping[str, Tensor] | None) -> AbstractContextManager[Any]:
@@ -403,10 +326,6 @@ class VariationalOptimizer(torch.optim.Optimizer, abc.ABC):
                         "Lower lr, or look at the batch."
                     )
 
-    def _ess(self, group: Mapping[str, Any]) -> float:
-        """Return the effective sample size, N / T."""
-        return self.dataset_size / group["temperature"]
-
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state, that of its generator included."""
         state = None if self._generator is None else self._generator.get_state()
@@ -419,7 +338,3 @@ class VariationalOptimizer(torch.optim.Optimizer, abc.ABC):
             if self._generator is None:
                 self._generator = self._sampler.generator = torch.Generator(next(iter(self._sites)).device)
             self._generator.set_state(state.cpu())
-
-
-def _listed(params: Any) -> list[Any]:
-    return [params] if isinstance(params, Tensor) else list(params)
