@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import sys
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +22,11 @@ import bayeslayers as bl
 import zoo
 from bayeslayers.checks import at_least_one
 from bayeslayers.weights import WEIGHTS
+from recipes.methods import METHODS, make_optimizer
 
 BATCH = 128
+TURN = 10  # steps
+_NEEDED: dict[str, dict[str, Any]] = {"sgd": {"lr": 0.01, "momentum": 0.9}}
 
 
 @dataclass(frozen=True)
@@ -35,28 +40,43 @@ class Row:
     ratio_to_adam: float
 
 
-def benchmark_step(rounds: int = 100, seed: int = 0) -> list[Row]:
-    """Time a training step of VOGN (one draw) beside one of Adam (foreach) on the deterministic twin.
+def benchmark_step(
+    rounds: int = 100,
+    seed: int = 0,
+    optimizers: Sequence[str] = ("vogn",),
+    models: Sequence[str] = ("mlp", "lenet5"),
+) -> list[Row]:
+    """Time a training step (one draw) of optimisers beside one of Adam (foreach) on the deterministic twin.
+
+    They take turns of some steps each, so that what is done at every tenth step alone has its share.
 
     Args:
-        rounds: Interleaved steps of each, after a tenth as many to warm up.
+        rounds: Steps of each, after a tenth as many to warm up.
         seed: Of weights and data.
+        optimizers: Names of `recipes.methods`, each with its defaults.
+        models: Names of the zoo.
     """
     at_least_one("rounds", rounds)
-    rows = []
-    for name in ("mlp", "lenet5"):
+    rows, turn = [], min(rounds, TURN)
+    for name in models:
         torch.manual_seed(seed)
         model = zoo.create(name)
-        twin = bl.to_deterministic(model)
         x, y = torch.rand(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
-        adam = torch.optim.Adam(twin.parameters(), foreach=True)
-        steps = {"adam": _step(twin, adam, x, y), "vogn": _step(model, bl.VOGN(model, 60_000), x, y)}
-        medians = interleaved_medians(steps, rounds)
+        turns = {"adam": _steps(*_trained(model, "adam", foreach=True), x, y, turn)}
+        turns |= {optimizer: _steps(*_trained(model, optimizer), x, y, turn) for optimizer in optimizers}
+        medians = interleaved_medians(turns, rounds // turn)
         rows += [
-            Row(name, BATCH, optimizer, round(1e3 * median, 3), round(median / medians["adam"], 3))
+            Row(name, BATCH, optimizer, round(1e3 * median / turn, 3), round(median / medians["adam"], 3))
             for optimizer, median in medians.items()
         ]
     return rows
+
+
+def _trained(model: nn.Module, name: str, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a copy of the network with its optimizer, an ordinary network for one of torch."""
+    points = METHODS[name].predict == "mean" and name != "kfac"
+    net = bl.to_deterministic(model) if points else copy.deepcopy(model)
+    return net, make_optimizer({"name": name, **_NEEDED.get(name, {}), **options}, net, 60_000, seed=0)
 
 
 @dataclass(frozen=True)
@@ -155,8 +175,9 @@ def benchmark_predict(
         twin, size = bl.to_deterministic(model).eval(), model.get_submodule("normalise").size
         for batch in batches:
             x = torch.rand(batch, *size)  # pyright: ignore[reportGeneralTypeIssues]
+            options = {"sample": {}, "sample, antithetic": {"antithetic": True}, "local": {"method": "local"}}
             methods: dict[str, Callable[[], object]] = {
-                method: partial(bl.predict, model, x, num_samples, method=method) for method in ("sample", "local")
+                method: partial(bl.predict, model, x, num_samples, **own) for method, own in options.items()
             }
             passes = max(1, 20 // len(methods))
             medians = interleaved_medians(
@@ -232,11 +253,17 @@ def interleaved_medians(actions: dict[str, Callable[[], object]], rounds: int) -
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Callable[[], object]:
+def _steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, number: int
+) -> Callable[[], object]:
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y)
         loss.backward()
         return loss
 
-    return lambda: optimizer.step(closure)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    def run() -> None:
+        for _ in range(number):
+            optimizer.step(closure)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    return run

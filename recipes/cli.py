@@ -118,6 +118,13 @@ def _parser() -> argparse.ArgumentParser:
         "plain torch; predict: 32 draws beside one forward pass",
     )
     own.add_argument("--rounds", type=int, default=100, help="interleaved runs of each (%(default)s)")
+    own.add_argument(
+        "--optimizers",
+        nargs="+",
+        default=["vogn"],
+        metavar="NAME",
+        help="step: beside Adam, by their recipes' names (vogn)",
+    )
     _add_json(own)
     return parser
 
@@ -349,8 +356,11 @@ def benchmark(arguments: argparse.Namespace) -> int:
     """Measure costs as ratios, side by side in one process."""
     from recipes.benchmark import benchmark_load, benchmark_predict, benchmark_step
 
-    measure = {"step": benchmark_step, "load": benchmark_load, "predict": benchmark_predict}[arguments.what]
-    rows = [dataclasses.asdict(row) for row in measure(arguments.rounds)]
+    if arguments.what == "step":
+        measured = benchmark_step(arguments.rounds, optimizers=arguments.optimizers)
+    else:
+        measured = {"load": benchmark_load, "predict": benchmark_predict}[arguments.what](arguments.rounds)
+    rows = [dataclasses.asdict(row) for row in measured]
     if arguments.json:
         print(json.dumps(rows, indent=2))
     else:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import zoo
 from bayeslayers.weights import WEIGHTS
-from recipes import benchmark
+from recipes import benchmark, methods
 from recipes.cli import main
 from recipes.demo import ASSETS
 
@@ -42,12 +42,30 @@ def test_the_load_benchmark_compares_side_by_side(capsys):
     torch.random.set_rng_state(before)
 
 
+METHODS = ("sample", "sample, antithetic", "local")
+
+
 def test_the_predict_benchmark_gives_ratios_per_draw():
     before = torch.random.get_rng_state()
     rows = benchmark.benchmark_predict(1, models=["lenet5"], batches=[1, 3], num_samples=4)
-    assert [(row.batch, row.method) for row in rows] == [(b, m) for b in (1, 3) for m in ("sample", "local")]
+    assert [(row.batch, row.method) for row in rows] == [(b, m) for b in (1, 3) for m in METHODS]
     for row in rows:
         assert row.ratio_per_sample == pytest.approx(row.median_ms / (4 * row.forward_ms), rel=0.02)
+    torch.random.set_rng_state(before)
+
+
+def test_the_step_benchmark_takes_every_method(capsys):
+    before = torch.random.get_rng_state()
+    rows = benchmark.benchmark_step(
+        1, optimizers=[name for name in methods.METHODS if name != "adam"], models=["lenet5"]
+    )
+    assert [row.optimizer for row in rows] == ["adam", *(name for name in methods.METHODS if name != "adam")]
+    assert [row.ratio_to_adam == 1 for row in rows][:2] == [True, False]
+    assert main(["benchmark", "step", "--rounds", "1", "--optimizers", "sgd", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["model"], row["optimizer"]) for row in rows] == [
+        (model, optimizer) for model in ("mlp", "lenet5") for optimizer in ("adam", "sgd")
+    ]
     torch.random.set_rng_state(before)
 
 
