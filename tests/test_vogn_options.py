@@ -353,3 +353,22 @@ def test_a_parameter_can_be_frozen_and_freed_midway():
         for name in ("3.weight", "3.weight_precision"):
             assert torch.equal(net.state_dict()[name], before[name]) == frozen
         assert not torch.equal(net[0].weight, before["0.weight"])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_ogn_reaches_its_fixed_point(temperature):
+    """The mean is ridge regression's, the precision 1/T sum of squared gradients at it, and the prior's."""
+    generator = seeded()
+    x = torch.randn(20, 3, generator=generator, **F64)
+    y = x @ torch.tensor([[1.0], [-2.0], [0.5]], **F64) + torch.randn(20, 1, generator=generator, **F64)
+    model = bl.BayesLinear(3, 1, bias=False, prior_precision=4.0).double()
+    optimizer = bl.OGN(model, 20, lr=0.5, beta1=0.0, precision_lr=0.3, init_precision=100.0, temperature=temperature)
+    for _ in range(300):
+        optimizer.zero_grad()
+        with optimizer.sampled():
+            (0.5 * (model(x) - y).square()).mean().backward()
+        optimizer.step()
+    ridge = torch.linalg.solve(x.T @ x / temperature + 4 * torch.eye(3, **F64), x.T @ y / temperature)
+    assert_close(model.weight.detach().T, ridge, rtol=1e-10, atol=1e-10)
+    squares = (x * (x @ ridge - y)).square().sum(0, keepdim=True)
+    assert_close(model.weight_precision, squares / temperature + 4, rtol=1e-10, atol=0)
