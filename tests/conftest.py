@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import struct
 
 import numpy as np
@@ -24,6 +25,18 @@ def data_root(tmp_path_factory):
 def write_idx(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes())
+
+
+@pytest.fixture
+def new_tensors():
+    """Return a function that returns the tensors alive that were not before the test, which it keeps alive."""
+
+    def alive():
+        gc.collect()
+        return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+
+    before = {id(tensor): tensor for tensor in alive()}
+    return lambda: [tensor for tensor in alive() if id(tensor) not in before]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import math
 
@@ -370,22 +369,18 @@ def test_strangers_are_told_apart_as_by_sklearn(kind):
     assert all(len(score) == len(far) for score in found.ood["far"].values())
 
 
-def test_memory_holds_bins_and_a_few_numbers_per_example():
+def test_memory_holds_bins_and_a_few_numbers_per_example(new_tensors):
     def grown(batches):
         """Numbers in tensors that have come to live between the second batch and the last."""
         sizes, calls, net = [], iter(range(batches)), Scaled()
 
         def count(*_):
             if next(calls) in (1, batches - 1):
-                tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-                sizes.append(sum(t.numel() for t in tensors))
+                sizes.append(sum(t.numel() for t in new_tensors()))
 
         hook = net.register_forward_hook(count)
         source = ((torch.randn(4, 3, 16, 16), torch.randint(3, (4, 16, 16))) for _ in range(batches))
-        gc.collect()
-        gc.disable()
         bl.evaluate(net, source, method="mean")
-        gc.enable()
         hook.remove()
         return sizes[1] - sizes[0]
 
