@@ -94,10 +94,11 @@ class BayesianLayer(nn.Module):
         self.attach_posterior(prior_precision, init_precision)
 
     def attach_posterior(self, prior_precision: float, init_precision: float) -> None:
-        """Give each parameter its precision and prior, as new buffers; the layer is outside any scope."""
+        """Give each parameter that has none its precision and prior, as new buffers; the layer is outside any scope."""
         self.drawn = {}
         self.leaves = self.perturbation = None
-        attach_posterior(self, prior_precision, init_precision)
+        names = [name for name, _ in self.named_parameters(recurse=False) if f"{name}_precision" not in self._buffers]
+        attach_posterior(self, prior_precision, init_precision, names)
 
     def value(self, name: str) -> Any:
         """Return the tensor to compute with: the scope's draw, the mean outside one, None if there is no such."""

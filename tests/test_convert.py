@@ -305,3 +305,12 @@ def test_plain_twin_is_the_ordinary_network_with_the_means():
     assert_close(twin(x), net(x), **SAME)
     with bl.sampled(net):
         assert_close(bl.to_deterministic(net)(x), twin(x), **SAME)
+
+
+def test_a_posterior_of_an_ordinary_layer_is_kept():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    bl.IVON(net[0], dataset_size=50, hess_init=0.5)
+    expected = {name: value.clone() for name, value in net.state_dict().items()}
+    converted, _ = bl.to_bayesian(net)
+    assert_close({name: converted.state_dict()[name] for name in expected}, expected, rtol=0, atol=0)
+    assert converted[2].weight_precision.unique().tolist() == [1e3]
