@@ -16,7 +16,7 @@ Run: TypeAlias = Callable[[Tensor], Iterator[Tensor]]
 
 # Measured on 2 CPU cores with LeNet-5, ResNet-20 and an MLP at batches of 1 to 512: several draws at
 # once win by up to half until the largest output of a layer outgrows the cache, and lose beyond it.
-_CACHE_BYTES = 2**23
+_CACHE_BYTES = 2**22
 _DEVICE_BYTES = 2**26  # elsewhere, where a launch costs more; not measured
 _WEIGHT_BYTES = 2**26
 _MOST = 32
