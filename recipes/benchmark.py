@@ -74,8 +74,7 @@ def benchmark_step(
 
 def _trained(model: nn.Module, name: str, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Return a copy of the network with its optimizer, an ordinary network for one of torch."""
-    points = METHODS[name].predict == "mean" and name != "kfac"
-    net = bl.to_deterministic(model) if points else copy.deepcopy(model)
+    net = bl.to_deterministic(model) if METHODS[name].point else copy.deepcopy(model)
     return net, make_optimizer({"name": name, **_NEEDED.get(name, {}), **options}, net, 60_000, seed=0)
 
 

@@ -15,10 +15,11 @@ from torch import nn
 import bayeslayers as bl
 import zoo
 from bayeslayers.checkpoint import write_atomically
-from bayeslayers.checks import at_least_one
+from bayeslayers.checks import at_least_one, near, positive
 from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.metrics import classification_metrics, ood_auroc
 from bayeslayers.prediction import Prediction, predict
+from bayeslayers.prediction.predict import METHODS
 from recipes.data import Split, load_split, num_batches, short_name
 from recipes.methods import make_optimizer, method_of
 from recipes.schedules import Schedule, make_schedulers
@@ -184,11 +185,21 @@ def check(config: Config) -> None:
     if config.limit is not None:
         at_least_one("limit", config.limit)
     config.schedule.check()
-    point = method_of(config.optimizer).predict == "mean"
+    point = method_of(config.optimizer).point
     if config.laplace and not point:
         raise ValueError(
             f"laplace must follow the training of a point estimate, got optimizer {config.optimizer['name']!r}. Leave "
             "one of them out."
+        )
+    if config.laplace:
+        positive("laplace.temperature", config.laplace.temperature)
+        if config.laplace.prior_precision is not None:
+            positive("laplace.prior_precision", config.laplace.prior_precision)
+    methods = ("mean", "dropout") if point and not config.laplace else tuple(METHODS)
+    if (method := config.evaluation.method) is not None and method not in methods:
+        raise ValueError(
+            f"evaluation.method must be one of {', '.join(methods)} after this training, got {method!r}."
+            f"{near(method, methods)}"
         )
 
 
@@ -270,8 +281,10 @@ def save(
         class_names=test.classes,
         dataset=f"{short_name(config.data)} ({dataset_size} train, {len(test)} test)",
         dataset_size=dataset_size,
-        temperature=float(config.optimizer.get("temperature", 1.0)),
-        optimizer=config.optimizer | {"batch_size": config.batch_size, "epochs": config.epochs},
+        temperature=config.laplace.temperature if config.laplace else float(config.optimizer.get("temperature", 1.0)),
+        optimizer=config.optimizer
+        | {"batch_size": config.batch_size, "epochs": config.epochs}
+        | ({"laplace": dataclasses.asdict(config.laplace)} if config.laplace else {}),
         recipe=command,
         versions={"bayeslayers": bl.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
         metrics={key: round(value, 5) for key, value in metrics.items()},

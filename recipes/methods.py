@@ -21,10 +21,12 @@ class Method:
         make: Function of (model, dataset size, generator, options) to the optimizer.
         predict: How the trained network predicts, as in `bl.predict`: a posterior by draws, a point
             estimate by its means.
+        point: Whether it trains the means alone, and leaves the layers' precisions as they are.
     """
 
     make: Callable[[nn.Module, int, torch.Generator, Mapping[str, Any]], torch.optim.Optimizer]
     predict: str
+    point: bool = False
 
 
 def _posterior(kind: Callable[..., torch.optim.Optimizer], predict: str = "sample") -> Method:
@@ -36,7 +38,7 @@ def _posterior(kind: Callable[..., torch.optim.Optimizer], predict: str = "sampl
 
 def _point(kind: Callable[..., torch.optim.Optimizer]) -> Method:
     """Train the means alone: the deterministic twin."""
-    return Method(lambda model, size, generator, options: kind(model.parameters(), **options), "mean")
+    return Method(lambda model, size, generator, options: kind(model.parameters(), **options), "mean", point=True)
 
 
 METHODS = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bayeslayers.checks import at_least_one
 from bayeslayers.optim.adam import adam_update
 from bayeslayers.optim.groups import PosteriorGroups, Rules
-from bayeslayers.optim.ranks import average_over_ranks
+from bayeslayers.optim.ranks import average_over_ranks, copy_from_first_rank
 
 
 class Recorded(NamedTuple):
@@ -85,6 +85,8 @@ class VariationalOptimizer(PosteriorGroups):
             init_precision=init_precision,
             generator=generator,
         )
+        if sync:
+            copy_from_first_rank(model.state_dict().values())
 
     @abc.abstractmethod
     def _scope(self, noise: Mapping[str, Tensor] | None) -> AbstractContextManager[Any]:
@@ -221,7 +223,7 @@ class VariationalOptimizer(PosteriorGroups):
             results += [self._run_once(closure) for _ in range(self.num_samples - 1)]
         except BaseException:
             self._restore(earlier)
-            self._forget()
+            self._statistics, self._scale, self._draws = draws
             raise
         losses, outputs = [loss for loss, _ in results], [output for _, output in results]
         averages = isinstance(outputs[0], Tensor) and len(outputs) > 1
@@ -239,9 +241,9 @@ class VariationalOptimizer(PosteriorGroups):
             self._refuse_bad_loss(loss)
         return loss, output.detach() if isinstance(output, Tensor) else output
 
-    @staticmethod
-    def _refuse_bad_loss(loss: Tensor) -> None:
-        if not loss.isfinite().all():
+    def _refuse_bad_loss(self, loss: Tensor) -> None:
+        # Under sync the ranks refuse a step together, once the gradients have met.
+        if not self.sync and not loss.isfinite().all():
             raise FloatingPointError(
                 f"the loss must be finite, got {loss.tolist()}: the step is refused, the posterior is as it was. "
                 "Lower lr, or look at the batch."
@@ -273,6 +275,10 @@ class VariationalOptimizer(PosteriorGroups):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None:
             return True
+        if self.sync:
+            raise RuntimeError(
+                "sync must be off under a GradScaler, whose ranks would leave out different steps, got it on."
+            )
         unscaled, self._unscaled = self._unscaled, False
         if found_inf:  # the scaler lowers its scale, and the step is left out
             self._forget()

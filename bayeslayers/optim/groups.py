@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.checks import positive
+from bayeslayers.checks import near, positive
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.sampling import Sampler, Site, posterior
 
 Rules = Mapping[str, Callable[[str, Any], Any]]  # per hyperparameter the check that returns its value
+
+_OTHER_KEYS = ("beta2", "initial_lr", "initial_temperature")  # Adam's, and what schedules leave in a group
 
 
 class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
@@ -89,7 +91,7 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
 
     def _all_groups(self, groups: Sequence[Mapping[str, Any]], deterministic_lr: float | None) -> list[dict[str, Any]]:
         """Return the given groups, and behind them the rest of the parameters in groups of each kind."""
-        given = [{**group, "params": _listed(group["params"])} for group in groups]
+        given = [{**group, "params": listed(group["params"])} for group in groups]
         taken = {parameter for group in given for parameter in group["params"]}
         rest = [p for p in self.model.parameters() if p not in taken]
         uncertain, others = [p for p in rest if p in self._sites], [p for p in rest if p not in self._sites]
@@ -116,7 +118,13 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
             ValueError: If a value breaks its rule, a parameter is not the model's, or is in a group already.
         """
         group = dict(param_group)
-        parameters = _listed(group.pop("params"))
+        parameters = listed(group.pop("params"))
+        known = {*self._rules, *_OTHER_KEYS}
+        if unknown := sorted(group.keys() - known):
+            raise ValueError(
+                f"a parameter group must have keys among params, {', '.join(self._rules)}, got {unknown[0]!r}."
+                f"{near(unknown[0], self._rules)}"
+            )
         for name in self._rules.keys() & group.keys():
             self._rules[name](name, group[name])
         if any(parameter not in self._names for parameter in parameters):
@@ -136,5 +144,6 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
         return self.dataset_size / group["temperature"]
 
 
-def _listed(params: Any) -> list[Any]:
+def listed(params: Any) -> list[Any]:
+    """Return the parameters of a group, which may be one tensor."""
     return [params] if isinstance(params, Tensor) else list(params)

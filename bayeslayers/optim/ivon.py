@@ -15,6 +15,7 @@ from bayeslayers.gaussian import retracted_precision
 from bayeslayers.layers import attach_posterior
 from bayeslayers.optim.adam import momentum_average
 from bayeslayers.optim.base import Recorded, VariationalOptimizer
+from bayeslayers.optim.groups import listed
 from bayeslayers.sampling import posterior
 
 Estimator = Literal["price", "gradsq"]
@@ -171,8 +172,7 @@ class IVON(VariationalOptimizer):
         Raises:
             ValueError: If a value breaks its rule, a parameter is not the model's, or is in a group already.
         """
-        params = param_group["params"]
-        parameters: list[Any] = [params] if isinstance(params, Tensor) else list(params)
+        parameters = listed(param_group["params"])
         self._attach(parameters)
         self._bind()
         before = len(self.param_groups)
@@ -182,7 +182,8 @@ class IVON(VariationalOptimizer):
                 group["weight_decay"] = group["prior_precision"] / self._ess(group)
             for parameter in group["params"]:
                 site = self._sites.get(parameter)
-                if site is not None and (parameter in self._new or not self.keep_posterior):
+                new = parameter in self._new or not self.keep_posterior
+                if site is not None and new and parameter.requires_grad:
                     site.prior_precision.fill_(self._ess(group) * group["weight_decay"])
                     site.precision.fill_(self._ess(group) * (group["hess_init"] + group["weight_decay"]))
             self._new -= set(group["params"])

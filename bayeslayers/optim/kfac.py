@@ -19,6 +19,7 @@ from bayeslayers.matrix_gaussian import as_matrix, damp, inverse, inverse_root, 
 from bayeslayers.optim.adam import corrected_weight, momentum_average
 from bayeslayers.optim.base import Recorded, VariationalOptimizer
 from bayeslayers.optim.fisher import check_likelihood, sampled_loss
+from bayeslayers.optim.groups import listed
 from bayeslayers.sampling import Site, Tracker, layers_with_curvature
 
 Fisher = Literal["sampled", "empirical"]
@@ -83,7 +84,7 @@ class _KroneckerFactored(VariationalOptimizer):
             ValueError: If they are in groups apart, and as there.
         """
         params = param_group["params"]
-        group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
+        group = {**param_group, "params": listed(params)}
         members = set(group["params"])
         for name, layer in self.model.named_modules():
             if isinstance(layer, BayesianLayer) and layer.factor_sizes() is not None:
@@ -102,6 +103,8 @@ class _KroneckerFactored(VariationalOptimizer):
         self._tracks = steps % self.update_every == 0
         self._sums: dict[str, Tensor] = {}
         self._examples = 0
+        if noise is not None and not self._draws_weights:
+            raise ValueError("noise must be None without draws, got values for weights. Use NoisyKFAC.")
         with self._sampler.draw(noise) if self._draws_weights else nullcontext():
             if not self._tracks:
                 yield

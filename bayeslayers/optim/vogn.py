@@ -62,6 +62,8 @@ class _GaussNewton(VariationalOptimizer):
 
     @contextmanager
     def _scope(self, noise: Mapping[str, Tensor] | None) -> Iterator[None]:
+        if noise is not None and not self._draws_weights:
+            raise ValueError("noise must be None without draws, got values for weights. Use VOGN.")
         draw = self._sampler.draw(noise) if self._draws_weights else nullcontext()
         with draw, self._tracker.track(self.curvature_fraction, self._generator):
             yield
@@ -91,7 +93,8 @@ class _GaussNewton(VariationalOptimizer):
     def _run(self, closure: Callable[[], Any]) -> tuple[Tensor, Any]:
         if not self.vectorise or self.num_samples == 1:
             return super()._run(closure)
-        earlier = {p: p.grad for p in self._names}
+        earlier, draws = {p: p.grad for p in self._names}, (self._statistics, self._scale, self._draws)
+        self._drop_roots()
         self._forget()
         self._restore(dict.fromkeys(self._names))
         try:
@@ -100,6 +103,7 @@ class _GaussNewton(VariationalOptimizer):
             self._collect(earlier)
         except BaseException:
             self._restore(earlier)
+            self._statistics, self._scale, self._draws = draws
             raise
         finally:
             self._inside, self._at_once = False, 1

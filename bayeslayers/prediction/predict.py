@@ -15,12 +15,14 @@ from torch.utils.data import DataLoader
 
 from bayeslayers.batches import input_batches, with_progress
 from bayeslayers.checks import at_least_one, near, positive
+from bayeslayers.curvature.accumulate import wide
 from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.prediction.chunks import Plan, Run
 from bayeslayers.prediction.draws import dropout_draws, linearised_draws, local_draws, means, weight_draws
 from bayeslayers.prediction.moments import moment_points
 from bayeslayers.prediction.result import Prediction, joined
 from bayeslayers.sampling import evaluation_mode, posterior
+from bayeslayers.sampling.placement import at_means
 
 _WAITING_DRAWS, _WAITING_VALUES = 16, 2**16  # whose outputs memory may hold beside their averages
 _CHECKPOINT = 16  # draws between two looks at the standard error: of fewer, it is no estimate
@@ -114,7 +116,7 @@ def predict(
         part = joined([average.result() for average in averages])
         return part if result_device is None else part.to(result_device)
 
-    with torch.no_grad(), evaluation_mode(model):
+    with torch.no_grad(), evaluation_mode(model), at_means(model):
         found = result(x) if isinstance(x, Tensor) else joined([result(batch) for batch in _stream(x, plan, progress)])
     if method == "moments":
         found = replace(found, standard_error=torch.full_like(found.standard_error, math.nan))
@@ -230,7 +232,7 @@ class _Average:
             self._merge()
 
     def _merge(self) -> None:
-        outputs = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
+        outputs = wide(self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting))
         self._waiting = []
         parts = self.likelihood.per_draw(outputs.flatten(0, 1))
         means, noise = (part.unflatten(0, outputs.shape[:2]) for part in parts)
