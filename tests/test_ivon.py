@@ -605,3 +605,12 @@ def test_two_posteriors_of_tied_weights_are_refused(tmp_path):
     attach_posterior(fresh.output, 1.0, 1.0, ["weight"])
     with pytest.raises(ValueError, match=r"'output.weight' must belong to one .* layer, got that of 'table.weight'"):
         list(bl.posterior(fresh))
+
+
+def test_a_frozen_layer_keeps_its_posterior():
+    net = torch.nn.Sequential(bl.BayesLinear(3, 4, init_precision=123.0, prior_precision=7.0), torch.nn.Linear(4, 2))
+    net[0].requires_grad_(False)
+    before = {name: value.clone() for name, value in net[0].state_dict().items()}
+    bl.IVON(net, dataset_size=1000)
+    torch.testing.assert_close(dict(net[0].state_dict()), before, rtol=0, atol=0)
+    assert net[1].weight_precision.unique().tolist() == pytest.approx([1000.1])

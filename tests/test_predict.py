@@ -238,3 +238,20 @@ def test_bad_input_is_one_sentence(arguments, error, message):
 
 def test_whole_numbers_of_numpy_count_too():
     assert bl.predict(network(), inputs(2, 4), np.int64(3)).num_samples == 3
+
+
+@pytest.mark.parametrize("method", ["mean", "moments", "sample"])
+def test_an_open_scope_of_draws_does_not_reach_the_prediction(method):
+    net, x = network(), inputs(3, 4)
+    expected = bl.predict(net, x, 4, method=method, generator=generator()).mean
+    with bl.sampled(net):
+        assert_close(bl.predict(net, x, 4, method=method, generator=generator()).mean, expected, rtol=0, atol=0)
+
+
+def test_draws_in_half_precision_are_averaged_in_single():
+    torch.manual_seed(0)
+    net, x = bl.BayesLinear(4, 3), inputs(5, 4)
+    half = copy.deepcopy(net).bfloat16()
+    prediction = bl.predict(half, x.bfloat16(), 64, generator=generator())
+    assert prediction.mean.dtype == torch.float32
+    assert_close(prediction.mean.sum(1), torch.ones(5), rtol=0, atol=1e-5)

@@ -20,7 +20,7 @@ from torch.testing import assert_close
 import bayeslayers as bl
 import zoo
 from bayeslayers.checkpoint import load_checkpoint, read_card, save_checkpoint
-from recipes.classification import Config, Evaluation, train
+from recipes.classification import Config, Evaluation, Laplace, train
 from recipes.data import batches, load_split
 from recipes.schedules import Schedule
 from recipes.training import Training, interruption
@@ -130,6 +130,15 @@ def test_adam_trains_the_twin_whose_figures_a_posterior_shows(data_root, tmp_pat
     assert "| adam |" in (tmp_path / "run/posterior/README.md").read_text()
 
 
+def test_the_card_of_a_laplace_approximation_says_so(data_root, tmp_path):
+    laplace = Laplace(prior_precision=3.0, temperature=0.5)
+    train(config(data_root, tmp_path / "run", optimizer={"name": "adam", "lr": 0.01}, epochs=1, laplace=laplace))
+    card = read_card(tmp_path / "run/posterior")
+    assert card.temperature == 0.5 and card.optimizer["name"] == "adam"
+    assert card.optimizer["laplace"] == {"prior_precision": 3.0, "last_layer": False, "temperature": 0.5}
+    assert float(next(bl.posterior(zoo.load(tmp_path / "run/posterior"))).prior_precision) == 3.0
+
+
 @pytest.mark.parametrize("steps", [4, 9, 13], ids=["in an epoch", "at its end", "in the second"])
 def test_a_resumed_run_equals_an_uninterrupted_one(data_root, tmp_path, whole, monkeypatch, steps):
     with monkeypatch.context() as patch:
@@ -202,6 +211,22 @@ def test_the_second_ctrl_c_raises(data_root, tmp_path, monkeypatch):
         ({"optimizer": VOGN | {"lr": "fast"}}, TypeError, "lr must be a number, got 'fast'"),
         ({"optimizer": VOGN | {"temperature": 0}}, ValueError, "temperature must be a finite number > 0, got 0"),
         ({"optimizer": VOGN | {"speed": 1}}, TypeError, "unexpected keyword argument 'speed'"),
+        ({"evaluation": Evaluation(method="smaple")}, ValueError, "evaluation.method must be .*Did you mean 'sample'"),
+        (
+            {"optimizer": {"name": "adam"}, "evaluation": Evaluation(method="sample")},
+            ValueError,
+            "evaluation.method must be one of mean, dropout after this training, got 'sample'",
+        ),
+        (
+            {"laplace": Laplace()},
+            ValueError,
+            "laplace must follow the training of a point estimate, got optimizer 'vogn'",
+        ),
+        (
+            {"optimizer": {"name": "adam"}, "laplace": Laplace(temperature=0)},
+            ValueError,
+            "laplace.temperature must be a finite number > 0, got 0",
+        ),
         ({"data": "minst"}, ValueError, "unknown data set 'minst'. Did you mean 'mnist'"),
         ({"data_root": "no/such"}, FileNotFoundError, "data root must hold MNIST .* got no/such without it"),
         ({"model": {"name": "mpl"}}, ValueError, "unknown model 'mpl'"),
