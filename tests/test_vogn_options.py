@@ -429,3 +429,14 @@ def test_sync_needs_a_process_group_and_no_scaler(tmp_path):
             scaler.step(optimizer)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_generator_of_another_device_goes_on_as_it_is():
+    optimizer = bl.VOGN(make_net(), 60, lr=0.1, generator=seeded(3))
+    state = bl.VOGN(make_net(), 60, lr=0.7, generator=seeded()).state_dict() | {
+        "generator": torch.zeros(16, dtype=torch.uint8)
+    }
+    with pytest.warns(UserWarning, match="that of another kind of device"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.7
+    assert torch.equal(optimizer.state_dict()["generator"], seeded(3).get_state())

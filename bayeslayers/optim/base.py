@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, NamedTuple
@@ -343,4 +344,10 @@ class VariationalOptimizer(PosteriorGroups):
         if (state := state_dict.get("generator")) is not None:
             if self._generator is None:
                 self._generator = self._sampler.generator = torch.Generator(next(iter(self._sites)).device)
-            self._generator.set_state(state.cpu())
+            if state.numel() == self._generator.get_state().numel():
+                self._generator.set_state(state.cpu())
+            else:
+                warnings.warn(
+                    "the generator's state is that of another kind of device: draws go on from the present one.",
+                    stacklevel=2,
+                )
