@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from bayeslayers.batches import Labelled, Unlabelled, input_batches, labelled_batches, with_progress
+from bayeslayers.display import as_text
 from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.metrics.calibration import Reliability
 from bayeslayers.metrics.classification import ClassificationRecord
@@ -19,6 +18,7 @@ from bayeslayers.metrics.elements import RANKED, as_uncertainty, per_example, un
 from bayeslayers.metrics.ranking import RiskCoverage, two_sets
 from bayeslayers.metrics.regression import RegressionRecord
 from bayeslayers.prediction import Prediction, predict
+from bayeslayers.prediction.result import without_nan
 from bayeslayers.recalibrate import Recalibration
 
 if TYPE_CHECKING:
@@ -59,12 +59,12 @@ class Evaluation:
             "likelihood": self.likelihood,
             "num_examples": self.num_examples,
             "num_samples": self.num_samples,
-            "metrics": {key: _json(value) for key, value in self.metrics.items()},
+            "metrics": {key: without_nan(value) for key, value in self.metrics.items()},
         }
         if self.reliability is not None:
-            plain["reliability"] = {key: _json(value.tolist()) for key, value in vars(self.reliability).items()}
+            plain["reliability"] = {key: without_nan(value.tolist()) for key, value in vars(self.reliability).items()}
         if self.class_iou is not None:
-            plain["class_iou"] = _json(self.class_iou.tolist())
+            plain["class_iou"] = without_nan(self.class_iou.tolist())
         return plain
 
     def __rich__(self) -> Table:
@@ -80,12 +80,7 @@ class Evaluation:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=StringIO(), width=140)
-        with console.capture() as text:
-            console.print(self)
-        return text.get()
+        return as_text(self)
 
 
 def evaluate(
@@ -189,9 +184,3 @@ def _shown(data: Any, name: str, progress: bool) -> Any:
     if not progress or isinstance(data, tuple | Tensor) or not isinstance(data, Iterable):
         return data
     return with_progress(name, data)
-
-
-def _json(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_json(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

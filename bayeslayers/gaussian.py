@@ -81,6 +81,11 @@ def retracted_precision(precision: Tensor, target: Tensor, weight: float) -> Ten
     return rest.square_().mul_(precision).add_(precision).mul_(0.5)
 
 
+def in_double(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64 on the CPU: sums over many weights cancel, and not every device has float64."""
+    return tensor.detach().cpu().double()
+
+
 def product(means: Tensor, precisions: Tensor, prior_mean: Tensor, prior_precision: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and precision of the product of K posteriors, the prior that they share counted once.
 

@@ -16,6 +16,7 @@ from bayeslayers.card import Card
 from bayeslayers.checks import positive
 from bayeslayers.convert import ConversionReport, to_bayesian, to_deterministic
 from bayeslayers.convert.selection import Selectors
+from bayeslayers.gaussian import in_double
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.sampling import Site, evaluation_mode, posterior, tracked
@@ -209,8 +210,8 @@ def _set_prior_precision(
 
 
 def _best_for(sites: Sequence[Site], curvature: Mapping[str, Tensor]) -> float:
-    distance = sum(float((_wide(site.mean) - _wide(site.prior_mean)).square().sum()) for site in sites)
-    values = torch.cat([_wide(curvature[site.name]).flatten() for site in sites])
+    distance = sum(float((in_double(site.mean) - in_double(site.prior_mean)).square().sum()) for site in sites)
+    values = torch.cat([in_double(curvature[site.name]).flatten() for site in sites])
     names = ", ".join(f"'{site.name}'" for site in sites[:3]) + (", ..." if len(sites) > 3 else "")
     if distance == 0:
         raise ValueError(
@@ -254,14 +255,9 @@ def best_prior_precision(curvature: Tensor, distance: float) -> float:
 
 def _occam_factor(site: Site, curvature: Tensor) -> float:
     """Return what one tensor takes from the evidence: 1/2 sum [p0 (m - m0)^2 + log((h + p0) / p0)]."""
-    prior_precision = _wide(site.prior_precision)
-    scatter = prior_precision * (_wide(site.mean) - _wide(site.prior_mean)).square()
-    return 0.5 * float((scatter + (_wide(curvature) / prior_precision).log1p()).sum())
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Return a tensor in float64 on the CPU: sums are over all weights, and not every device has float64."""
-    return tensor.detach().cpu().double()
+    prior_precision = in_double(site.prior_precision)
+    scatter = prior_precision * (in_double(site.mean) - in_double(site.prior_mean)).square()
+    return 0.5 * float((scatter + (in_double(curvature) / prior_precision).log1p()).sum())
 
 
 def _own_card(card: Card, report: ConversionReport | None, examples: int, temperature: float) -> Card:

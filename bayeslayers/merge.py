@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from bayeslayers import gaussian
 from bayeslayers.card import Card
+from bayeslayers.gaussian import in_double
 from bayeslayers.layers import ROOTS, BayesianLayer
 from bayeslayers.sampling import Site, posterior
 from bayeslayers.sampling.placement import at_means
@@ -126,15 +127,15 @@ def _check_architecture(models: Sequence[nn.Module]) -> None:
 
 def _merge_site(merged: Site, sites: Sequence[Site], method: str) -> None:
     """Write the combination of one tensor's posteriors to `merged`, computed in float64."""
-    prior_mean, prior_precision = (_wide(tensor) for tensor in (sites[0].prior_mean, sites[0].prior_precision))
+    prior_mean, prior_precision = (in_double(tensor) for tensor in (sites[0].prior_mean, sites[0].prior_precision))
     for number, site in enumerate(sites[1:], start=1):
         for part, expected in (("prior_mean", prior_mean), ("prior_precision", prior_precision)):
-            if not torch.allclose(_wide(getattr(site, part)), expected, rtol=1e-6, atol=0):
+            if not torch.allclose(in_double(getattr(site, part)), expected, rtol=1e-6, atol=0):
                 raise ValueError(
                     f"posteriors must have one prior, got another {part} of '{site.name}' in posterior {number}."
                 )
-    means = torch.stack([_wide(site.mean) for site in sites])
-    precisions = torch.stack([_wide(site.precision) for site in sites])
+    means = torch.stack([in_double(site.mean) for site in sites])
+    precisions = torch.stack([in_double(site.precision) for site in sites])
     if method == "product":
         mean, precision = gaussian.product(means, precisions, prior_mean, prior_precision)
     else:
@@ -158,24 +159,21 @@ def _merge_others(merged: nn.Module, models: Sequence[nn.Module], own: set[str])
             mean, variance, count = (
                 f"{path}.{key}" if path else key for key in ("running_mean", "running_var", "num_batches_tracked")
             )
-            variances = torch.stack([_wide(state[variance]) for state in states])
-            pooled, precision = gaussian.mixture(torch.stack([_wide(state[mean]) for state in states]), 1 / variances)
+            variances = torch.stack([in_double(state[variance]) for state in states])
+            pooled, precision = gaussian.mixture(
+                torch.stack([in_double(state[mean]) for state in states]), 1 / variances
+            )
             target[mean].copy_(pooled)
             target[variance].copy_(1 / precision)
             if count in target:
                 target[count].copy_(sum(state[count].cpu() for state in states))
             own = own | {mean, variance, count}
     for name in target.keys() - own:
-        values = torch.stack([_wide(state[name]) for state in states])
+        values = torch.stack([in_double(state[name]) for state in states])
         if name in parameters:
             target[name].copy_(values.mean(0))
         elif not (values == values[0]).all():
             raise ValueError(f"posteriors must agree in buffer '{name}', which has no posterior, got others.")
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Return a tensor in float64 on the CPU: sums of precisions cancel, and not every device has float64."""
-    return tensor.detach().cpu().double()
 
 
 def _merged_card(card: Card, models: Sequence[nn.Module], method: str) -> Card:

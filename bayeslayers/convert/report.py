@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from io import StringIO
 from typing import TYPE_CHECKING, Literal
+
+from bayeslayers.display import as_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,9 +69,4 @@ class ConversionReport:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=StringIO(), width=140)
-        with console.capture() as text:
-            console.print(self)
-        return text.get()
+        return as_text(self)

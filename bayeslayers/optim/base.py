@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from bayeslayers.checks import at_least_one
 from bayeslayers.optim.adam import adam_update
 from bayeslayers.optim.groups import PosteriorGroups, Rules
 from bayeslayers.optim.ranks import average_over_ranks, copy_from_first_rank
+from bayeslayers.sampling import Site
 
 
 class Recorded(NamedTuple):
@@ -51,6 +52,7 @@ class VariationalOptimizer(PosteriorGroups):
         sync: Average over the ranks of the default process group before each step.
     """
 
+    _drawing_twin: ClassVar[str | None] = None  # the method that draws weights, for one that computes at the mean
     _keeps_roots: ClassVar[bool] = False  # moves matrix-variate posteriors as such
     _step_supports_amp_scaling = True  # see _unscale
     _statistic: ClassVar[str] = "curvature"  # what messages call the statistics
@@ -101,6 +103,22 @@ class VariationalOptimizer(PosteriorGroups):
     def _update(self, group: dict[str, Any]) -> None:
         """Move the posterior of one group's uncertain parameters by the averages over draws."""
 
+    def _draw(self, noise: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
+        """Return the scope of a draw of the weights; of the means, for a method that draws none."""
+        if self._drawing_twin is None:
+            return self._sampler.draw(noise)
+        if noise is not None:
+            raise ValueError(f"noise must be None without draws, got values for weights. Use {self._drawing_twin}.")
+        return nullcontext()
+
+    @staticmethod
+    def _past_its_layer(site: Site) -> RuntimeError:
+        """Return the error for a gradient without a statistic."""
+        return RuntimeError(
+            f"parameter '{site.name}' must get its gradient through its own layer, got it past the layer. "
+            "Read it by calling the layer, or use an ordinary parameter."
+        )
+
     def _clear_record(self) -> None:
         """Drop what the open scope has recorded so far."""
 
@@ -114,6 +132,12 @@ class VariationalOptimizer(PosteriorGroups):
         Args:
             noise: Standard normal values by parameter name, in place of drawn ones.
         """
+        with self._recording(lambda: self._scope(noise)):
+            yield
+
+    @contextmanager
+    def _recording(self, scope: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        """Run a scope, and fold what it recorded into the averages; undo everything if it raises."""
         if self._inside:
             raise RuntimeError("sampled() must not be nested in itself; leave one scope before the next.")
         if not self._keeps_roots:
@@ -123,7 +147,7 @@ class VariationalOptimizer(PosteriorGroups):
             self._forget()
         self._restore(dict.fromkeys(self._names))
         try:
-            with self._scope(noise):
+            with scope():
                 self._inside = True
                 yield
             self._collect(earlier)
@@ -209,7 +233,7 @@ class VariationalOptimizer(PosteriorGroups):
         return loss if output is None else (loss, output)
 
     def _run(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
-        """Run the closure in `num_samples` scopes; return the means of loss and output.
+        """Run the closure under all draws; return the means of loss and output.
 
         A closure that does nothing and returns None, as Lightning passes one in manual optimisation,
         stands for no closure.
@@ -217,15 +241,21 @@ class VariationalOptimizer(PosteriorGroups):
         earlier, draws = {p: p.grad for p in self._names}, (self._statistics, self._scale, self._draws)
         self._forget()
         try:
-            results = [first := self._run_once(closure)]
-            if first[0] is None:
-                self._statistics, self._scale, self._draws = draws
-                return first
-            results += [self._run_once(closure) for _ in range(self.num_samples - 1)]
+            loss, output = self._run_draws(closure)
         except BaseException:
             self._restore(earlier)
             self._statistics, self._scale, self._draws = draws
             raise
+        if loss is None:
+            self._statistics, self._scale, self._draws = draws
+        return loss, output
+
+    def _run_draws(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
+        """Run the closure in `num_samples` scopes, one after the other; return the means of loss and output."""
+        results = [first := self._run_once(closure)]
+        if first[0] is None:
+            return first
+        results += [self._run_once(closure) for _ in range(self.num_samples - 1)]
         losses, outputs = [loss for loss, _ in results], [output for _, output in results]
         averages = isinstance(outputs[0], Tensor) and len(outputs) > 1
         return torch.stack(losses).mean(), torch.stack(outputs).mean(0) if averages else outputs[-1]

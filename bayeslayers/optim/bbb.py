@@ -117,10 +117,7 @@ class BBB(VariationalOptimizer):
             if leaf is not None and leaf.grad is not None:
                 gradients[parameter] = leaf.grad * leaf.detach()  # a leaf is proportional to sigma
             elif parameter.grad is not None:
-                raise RuntimeError(
-                    f"parameter '{site.name}' must get its gradient through its own layer, got it past the layer. "
-                    "Read it by calling the layer, or use an ordinary parameter."
-                )
+                raise self._past_its_layer(site)
         return Recorded(gradients)
 
     def _update(self, group: dict[str, Any]) -> None:

@@ -144,6 +144,22 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
         return self.dataset_size / group["temperature"]
 
 
+def first_precision(init_precision: float | str | None) -> tuple[float | None, bool]:
+    """Return the precision that sites are set to, and whether it comes from the first batches instead.
+
+    Args:
+        init_precision: A number, None, or "curvature".
+
+    Raises:
+        ValueError: If it is another word.
+    """
+    if not isinstance(init_precision, str):
+        return init_precision, False
+    if init_precision != "curvature":
+        raise ValueError(f"init_precision must be a number > 0, None or 'curvature', got {init_precision!r}.")
+    return None, True
+
+
 def listed(params: Any) -> list[Any]:
     """Return the parameters of a group, which may be one tensor."""
     return [params] if isinstance(params, Tensor) else list(params)

@@ -19,7 +19,7 @@ from bayeslayers.matrix_gaussian import as_matrix, damp, inverse, inverse_root, 
 from bayeslayers.optim.adam import corrected_weight, momentum_average
 from bayeslayers.optim.base import Recorded, VariationalOptimizer
 from bayeslayers.optim.fisher import check_likelihood, sampled_loss
-from bayeslayers.optim.groups import listed
+from bayeslayers.optim.groups import first_precision, listed
 from bayeslayers.sampling import Site, Tracker, layers_with_curvature
 
 Fisher = Literal["sampled", "empirical"]
@@ -36,7 +36,7 @@ _INPUT, _OUTPUT = "_input_factor", "_output_factor"  # behind a weight's name, t
 
 
 class _KroneckerFactored(VariationalOptimizer):
-    """The step that K-FAC and Noisy K-FAC share; `draws` says whether weights are drawn."""
+    """The step that K-FAC and Noisy K-FAC share."""
 
     _keeps_roots: ClassVar[bool] = True
 
@@ -46,7 +46,6 @@ class _KroneckerFactored(VariationalOptimizer):
         dataset_size: int,
         defaults: Mapping[str, Any],
         *,
-        draws: bool,
         init_precision: float | Literal["curvature"] | None,
         update_every: int,
         inverse_every: int | Schedule,
@@ -63,10 +62,7 @@ class _KroneckerFactored(VariationalOptimizer):
         self.fisher, self.likelihood = fisher, likelihood or likelihood_of(model)
         if fisher == "sampled":
             check_likelihood(self.likelihood)
-        if isinstance(init_precision, str) and init_precision != "curvature":
-            raise ValueError(f"init_precision must be a number > 0, None or 'curvature', got {init_precision!r}.")
-        self._draws_weights, self._from_curvature = draws, init_precision == "curvature"
-        value = None if isinstance(init_precision, str) else init_precision
+        value, self._from_curvature = first_precision(init_precision)
         super().__init__(model, dataset_size, _RULES, defaults, init_precision=value, **options)
 
     def _bind(self) -> None:
@@ -103,9 +99,7 @@ class _KroneckerFactored(VariationalOptimizer):
         self._tracks = steps % self.update_every == 0
         self._sums: dict[str, Tensor] = {}
         self._examples = 0
-        if noise is not None and not self._draws_weights:
-            raise ValueError("noise must be None without draws, got values for weights. Use NoisyKFAC.")
-        with self._sampler.draw(noise) if self._draws_weights else nullcontext():
+        with self._draw(noise):
             if not self._tracks:
                 yield
                 return
@@ -153,10 +147,7 @@ class _KroneckerFactored(VariationalOptimizer):
             unit = examples**2  # gradients of a mean over examples are this much smaller, squared
         for parameter, site in self._sites.items():
             if parameter.grad is not None and not {site.name, self._weight_name(site) + _INPUT} & sums.keys():
-                raise RuntimeError(
-                    f"parameter '{site.name}' must get its gradient through its own layer, got it past the layer. "
-                    "Read it by calling the layer, or use an ordinary parameter."
-                )
+                raise self._past_its_layer(site)
         scales = {name: (1 if name.endswith(_INPUT) else unit) / examples for name in sums}
         return Recorded({name: value * scales[name] for name, value in sums.items()})
 
@@ -417,7 +408,6 @@ class NoisyKFAC(_KroneckerFactored):
             model,
             dataset_size,
             {"lr": lr, "beta1": beta1, "factor_lr": factor_lr, "damping": damping, "temperature": temperature},
-            draws=True,
             prior_precision=prior_precision,
             init_precision=init_precision,
             update_every=update_every,
@@ -467,6 +457,8 @@ class KFAC(_KroneckerFactored):
         TypeError: If labels cannot be drawn from the likelihood.
     """
 
+    _drawing_twin = "NoisyKFAC"
+
     def __init__(
         self,
         model: nn.Module,
@@ -490,7 +482,6 @@ class KFAC(_KroneckerFactored):
             model,
             dataset_size,
             {"lr": lr, "beta1": beta1, "factor_lr": factor_lr, "damping": damping, "temperature": temperature},
-            draws=False,
             init_precision="curvature",
             prior_precision=prior_precision,
             update_every=update_every,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from bayeslayers.checks import fraction, non_negative, positive
 from bayeslayers.gaussian import natural_gradient_step_
 from bayeslayers.optim.adam import corrected_weight, momentum_average
 from bayeslayers.optim.base import Recorded, VariationalOptimizer
+from bayeslayers.optim.groups import first_precision
 from bayeslayers.sampling import Tracker, layers_with_curvature
 from bayeslayers.sampling.placement import put
 
@@ -30,7 +31,7 @@ _RULES = {
 
 
 class _GaussNewton(VariationalOptimizer):
-    """The step that VOGN and OGN share; `draws` says whether weights are drawn."""
+    """The step that VOGN and OGN share."""
 
     def __init__(
         self,
@@ -38,7 +39,6 @@ class _GaussNewton(VariationalOptimizer):
         dataset_size: int,
         defaults: Mapping[str, Any],
         *,
-        draws: bool,
         init_precision: float | Literal["curvature"] | None,
         curvature_fraction: float,
         loss_reduction: LossReduction,
@@ -47,13 +47,10 @@ class _GaussNewton(VariationalOptimizer):
     ):
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}.")
-        if isinstance(init_precision, str) and init_precision != "curvature":
-            raise ValueError(f"init_precision must be a number > 0, None or 'curvature', got {init_precision!r}.")
         self.loss_reduction = loss_reduction
         self.curvature_fraction = fraction("curvature_fraction", curvature_fraction, one=True)
         self.vectorise, self._at_once = vectorise, 1
-        self._draws_weights, self._from_curvature = draws, init_precision == "curvature"
-        value = None if isinstance(init_precision, str) else init_precision
+        value, self._from_curvature = first_precision(init_precision)
         super().__init__(model, dataset_size, _RULES, defaults, init_precision=value, **options)
 
     def _bind(self) -> None:
@@ -62,11 +59,11 @@ class _GaussNewton(VariationalOptimizer):
 
     @contextmanager
     def _scope(self, noise: Mapping[str, Tensor] | None) -> Iterator[None]:
-        if noise is not None and not self._draws_weights:
-            raise ValueError("noise must be None without draws, got values for weights. Use VOGN.")
-        draw = self._sampler.draw(noise) if self._draws_weights else nullcontext()
-        with draw, self._tracker.track(self.curvature_fraction, self._generator):
+        with self._draw(noise), self._track():
             yield
+
+    def _track(self) -> AbstractContextManager[Tracker]:
+        return self._tracker.track(self.curvature_fraction, self._generator)
 
     def _clear_record(self) -> None:
         self._tracker.clear()
@@ -81,32 +78,21 @@ class _GaussNewton(VariationalOptimizer):
             if leaf is not None and leaf.grad is not None:
                 squares[parameter] = leaf.grad
             elif parameter.grad is not None:
-                raise RuntimeError(
-                    f"parameter '{site.name}' must get its gradient through its own layer, got it past the layer. "
-                    "Read it by calling the layer, or use an ordinary parameter."
-                )
+                raise self._past_its_layer(site)
         # What makes sums over examples and draws, in the units of the loss, means over them.
         if self.loss_reduction == "sum":
             return Recorded(squares, 1 / (examples * self._at_once), 1 / (examples * self._at_once))
         return Recorded(squares, examples / self._at_once, 1 / self._at_once)
 
-    def _run(self, closure: Callable[[], Any]) -> tuple[Tensor, Any]:
+    def _run_draws(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
         if not self.vectorise or self.num_samples == 1:
-            return super()._run(closure)
-        earlier, draws = {p: p.grad for p in self._names}, (self._statistics, self._scale, self._draws)
-        self._drop_roots()
-        self._forget()
-        self._restore(dict.fromkeys(self._names))
+            return super()._run_draws(closure)
+        self._at_once = self.num_samples
         try:
-            self._inside, self._at_once = True, self.num_samples
-            losses, outputs = self._run_at_once(closure)
-            self._collect(earlier)
-        except BaseException:
-            self._restore(earlier)
-            self._statistics, self._scale, self._draws = draws
-            raise
+            with torch.enable_grad(), self._recording(self._track):
+                losses, outputs = self._run_at_once(closure)
         finally:
-            self._inside, self._at_once = False, 1
+            self._at_once = 1
         return losses.mean(), None if outputs is None else outputs.detach().mean(0)
 
     def _run_at_once(self, closure: Callable[[], Any]) -> tuple[Tensor, Tensor | None]:
@@ -123,17 +109,16 @@ class _GaussNewton(VariationalOptimizer):
             result = closure()
             return result if isinstance(result, tuple) else (result,)
 
-        with torch.enable_grad(), self._tracker.track(self.curvature_fraction, self._generator):
-            draws = []
-            for _ in range(self.num_samples - 1):
-                with self._sampler.draw():
-                    draws.append([site.value for site in sites])
-            with self._sampler.draw():  # the last draw's scope, in which `run` puts those of all in its place
+        draws = []
+        for _ in range(self.num_samples - 1):
+            with self._sampler.draw():
                 draws.append([site.value for site in sites])
-                stacked = [torch.stack(values) for values in zip(*draws, strict=True)]
-                losses, *outputs = torch.func.vmap(run, randomness="different")(*stacked)
-            self._refuse_bad_loss(losses)
-            losses.sum().backward()
+        with self._sampler.draw():  # the last draw's scope, in which `run` puts those of all in its place
+            draws.append([site.value for site in sites])
+            stacked = [torch.stack(values) for values in zip(*draws, strict=True)]
+            losses, *outputs = torch.func.vmap(run, randomness="different")(*stacked)
+        self._refuse_bad_loss(losses)
+        losses.sum().backward()
         return losses.detach(), outputs[0] if outputs else None
 
     def _update(self, group: dict[str, Any]) -> None:
@@ -237,7 +222,6 @@ class VOGN(_GaussNewton):
                 "temperature": temperature,
                 "damping": damping,
             },
-            draws=True,
             vectorise=vectorise,
             prior_precision=prior_precision,
             init_precision=init_precision,
@@ -281,6 +265,8 @@ class OGN(_GaussNewton):
         ValueError: If an argument breaks its rule, or the model has no Bayesian layer.
     """
 
+    _drawing_twin = "VOGN"
+
     def __init__(
         self,
         model: nn.Module,
@@ -309,7 +295,6 @@ class OGN(_GaussNewton):
                 "temperature": temperature,
                 "damping": damping,
             },
-            draws=False,
             prior_precision=prior_precision,
             init_precision=init_precision,
             generator=generator,

@@ -155,7 +155,7 @@ class Prediction:
             "likelihood": self.likelihood.name,
             "num_samples": self.num_samples,
             "samples_per_batch": list(self.samples_per_batch),
-            **{name: _plain(tensor.tolist()) for name, tensor in tensors.items()},
+            **{name: without_nan(tensor.tolist()) for name, tensor in tensors.items()},
         }
 
     def to_pandas(self) -> DataFrame:
@@ -223,7 +223,8 @@ def joined(parts: Sequence[Prediction]) -> Prediction:
     return dataclasses.replace(parts[0], **tensors, num_samples=max(counts), samples_per_batch=counts)
 
 
-def _plain(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Return a number, or nested lists of them, with None for NaN, which JSON has no word for."""
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if value != value else value  # NaN alone differs from itself
