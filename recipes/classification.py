@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,93 +16,16 @@ from torch import nn
 import bayeslayers as bl
 import zoo
 from bayeslayers.checkpoint import write_atomically
-from bayeslayers.checks import at_least_one, near, positive
 from bayeslayers.likelihoods import likelihood_of
-from bayeslayers.metrics import classification_metrics, ood_auroc
-from bayeslayers.prediction import Prediction, predict
-from bayeslayers.prediction.predict import METHODS
-from recipes.data import Split, load_split, num_batches, short_name
+from bayeslayers.plots import training_curves
+from recipes.configuration import Config, check
+from recipes.data import Split, by_short_name, load_split, num_batches, short_name
+from recipes.evaluate import Answer, Question, evaluated, measured, write_report
 from recipes.methods import make_optimizer, method_of
-from recipes.schedules import Schedule, make_schedulers
+from recipes.schedules import make_schedulers
 from recipes.training import CHECKPOINT, Training
 
-METRICS, POSTERIOR = "metrics.json", "posterior"
-
-
-@dataclass
-class Evaluation:
-    """How a run is measured.
-
-    Attributes:
-        num_samples: Draws of the final measurement.
-        epoch_samples: Draws of the measurement after each epoch.
-        seed: Of the draws.
-        method: How to predict, as in `bl.predict`: "sample", "mean", "local", "dropout", "linearised". None
-            for draws of a posterior, and one pass of a point estimate.
-        ood: Data set of strangers, for the AUROC of total entropy, or None.
-        batch_size: Examples per forward pass.
-    """
-
-    num_samples: int = 64
-    epoch_samples: int = 8
-    seed: int = 0
-    method: str | None = None
-    ood: str | None = None
-    batch_size: int = 1000
-
-
-@dataclass
-class Laplace:
-    """A diagonal Laplace approximation after the training.
-
-    Attributes:
-        prior_precision: Precision of the prior; None to maximise the marginal likelihood.
-        last_layer: Give the last layer alone a posterior.
-        temperature: T of the tempered posterior.
-    """
-
-    prior_precision: float | None = None
-    last_layer: bool = False
-    temperature: float = 1.0
-
-
-@dataclass
-class Config:
-    """A training run.
-
-    Attributes:
-        name: Name of the run and its posterior.
-        model: `name` in the zoo, and the arguments of its builder.
-        data: Data set to train and test on.
-        optimizer: `name` of a method of `recipes.methods`, and its arguments.
-        batch_size: Examples per step.
-        epochs: Passes over the training data.
-        schedule: Learning rate and temperature over the run.
-        seed: Of initial weights, order of the data, and draws.
-        laplace: Fit a Laplace approximation after a point estimate is trained; None for none.
-        evaluation: How the result is measured.
-        baseline: Run folder of a twin, whose figures go into the card beside ours.
-        output: Run folder; `runs/NAME` if None.
-        data_root: Folder of data already there; downloaded to `data` if None.
-        limit: Use the first so many examples of each split alone.
-        notes: Text for the card.
-    """
-
-    name: str
-    model: dict[str, Any]
-    data: str
-    optimizer: dict[str, Any]
-    batch_size: int = 128
-    epochs: int = 10
-    schedule: Schedule = field(default_factory=Schedule)
-    seed: int = 0
-    laplace: Laplace | None = None
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    baseline: str | None = None
-    output: str | None = None
-    data_root: str | None = None
-    limit: int | None = None
-    notes: str = ""
+METRICS, CONFIG, CURVES, POSTERIOR, BEST = "metrics.json", "config.json", "curves.png", "posterior", "best"
 
 
 def train(config: Config, resume: bool = False, command: str = "") -> dict[str, float] | None:
@@ -116,133 +40,226 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
         The metrics, or None if Ctrl-C stopped the run, which is then saved.
     """
     console = Console(stderr=True)
-    folder = Path(config.output or f"runs/{config.name}")
     check(config)
+    folder = run_folder(config, resume)
+    baseline = read_baseline(config.baseline)
+    torch.manual_seed(config.seed)
+    model = zoo.create(**config.model)
+    sets = read_sets(config, zoo.card_of(model).input_size)
+    experiment = Experiment(config, folder, model, sets, baseline, command)
+    run = experiment.training()
+    if resume:
+        run.resume()
+    write_atomically(folder / CONFIG, json.dumps(dataclasses.asdict(config), indent=2).encode())
+    finished = run.run()
+    if run.rows:
+        training_curves(run.rows, folder / CURVES)
+    if not finished:
+        console.print(f"stopped and saved in epoch {run.epoch + 1}; continue with --resume")
+        return None
+    metrics = experiment.finish(run.rows, progress=console.is_terminal)
+    console.print_json(json.dumps(metrics))
+    console.print(f"written to {folder}, with {CURVES} and report.html")
+    return metrics
+
+
+def run_folder(config: Config, resume: bool) -> Path:
+    """Return the folder of a run, and refuse to write over another run."""
+    folder = Path(config.output or f"runs/{config.name}")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output must be a folder, got {folder}, which is a file.")
     if not resume and (folder / CHECKPOINT).exists():
         raise FileExistsError(
             f"output must be a new run, got {folder} with a checkpoint. Add --resume or choose another."
         )
-    baseline = read_baseline(config.baseline)
-    train_data = load_split(config.data, config.data_root, train=True).head(config.limit)
-    test_data = load_split(config.data, config.data_root, train=False).head(config.limit)
-    strangers = config.evaluation.ood and load_split(config.evaluation.ood, config.data_root, train=False).head(
-        config.limit
-    )
-    torch.manual_seed(config.seed)
-    model = zoo.create(**config.model)
-    optimizer = make_optimizer(config.optimizer, model, len(train_data), config.seed)
-    how = config.evaluation
-    method = how.method or method_of(config.optimizer).predict
-    while_training = "mean" if config.laplace else method
-
-    def measure() -> dict[str, float]:
-        prediction = predict_split(model, test_data, how.epoch_samples, how, while_training)
-        return {f"test_{key}": value for key, value in classification_metrics(prediction, test_data.labels).items()}
-
-    run = Training(
-        folder=folder,
-        model=model,
-        optimizer=optimizer,
-        schedulers=make_schedulers(
-            config.schedule, optimizer, num_batches(train_data, config.batch_size), config.epochs
-        ),
-        likelihood=likelihood_of(model),
-        data=train_data,
-        batch_size=config.batch_size,
-        epochs=config.epochs,
-        seed=config.seed,
-        measure=measure,
-        identity={key: value for key, value in dataclasses.asdict(config).items() if key in _IDENTITY}
-        | {"training examples": len(train_data)},
-    )
-    if resume:
-        run.resume()
-    if not run.run():
-        console.print(f"stopped and saved in epoch {run.epoch + 1}; continue with --resume")
-        return None
-    if config.laplace:
-        model, method = fit_laplace(model, config, train_data), how.method or "sample"
-    metrics = final_metrics(model, config, test_data, strangers or None, method)
-    write_atomically(folder / METRICS, json.dumps(metrics, indent=2).encode())
-    if method not in ("mean", "dropout"):
-        save(model, config, folder / POSTERIOR, command, metrics, baseline, len(train_data), test_data)
-    console.print_json(json.dumps(metrics))
-    console.print(f"written to {folder}")
-    return metrics
+    return folder
 
 
-_IDENTITY = ("model", "data", "optimizer", "batch_size", "epochs", "schedule", "laplace", "seed", "limit")
+@dataclass(frozen=True)
+class Sets:
+    """The data of a run.
+
+    Attributes:
+        train: Examples to train on.
+        held_out: Examples to measure on after each epoch.
+        part: What these are, "val" or "test".
+        test: Examples to measure the result on.
+        strangers: Examples of other data, by name.
+    """
+
+    train: Split
+    held_out: Split
+    part: str
+    test: Split
+    strangers: dict[str, Split]
 
 
-def check(config: Config) -> None:
-    """Refuse a configuration that would fail only after the training."""
-    for name in ("epochs", "batch_size"):
-        at_least_one(name, getattr(config, name))
-    for name in ("num_samples", "epoch_samples", "batch_size"):
-        at_least_one(f"evaluation.{name}", getattr(config.evaluation, name))
-    if config.limit is not None:
-        at_least_one("limit", config.limit)
-    config.schedule.check()
-    point = method_of(config.optimizer).point
-    if config.laplace and not point:
-        raise ValueError(
-            f"laplace must follow the training of a point estimate, got optimizer {config.optimizer['name']!r}. Leave "
-            "one of them out."
+def read_sets(config: Config, size: Sequence[int]) -> Sets:
+    """Return the data of a run, for inputs of `size`, (c, h, w)."""
+    config.augmentation.check(size)
+
+    def load(name: str, train: bool = False) -> Split:
+        resize = config.augmentation.resize
+        return load_split(name, config.data_root, train=train, size=size, resize=resize).head(config.limit)
+
+    train, test = load(config.data, train=True), load(config.data)
+    strangers = {name: load(full) for name, full in by_short_name(config.evaluation.ood).items()}
+    if not config.validation:
+        return Sets(train, test, "test", test, strangers)
+    return Sets(*train.held_out(config.validation), "val", test, strangers)
+
+
+@dataclass
+class Experiment:
+    """A run, and what it leaves in its folder.
+
+    Attributes:
+        config: How it was asked for.
+        folder: Where its files go.
+        model: The network.
+        sets: Its data.
+        baseline: Figures of a twin.
+        command: What was typed.
+    """
+
+    config: Config
+    folder: Path
+    model: nn.Module
+    sets: Sets
+    baseline: dict[str, float | int | str]
+    command: str
+
+    def training(self) -> Training:
+        """Return the training to run."""
+        config, train = self.config, self.sets.train
+        optimizer = make_optimizer(config.optimizer, self.model, len(train), config.seed)
+        steps = num_batches(train, config.batch_size)
+        return Training(
+            folder=self.folder,
+            model=self.model,
+            forward=torch.compile(self.model, dynamic=False) if config.compile else self.model,
+            optimizer=optimizer,
+            schedulers=make_schedulers(config.schedule, optimizer, steps, config.epochs),
+            likelihood=likelihood_of(self.model),
+            data=train,
+            augmentation=config.augmentation,
+            batch_size=config.batch_size,
+            epochs=config.epochs,
+            seed=config.seed,
+            measure=self._measure,
+            chosen_by=f"{self.sets.part}_nll",
+            on_best=self._save_best,
+            identity={name: value for name, value in dataclasses.asdict(config).items() if name not in _MAY_DIFFER}
+            | {"training examples": len(train)},
         )
-    if config.laplace:
-        positive("laplace.temperature", config.laplace.temperature)
-        if config.laplace.prior_precision is not None:
-            positive("laplace.prior_precision", config.laplace.prior_precision)
-    methods = ("mean", "dropout") if point and not config.laplace else tuple(METHODS)
-    if (method := config.evaluation.method) is not None and method not in methods:
-        raise ValueError(
-            f"evaluation.method must be one of {', '.join(methods)} after this training, got {method!r}."
-            f"{near(method, methods)}"
+
+    def finish(self, rows: Sequence[Mapping[str, float]], progress: bool) -> dict[str, float]:
+        """Measure the trained network, and write figures, report and posterior.
+
+        Args:
+            rows: The training's log.
+            progress: Whether to show a progress bar.
+        """
+        config = self.config
+        if config.laplace:
+            self.model = fit_laplace(self.model, config, self.sets.train)
+        question = self._question(config.evaluation.num_samples, trained=True)
+        answer = measured(self.model, question, self.sets.test, self.sets.strangers, self.command, progress)
+        write_report(dataclasses.replace(answer, log=rows), self.folder)
+        metrics = figures_of(answer)
+        write_atomically(self.folder / METRICS, json.dumps(metrics, indent=2).encode())
+        self._save(POSTERIOR, metrics, config.notes)
+        return metrics
+
+    def _measure(self) -> dict[str, float]:
+        question = self._question(self.config.evaluation.epoch_samples)
+        found = evaluated(self.model, question, self.sets.held_out).metrics
+        return {f"{self.sets.part}_{name}": found[name] for name in LOGGED}
+
+    def _question(self, num_samples: int, trained: bool = False) -> Question:
+        config, how = self.config, self.config.evaluation
+        return Question(
+            config.name,
+            short_name(config.data),
+            list(self.sets.strangers),
+            num_samples,
+            how.seed,
+            self._method(trained),
+            config.limit,
+            how.batch_size,
         )
+
+    def _method(self, trained: bool) -> str:
+        """Return how to predict: until a Laplace approximation is fitted, by the means."""
+        if self.config.laplace:
+            return (self.config.evaluation.method or "sample") if trained else "mean"
+        return self.config.evaluation.method or method_of(self.config.optimizer).predict
+
+    def _save_best(self, row: Mapping[str, float]) -> None:
+        part, config = self.sets.part, self.config
+        figures = {name: value for name, value in row.items() if name.startswith(f"{part}_")}
+        notes = f"Epoch {row['epoch']} of {config.epochs}, that of the lowest {part}_nll. {config.notes}".strip()
+        if not config.laplace:
+            self._save(BEST, figures | {"num_samples": config.evaluation.epoch_samples}, notes)
+
+    def _save(self, name: str, metrics: Mapping[str, float], notes: str) -> None:
+        """Save the posterior with its card, where there is one to predict by."""
+        import torchvision
+
+        config, optimizer = self.config, self.config.optimizer
+        if self._method(trained=True) in ("mean", "dropout"):
+            return
+        train, test = len(self.sets.train), len(self.sets.test)
+        bl.save_posterior(
+            self.model,
+            self.folder / name,
+            name=config.name,
+            class_names=self.sets.test.classes,
+            dataset=f"{short_name(config.data)} ({train} train, {test} test)",
+            dataset_size=train,
+            temperature=config.laplace.temperature if config.laplace else float(optimizer.get("temperature", 1.0)),
+            optimizer=optimizer
+            | {"batch_size": config.batch_size, "epochs": config.epochs}
+            | ({"laplace": dataclasses.asdict(config.laplace)} if config.laplace else {}),
+            recipe=self.command,
+            versions={
+                "bayeslayers": bl.__version__,
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+            },
+            metrics={name: round(value, 5) for name, value in metrics.items()},
+            baseline=self.baseline,
+            notes=notes,
+        )
+
+
+LOGGED = ("accuracy", "nll", "brier", "ece")
+_MAY_DIFFER = ("name", "evaluation", "baseline", "output", "data_root", "compile", "notes", "recipe")
 
 
 def fit_laplace(model: nn.Module, config: Config, data: Split) -> nn.Module:
     """Return the trained network with the precisions of its Laplace approximation."""
     assert config.laplace
-    size = config.evaluation.batch_size
     return bl.laplace(
         model,
-        [(data.inputs(rows), data.labels[rows]) for rows in (slice(i, i + size) for i in range(0, len(data), size))],
+        data.in_order(config.evaluation.batch_size),
         prior_precision="marglik" if config.laplace.prior_precision is None else config.laplace.prior_precision,
         layers=bl.last_layer if config.laplace.last_layer else None,
         temperature=config.laplace.temperature,
     )
 
 
-def predict_split(model: nn.Module, data: Split, num_samples: int, how: Evaluation, method: str) -> Prediction:
-    """Return the prediction for a split."""
-    return predict(
-        model,
-        data.inputs(slice(None)),
-        num_samples,
-        batch_size=how.batch_size,
-        generator=torch.Generator().manual_seed(how.seed),
-        method=method,  # pyright: ignore[reportArgumentType]
-    )
-
-
-def final_metrics(
-    model: nn.Module, config: Config, test: Split, strangers: Split | None, method: str
-) -> dict[str, float]:
-    """Measure the trained model on the test split, and against strangers."""
-    how = config.evaluation
-    known = predict_split(model, test, how.num_samples, how, method)
-    metrics = classification_metrics(known, test.labels)
-    if strangers is not None:
-        strange = predict_split(model, strangers, how.num_samples, how, method)
-        name = short_name(str(how.ood))
-        metrics[f"ood_auroc_{name}"] = ood_auroc(known.total, strange.total)
-        if method != "mean":
-            metrics[f"ood_auroc_{name}_epistemic"] = ood_auroc(known.epistemic, strange.epistemic)
-    counts = {"num_samples": how.num_samples if method != "mean" else 1, "seed": how.seed}
-    return metrics | {"test_examples": len(test)} | counts
+def figures_of(answer: Answer) -> dict[str, float]:
+    """Return the figures of a card, which `verify` measures anew."""
+    found, point = answer.evaluation.metrics, answer.question.method == "mean"
+    figures = {key: found[key] for key in (*LOGGED, "misclassification_auroc_confidence")}
+    for name in answer.question.ood:
+        figures[f"ood_auroc_{name}"] = found[f"{name}/auroc_entropy"]
+        if not point:
+            figures[f"ood_auroc_{name}_epistemic"] = found[f"{name}/auroc_epistemic"]
+    counts = {"num_samples": answer.evaluation.num_samples, "seed": answer.question.seed}
+    figures = {name: value for name, value in figures.items() if not math.isnan(value)}  # an AUROC without errors
+    return figures | {"test_examples": answer.evaluation.num_examples} | counts
 
 
 def read_baseline(folder: str | None) -> dict[str, float | int | str]:
@@ -254,40 +271,9 @@ def read_baseline(folder: str | None) -> dict[str, float | int | str]:
         raise FileNotFoundError(f"baseline must be a finished run, got {folder} without {METRICS}. Train it first.")
     try:
         figures = {key: round(value, 5) for key, value in json.loads(path.read_text()).items()}
-    except (ValueError, TypeError, AttributeError):
+        name = str(json.loads((path.parent / CONFIG).read_text())["optimizer"]["name"])
+    except (ValueError, TypeError, AttributeError, KeyError, FileNotFoundError):
         raise ValueError(
             f"baseline must be a finished run, got {path}, which holds no figures. Train it anew."
         ) from None
-    return {"optimizer": "adam"} | figures
-
-
-def save(
-    model: nn.Module,
-    config: Config,
-    folder: Path,
-    command: str,
-    metrics: dict[str, float],
-    baseline: dict[str, float | int | str],
-    dataset_size: int,
-    test: Split,
-) -> None:
-    """Save the posterior with its card."""
-    import torchvision
-
-    bl.save_posterior(
-        model,
-        folder,
-        name=config.name,
-        class_names=test.classes,
-        dataset=f"{short_name(config.data)} ({dataset_size} train, {len(test)} test)",
-        dataset_size=dataset_size,
-        temperature=config.laplace.temperature if config.laplace else float(config.optimizer.get("temperature", 1.0)),
-        optimizer=config.optimizer
-        | {"batch_size": config.batch_size, "epochs": config.epochs}
-        | ({"laplace": dataclasses.asdict(config.laplace)} if config.laplace else {}),
-        recipe=command,
-        versions={"bayeslayers": bl.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
-        metrics={key: round(value, 5) for key, value in metrics.items()},
-        baseline=baseline,
-        notes=config.notes,
-    )
+    return {"optimizer": name} | figures

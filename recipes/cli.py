@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from recipes import hub_commands
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIGS = Path(__file__).parent / "configs"
+RECIPES = ("classification", "toy2d")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -239,9 +242,8 @@ def train(arguments: argparse.Namespace) -> int:
     """Train a posterior from a configuration file."""
     from jsonargparse import ArgumentError, ArgumentParser
 
-    from recipes.classification import Config
-    from recipes.classification import train as run
-
+    words = _config_first(_underscores(arguments.words))
+    recipe = _recipe(words)
     parser = ArgumentParser(
         prog="bayeslayers train CONFIG",
         description="Train a posterior. CONFIG is a YAML file, or the name of a bundled one as mnist/lenet5_vogn; "
@@ -250,15 +252,33 @@ def train(arguments: argparse.Namespace) -> int:
     )
     parser.add_argument("--config", action="config", help="the YAML file, in place of CONFIG")
     parser.add_argument("--resume", action="store_true", help="continue a run exactly where it was saved")
-    parser.add_class_arguments(Config)
+    parser.add_class_arguments(recipe.Config)
     try:
-        options = parser.parse_args(_config_first(_underscores(arguments.words)))
+        options = parser.parse_args(words)
         config = parser.instantiate(options).as_dict()
     except ArgumentError as error:
         raise ValueError(f"{str(error).rstrip('.')}. See bayeslayers train --help.") from None
     del config["config"]
     resume = config.pop("resume")
-    return 0 if run(Config(**config), resume, _command(arguments.words)) is not None else 130
+    return 0 if recipe.train(recipe.Config(**config), resume, _command(arguments.words)) is not None else 130
+
+
+def _recipe(words: Sequence[str]) -> ModuleType:
+    """Return the module of the recipe that the configuration file names; classification where it names none."""
+    import yaml
+
+    from bayeslayers.checks import near
+
+    name = "classification"
+    if words[:1] == ["--config"] and len(words) > 1:
+        try:
+            content = yaml.safe_load(Path(words[1]).read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            content = None  # the parser says what is wrong with it
+        name = content.get("recipe", name) if isinstance(content, dict) else name
+    if name not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}.{near(str(name), RECIPES)}")
+    return importlib.import_module(f"recipes.{name}")
 
 
 def _underscores(words: Sequence[str]) -> list[str]:
@@ -288,14 +308,14 @@ def _config_file(name: str) -> Path:
 
 
 def _command(words: Sequence[str]) -> str:
-    """Return the command for the card, without the options that say where files are on this machine."""
+    """Return the command for the card, without what says where files are on this machine."""
     kept, rest = ["bayeslayers", "train"], iter(words)
     for word in rest:
         name, equals, _ = word.partition("=")
         if name in _PLACES and not equals:
             next(rest, None)
         elif name not in _PLACES and word not in _FLAGS:
-            kept.append(word)
+            kept.append(re.sub(r"(npz|imagefolder):[^\s'\"]*/", r"\1:", word))
     return shlex.join(kept)
 
 

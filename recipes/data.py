@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bayeslayers.checks import near
+from recipes.augmentation import Augmentation, middle
 from recipes.image_files import ImageFiles, check_colours, read_folder, read_npz
 
 NAMES = {
@@ -31,18 +32,29 @@ class Split:
         labels: Class indices `(n,)`.
         classes: Names of the classes.
         size: Height and width that inputs are resized to; None for those of the images.
+        crop: Height and width of the middle of that which an input is; None for the whole.
     """
 
     images: Tensor | ImageFiles
     labels: Tensor
     classes: list[str]
     size: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def inputs(self, index: Tensor | slice) -> Tensor:
         """Return images as `ToTensor` gives them, float in [0, 1]."""
+        x = self._resized(index)
+        return x if self.crop is None else middle(x, self.crop)
+
+    def varied(self, index: Tensor | slice, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+        """Return images as `inputs`, each cropped and mirrored at random."""
+        x = self._resized(index)
+        return augmentation(x, self.crop or (x.shape[2], x.shape[3]), generator)
+
+    def _resized(self, index: Tensor | slice) -> Tensor:
         x = self.images[index].float() / 255
         if self.size in (None, x.shape[2:]):
             return x
@@ -52,14 +64,63 @@ class Split:
         return resize(x, list(self.size), antialias=True).clamp(0, 1)
 
     def head(self, limit: int | None) -> Split:
-        """Return the first `limit` examples, all if None."""
-        if limit is None:
+        """Return the first `limit` examples, all if None; of files, which lie class by class, as many from all over."""
+        if limit is None or limit >= len(self):
             return self
-        images = self.images.head(limit) if isinstance(self.images, ImageFiles) else self.images[:limit]
-        return dataclasses.replace(self, images=images, labels=self.labels[:limit])
+        if isinstance(self.images, ImageFiles):
+            return self.taken(torch.arange(limit) * len(self) // limit)
+        return dataclasses.replace(self, images=self.images[:limit], labels=self.labels[:limit])
+
+    def taken(self, index: Tensor) -> Split:
+        """Return the examples of these numbers."""
+        images = self.images.taken(index) if isinstance(self.images, ImageFiles) else self.images[index]
+        return dataclasses.replace(self, images=images, labels=self.labels[index])
+
+    def held_out(self, count: int) -> tuple[Split, Split]:
+        """Return the split without `count` examples, chosen at random but always the same, and these.
+
+        Raises:
+            ValueError: If none would be left.
+        """
+        if count >= len(self):
+            raise ValueError(f"validation must leave training examples, got {count} of {len(self)}.")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+        return self.taken(order[count:].sort().values), self.taken(order[:count].sort().values)
+
+    def in_order(self, batch_size: int) -> InOrder:
+        """Return the batches to measure on."""
+        return InOrder(self, batch_size)
 
 
-def load_split(name: str, root: str | Path | None, *, train: bool, size: Sequence[int] | None = None) -> Split:
+@dataclass(frozen=True)
+class InOrder:
+    """Batches of inputs and labels of a split, in its order, as often as they are asked for.
+
+    Attributes:
+        split: The examples.
+        batch_size: Examples per batch; the last one may have fewer.
+    """
+
+    split: Split
+    batch_size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.split) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.split), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield self.split.inputs(part), self.split.labels[part]
+
+
+def load_split(
+    name: str,
+    root: str | Path | None,
+    *,
+    train: bool,
+    size: Sequence[int] | None = None,
+    resize: int | None = None,
+) -> Split:
     """Return a split of a data set.
 
     Args:
@@ -69,6 +130,7 @@ def load_split(name: str, root: str | Path | None, *, train: bool, size: Sequenc
             where the set is downloaded to if need be.
         train: The training split, else the test split.
         size: `(c, h, w)` of the inputs; None for that of the images.
+        resize: Side that images are resized to before `size` is cropped from them; None for that of `size`.
 
     Raises:
         ValueError: If the name is unknown, the data is damaged, or its images are grey where `size` is for
@@ -76,9 +138,12 @@ def load_split(name: str, root: str | Path | None, *, train: bool, size: Sequenc
         FileNotFoundError: If there is no such data.
         ConnectionError: If it could not be downloaded.
     """
+    crop = None
+    if size is not None and resize is not None:
+        crop, size = (size[1], size[2]), (size[0], resize, resize)
     kind, _, path = name.partition(":")
     if kind == "imagefolder" and path:
-        return Split(*read_folder(path, train=train, size=size))
+        return Split(*read_folder(path, train=train, size=size), crop=crop)
     if kind == "npz" and path:
         images, labels, classes = read_npz(path, train=train)
     elif name in NAMES:
@@ -91,7 +156,7 @@ def load_split(name: str, root: str | Path | None, *, train: bool, size: Sequenc
         return Split(images, labels, classes)
     channels, height, width = size
     check_colours(name, images.shape[1], channels)
-    return Split(images, labels, classes, (height, width))
+    return Split(images, labels, classes, (height, width), crop)
 
 
 def short_name(name: str) -> str:
@@ -105,6 +170,12 @@ def short_name(name: str) -> str:
         return name
     folder_or_file = Path(path.replace("{split}", ""))
     return (folder_or_file.stem if kind == "npz" else folder_or_file.name).strip("_-. ") or name
+
+
+def by_short_name(names: Sequence[str]) -> dict[str, str]:
+    """Return data sets by their short names, or by the whole ones where two would be the same."""
+    short = [short_name(name) for name in names]
+    return dict(zip(short if len(set(short)) == len(short) else names, names, strict=True))
 
 
 def _read_torchvision(name: str, root: str | Path | None, train: bool) -> tuple[Tensor, Tensor, list[str]]:
@@ -141,16 +212,27 @@ def _read_torchvision(name: str, root: str | Path | None, train: bool) -> tuple[
     return images, labels.long(), [str(name) for name in classes]
 
 
-def batches(split: Split, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    split: Split,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    augmentation: Augmentation = Augmentation(),  # noqa: B008 (never written to)
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield an epoch's full batches in random order, from number `start` on.
 
-    The order depends on seed and epoch alone, so a resumed run sees what an uninterrupted one does.
-    A last batch that is not full is left out, unless it is the only one.
+    Order and augmentation depend on seed, epoch and number alone, so a resumed run sees what an
+    uninterrupted one does. A last batch that is not full is left out, unless it is the only one.
+    Colours are the innermost dimension in memory, which convolutions on the CPU are faster for.
     """
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+    stream = seed * 100_003 + epoch
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(stream))
     for number in range(start, num_batches(split, batch_size)):
         index = order[number * batch_size : (number + 1) * batch_size]
-        yield split.inputs(index), split.labels[index]
+        generator = torch.Generator().manual_seed(stream * 1_000_003 + number)
+        x = split.varied(index, augmentation, generator)
+        yield x.contiguous(memory_format=torch.channels_last), split.labels[index]
 
 
 def num_batches(split: Split, batch_size: int) -> int:

@@ -6,10 +6,10 @@ import dataclasses
 import json
 import platform
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ import bayeslayers as bl
 import zoo
 from bayeslayers.checkpoint import write_atomically
 from bayeslayers.checks import at_least_one
-from recipes.data import Split, load_split, short_name
+from recipes.data import Split, by_short_name, load_split
 
 MISTAKES = 24  # the most confident ones, which a report shows
 
@@ -33,7 +33,7 @@ class Question:
         ood: Data sets of strangers.
         num_samples: Draws per batch.
         seed: Of the draws.
-        method: "sample", or "mean" for one pass with the posterior means.
+        method: How to predict, as in `bl.predict`: "sample", or "mean" for one pass with the posterior means.
         limit: Use the first so many examples of each set alone.
         batch_size: Examples per forward pass.
     """
@@ -43,7 +43,7 @@ class Question:
     ood: Sequence[str] = ()
     num_samples: int = 64
     seed: int = 0
-    method: Literal["sample", "mean"] = "sample"
+    method: str = "sample"
     limit: int | None = None
     batch_size: int = 250
 
@@ -76,17 +76,21 @@ class Answer:
         evaluation: The figures.
         mistakes: The most confident mistakes, most confident first.
         versions: Of the libraries.
+        command: What was typed.
+        log: Rows of the training's log, where it has just been trained.
     """
 
     question: Question
     evaluation: bl.Evaluation
     mistakes: list[Mistake]
     versions: dict[str, str]
+    command: str
+    log: Sequence[Mapping[str, float]] = ()
 
     def to_json(self) -> str:
         """Return the text of `report.json`."""
         asked = dataclasses.asdict(self.question) | {"ood": list(self.question.ood)}
-        plain: dict[str, Any] = {"command": self.question.command(), "versions": self.versions} | asked
+        plain: dict[str, Any] = {"command": self.command, "versions": self.versions} | asked
         return json.dumps(plain | self.evaluation.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
@@ -122,19 +126,49 @@ def evaluate(question: Question, data_root: str | Path | None = None, progress: 
         return load_split(name, data_root, train=False, size=card.input_size).head(question.limit)
 
     data = _aligned(load(question.data), card.class_names)
-    short = [short_name(name) for name in question.ood]
-    names = short if len(set(short)) == len(short) else question.ood
-    strangers = {name: load(full) for name, full in zip(names, question.ood, strict=True)}
-    evaluation = bl.evaluate(
+    strangers = {name: load(full) for name, full in by_short_name(question.ood).items()}
+    return measured(model, question, data, strangers, question.command(), progress)
+
+
+def measured(
+    model: nn.Module,
+    question: Question,
+    data: Split,
+    strangers: Mapping[str, Split],
+    command: str,
+    progress: bool = False,
+) -> Answer:
+    """Measure a network.
+
+    Args:
+        model: A network of classes.
+        question: How it is measured.
+        data: Examples, labelled by the network's classes.
+        strangers: Examples of other data, by name.
+        command: What was typed.
+        progress: Whether to show a progress bar.
+    """
+    evaluation = evaluated(model, question, data, strangers, progress)
+    return Answer(question, evaluation, _mistakes(model, data, evaluation, question), _versions(), command)
+
+
+def evaluated(
+    model: nn.Module,
+    question: Question,
+    data: Split,
+    strangers: Mapping[str, Split] | None = None,
+    progress: bool = False,
+) -> bl.Evaluation:
+    """Return the figures that `measured` reports."""
+    return bl.evaluate(
         model,
-        _Batches(data, question.batch_size),
-        ood={name: _Batches(split, question.batch_size) for name, split in strangers.items()},
+        data.in_order(question.batch_size),
+        ood={name: split.in_order(question.batch_size) for name, split in (strangers or {}).items()},
         num_samples=question.num_samples,
         generator=torch.Generator().manual_seed(question.seed),
         method=question.method,
         progress=progress,
     )
-    return Answer(question, evaluation, _mistakes(model, data, evaluation, question), _versions())
 
 
 def write_report(answer: Answer, folder: str | Path) -> None:
@@ -149,21 +183,6 @@ def write_report(answer: Answer, folder: str | Path) -> None:
     contents = {"report.html": report_html(answer), "report.json": answer.to_json()}
     for name, content in contents.items():
         write_atomically(Path(folder) / name, content.encode())
-
-
-class _Batches:
-    """Inputs and labels of a split, in its order."""
-
-    def __init__(self, split: Split, batch_size: int):
-        self.split, self.batch_size = split, batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.split) // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self.split), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            yield self.split.inputs(part), self.split.labels[part]
 
 
 def _aligned(data: Split, names: Sequence[str]) -> Split:
@@ -187,7 +206,7 @@ def _mistakes(model: nn.Module, data: Split, evaluation: bl.Evaluation, question
         return []
     generator = torch.Generator().manual_seed(question.seed)
     inputs, images = data.inputs(index), data.images[index]
-    prediction = bl.predict(model, inputs, question.num_samples, generator=generator, method=question.method)
+    prediction = bl.predict(model, inputs, question.num_samples, generator=generator, method=question.method)  # pyright: ignore[reportArgumentType]
     found = []
     for number, label in enumerate(data.labels[index].tolist()):
         predicted = int(prediction.labels[number])

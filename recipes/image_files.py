@@ -89,9 +89,9 @@ class ImageFiles:
             images = list(pool.map(partial(_decode, size=self.size), paths))
         return torch.stack(images) if images else torch.empty(0, *self.size, dtype=torch.uint8)
 
-    def head(self, limit: int) -> ImageFiles:
-        """Return the first `limit` images."""
-        return ImageFiles(self.paths[:limit], self.size)
+    def taken(self, index: Tensor) -> ImageFiles:
+        """Return the images of these numbers."""
+        return ImageFiles([self.paths[number] for number in index.tolist()], self.size)
 
 
 def read_folder(path: str, *, train: bool, size: Sequence[int] | None = None) -> tuple[ImageFiles, Tensor, list[str]]:

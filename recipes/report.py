@@ -67,8 +67,9 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; font-weight: 
 td.meaning { color: var(--soft); font-size: .875rem; }
 figure { margin: 0; }
 .figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
-.figures figure, .mistakes figure { background: var(--card); border-radius: .5rem; padding: .75rem; }
-.figures img { width: 100%; height: auto; display: block; background: #fff; border-radius: .25rem; margin: 0 0 .5rem; }
+.figures figure, .mistakes figure, .wide figure { background: var(--card); border-radius: .5rem; padding: .75rem; }
+.figures img, .wide img { width: 100%; height: auto; display: block; background: #fff; border-radius: .25rem;
+  margin: 0 0 .5rem; }
 .mistakes { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
 .mistakes img { width: 100%; aspect-ratio: 1; object-fit: contain; image-rendering: pixelated; background: #000;
   border-radius: .25rem; }
@@ -90,7 +91,9 @@ def report_html(answer: Answer) -> str:
     question, evaluation = answer.question, answer.evaluation
     metrics = evaluation.metrics
     headline = {key: value for key, value in metrics.items() if _HEADLINE.fullmatch(key)}
-    draws = "the posterior means" if question.method == "mean" else f"{evaluation.num_samples} draws of the weights"
+    draws = (
+        "the means of the weights" if question.method == "mean" else f"{evaluation.num_samples} draws of the weights"
+    )
     title = f"{question.posterior} on {question.data}"
     versions = ", ".join(f"{name} {version}" for name, version in answer.versions.items())
     sections = [
@@ -100,9 +103,10 @@ def report_html(answer: Answer) -> str:
         f"<details><summary>All {len(metrics)} figures</summary>{_table(metrics)}</details>",
         "<h2>Figures</h2>",
         f'<div class="figures">{"".join(_figures(answer))}</div>',
+        _training(answer),
         _mistakes(answer.mistakes),
         "<h2>How it was made</h2>",
-        f"<pre>{escape(question.command())}</pre>",
+        f"<pre>{escape(answer.command)}</pre>",
         f'<p class="soft">{escape(versions)}. The same figures for programs are in report.json.</p>',
     ]
     return (
@@ -163,6 +167,14 @@ def _figures(answer: Answer) -> list[str]:
         text = f"Strangers should lie further right than known examples by {_SCORES[score]}."
         figures.append(_figure(plots.score_histograms(evaluation, score), f"Known and strange by {score}", text))
     return figures
+
+
+def _training(answer: Answer) -> str:
+    if not answer.log:
+        return ""
+    text = "Figures of the training data are means over an epoch, while the weights moved."
+    figure = _figure(plots.training_curves(answer.log), "Training curves", text)
+    return f'<h2>Training</h2><div class="wide">{figure}</div>'
 
 
 def _figure(figure: Figure, title: str, text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from bayeslayers.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from bayeslayers.likelihoods import Likelihood
+from bayeslayers.metrics.calibration import CalibrationBins
 from bayeslayers.optim import TemperatureWarmup
+from recipes.augmentation import Augmentation
 from recipes.data import Split, batches, num_batches
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.csv"
@@ -33,35 +36,45 @@ class Training:
     Attributes:
         folder: Where checkpoint and logs go.
         model: The network.
+        forward: The network as it is called in training; compiled, say.
         optimizer: Its optimiser; `step(closure)` returns `(loss, output)`.
         schedulers: Schedules of learning rate and temperature, stepped after every batch.
         likelihood: The loss.
         data: Training split.
+        augmentation: How its images are varied.
         batch_size: Examples per step.
         epochs: Passes over the data.
         seed: Of the order of the data.
         measure: Returns figures to log at the end of an epoch.
+        chosen_by: The figure of the log whose lowest value marks the best epoch.
+        on_best: Called with the row of an epoch that is the best so far.
         identity: What must be equal for a checkpoint to be resumed.
         epoch: Epochs done.
         step: Steps done in the current epoch.
-        sums: Sums of loss and accuracy over these steps.
+        sums: Sums of loss, accuracy and seconds over these steps.
+        bins: Calibration over these steps.
         rows: The log so far, one row an epoch.
     """
 
     folder: Path
     model: nn.Module
+    forward: Callable[[Tensor], Tensor]
     optimizer: torch.optim.Optimizer
     schedulers: Sequence[LambdaLR | TemperatureWarmup]
     likelihood: Likelihood
     data: Split
+    augmentation: Augmentation
     batch_size: int
     epochs: int
     seed: int
     measure: Callable[[], dict[str, float]]
+    chosen_by: str
+    on_best: Callable[[dict[str, float]], None]
     identity: dict[str, Any]
     epoch: int = 0
     step: int = 0
     sums: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "accuracy": 0.0, "seconds": 0.0})
+    bins: CalibrationBins = field(default_factory=CalibrationBins)
     rows: list[dict[str, float]] = field(default_factory=list)
 
     def run(self) -> bool:
@@ -70,30 +83,27 @@ class Training:
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  accuracy {task.fields[accuracy]:.4f}  lr {task.fields[lr]:.1e}"),
+            TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
         )
         per_epoch = num_batches(self.data, self.batch_size)
         done = self.epoch * per_epoch + self.step
         bar = Progress(*columns, console=Console(stderr=True))
         with bar as progress, interruption() as interrupted, self._tensorboard() as write:
-            shown = {"epochs": self.epochs, "loss": 0.0, "accuracy": 0.0, "lr": 0.0, "epoch": self.epoch + 1}
+            shown = {"epochs": self.epochs, "epoch": self.epoch + 1, "figures": ""}
             task = progress.add_task("", total=self.epochs * per_epoch, completed=done, **shown)
             while self.epoch < self.epochs:
-                for x, y in batches(self.data, self.batch_size, self.seed, self.epoch, self.step):
+                for x, y in batches(
+                    self.data, self.batch_size, self.seed, self.epoch, self.step, augmentation=self.augmentation
+                ):
                     self._step(x, y)
-                    progress.update(
-                        task,
-                        advance=1,
-                        epoch=self.epoch + 1,
-                        lr=self._lr(),
-                        loss=self.sums["loss"] / self.step,
-                        accuracy=self.sums["accuracy"] / self.step,
-                    )
+                    figures = in_words(self._settings() | self._means())
+                    progress.update(task, advance=1, epoch=self.epoch + 1, figures=figures)
                     if interrupted() and self.step < per_epoch:
                         self.save()
                         return False
                 self._end_epoch(write)
+                progress.console.print(f"epoch {self.epoch}/{self.epochs}: {in_words(self.rows[-1])}", highlight=False)
                 if interrupted() and self.epoch < self.epochs:
                     return False
         return True
@@ -103,7 +113,7 @@ class Training:
 
         def closure() -> tuple[Tensor, Tensor]:
             self.optimizer.zero_grad()
-            output = self.model(x)
+            output = self.forward(x)
             loss = self.likelihood.loss(output, y)
             loss.backward()
             return loss, output
@@ -111,26 +121,43 @@ class Training:
         loss, output = self.optimizer.step(closure)  # pyright: ignore
         for scheduler in self.schedulers:
             scheduler.step()
+        confidence, labels = self.likelihood.per_draw(output.detach().double())[0].max(1)
+        self.bins.add(confidence[:, None], (labels == y)[:, None])
         self.step += 1
         self.sums["loss"] += loss.item()
-        self.sums["accuracy"] += float((output.argmax(1) == y).float().mean())
+        self.sums["accuracy"] += float((labels == y).float().mean())
         self.sums["seconds"] += time.perf_counter() - began
 
     def _end_epoch(self, write: Callable[[dict[str, float]], None]) -> None:
-        means = {f"train_{key}": self.sums[key] / self.step for key in ("loss", "accuracy")}
-        row = {"epoch": self.epoch + 1, "seconds": self.sums["seconds"], "lr": self._lr()} | means | self.measure()
+        seconds = {"epoch": self.epoch + 1, "seconds": self.sums["seconds"]}
+        row = seconds | self._settings() | self._means() | self.measure()
+        if row[self.chosen_by] <= min((past[self.chosen_by] for past in self.rows), default=math.inf):
+            self.on_best(row)
         self.rows.append(row)
-        self.epoch, self.step, self.sums = self.epoch + 1, 0, dict.fromkeys(self.sums, 0.0)
+        self.epoch, self.step, self.sums, self.bins = (
+            self.epoch + 1,
+            0,
+            dict.fromkeys(self.sums, 0.0),
+            CalibrationBins(),
+        )
         write(row)
         self.save()
 
-    def _lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+    def _means(self) -> dict[str, float]:
+        """Return the figures of this epoch's steps so far, measured while the weights moved."""
+        means = {f"train_{key}": self.sums[key] / self.step for key in ("loss", "accuracy")}
+        return means | {"train_ece": float(self.bins.errors())}
+
+    def _settings(self) -> dict[str, float]:
+        """Return learning rate, and temperature where the optimizer has one."""
+        group = self.optimizer.param_groups[0]
+        return {key: float(group[key]) for key in ("lr", "temperature") if key in group}
 
     def save(self) -> None:
         """Write checkpoint and log."""
         parts = {"model": self.model, "optimizer": self.optimizer}
-        own = {"epoch": self.epoch, "step": self.step, "sums": self.sums, "rows": self.rows, "identity": self.identity}
+        own = {key: getattr(self, key) for key in ("epoch", "step", "sums", "rows", "identity")}
+        own["bins"] = self.bins.sums
         states: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
         states["schedulers"] = [scheduler.state_dict() for scheduler in self.schedulers]
         save_checkpoint(self.folder / CHECKPOINT, states | own | {"rng": torch.get_rng_state()})
@@ -161,6 +188,7 @@ class Training:
             scheduler.load_state_dict(own)
         torch.set_rng_state(state["rng"])
         self.epoch, self.step, self.sums, self.rows = (state[key] for key in ("epoch", "step", "sums", "rows"))
+        self.bins.sums = state["bins"]
 
     @contextmanager
     def _tensorboard(self) -> Iterator[Callable[[dict[str, float]], None]]:
@@ -176,6 +204,17 @@ class Training:
             yield write
         finally:
             writer.close()
+
+
+def in_words(figures: dict[str, float]) -> str:
+    """Return figures as a line, without what is said elsewhere.
+
+    >>> in_words({"epoch": 1.0, "seconds": 2.0, "lr": 0.001, "train_loss": 0.5, "test_ece": 0.01})
+    'lr 0.001  train loss 0.5000  test ece 0.0100'
+    """
+    form = {"lr": ".2g", "temperature": ".2g"}
+    shown = {key: value for key, value in figures.items() if key not in ("epoch", "seconds")}
+    return "  ".join(f"{key.replace('_', ' ')} {value:{form.get(key, '.4f')}}" for key, value in shown.items())
 
 
 @contextmanager

@@ -101,7 +101,8 @@ def test_a_folder_of_pictures_is_read_in_the_order_of_its_classes(tmp_path, imag
     assert_close(split.inputs(slice(None)), expected / 255)
     index = torch.tensor([4, 0])
     assert_close(split.images[index], expected[index], rtol=0, atol=0)
-    assert_close(split.head(2).inputs(slice(None)), expected[:2] / 255)
+    assert_close(split.head(2).inputs(slice(None)), expected[[0, 3]] / 255)  # one of each class
+    assert split.head(2).labels.tolist() == [0, 1] and split.head(6) is split
     assert len(split.head(2).labels) == 2 and len(split.images[:0]) == 0
     ((x, y),) = batches(split, 6, seed=0, epoch=0)
     assert x.shape == expected.shape and y.sum() == 3

@@ -56,7 +56,8 @@ def an_answer(name="digits", mistakes=(), **metrics):
     generator = torch.Generator().manual_seed(0)
     evaluation = bl.evaluate(bl.BayesLinear(4, 3), (x, y), ood={name: 10 * x}, num_samples=4, generator=generator)
     evaluation = dataclasses.replace(evaluation, metrics=evaluation.metrics | metrics)
-    return Answer(Question(name, data=name, ood=[name]), evaluation, list(mistakes), {"torch": "2"})
+    question = Question(name, data=name, ood=[name])
+    return Answer(question, evaluation, list(mistakes), {"torch": "2"}, question.command())
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,14 @@ def test_a_report_without_mistakes_says_so_and_without_strangers_draws_none():
     known = dataclasses.replace(answer.evaluation, ood={})
     page = Reader(report_html(dataclasses.replace(answer, evaluation=known)))
     assert "None: every example is predicted rightly." in page.text and len(list(page.pictures())) == 2
+
+
+def test_a_report_of_a_training_shows_its_curves_and_its_command():
+    rows = [{"epoch": number, "train_loss": 1 / number, "test_nll": 2 / number} for number in (1, 2, 3)]
+    answer = dataclasses.replace(an_answer(), log=rows, command="bayeslayers train tiny")
+    page = Reader(report_html(answer))
+    assert [a["alt"] for tag, a in page.elements if tag == "img"][-1] == "Training curves"
+    assert "bayeslayers train tiny" in page.text and "bayeslayers evaluate" not in page.text
 
 
 def test_names_of_others_are_text_and_never_markup():

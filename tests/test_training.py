@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
@@ -20,7 +21,9 @@ from torch.testing import assert_close
 import bayeslayers as bl
 import zoo
 from bayeslayers.checkpoint import load_checkpoint, read_card, save_checkpoint
-from recipes.classification import Config, Evaluation, Laplace, train
+from recipes.augmentation import Augmentation
+from recipes.classification import train
+from recipes.configuration import Config, Evaluation, Laplace
 from recipes.data import batches, load_split
 from recipes.schedules import Schedule
 from recipes.training import Training, interruption
@@ -36,7 +39,7 @@ def config(root, folder, **fields):
         optimizer=VOGN,
         batch_size=32,  # 9 steps an epoch
         epochs=2,
-        evaluation=Evaluation(num_samples=3, epoch_samples=2, ood="fashion-mnist"),
+        evaluation=Evaluation(num_samples=3, epoch_samples=2, ood=["fashion-mnist"]),
         output=str(folder),
         data_root=str(root),
     )
@@ -86,7 +89,11 @@ def assert_same_run(folder, whole):
 
 def test_a_run_leaves_log_checkpoint_metrics_events_and_a_posterior(whole):
     assert [row["epoch"] for row in log_of(whole)] == [1, 2]
-    assert set(log_of(whole)[0]) >= {"lr", "train_loss", "train_accuracy", "test_nll", "test_ece", "test_accuracy"}
+    columns = {f"{part}_{key}" for part in ("train", "test") for key in ("accuracy", "ece")} | {
+        "train_loss",
+        "test_nll",
+    }
+    assert set(log_of(whole)[0]) >= columns | {"lr", "temperature"}
     assert load_checkpoint(whole / "checkpoint.safetensors")["epoch"] == 2
     metrics = json.loads((whole / "metrics.json").read_text())
     assert (metrics["num_samples"], metrics["seed"], metrics["test_examples"]) == (3, 0, 100)
@@ -99,6 +106,70 @@ def test_a_run_leaves_log_checkpoint_metrics_events_and_a_posterior(whole):
     assert card.metrics == pytest.approx(metrics, abs=1e-5)
     assert [path.stat().st_size > 100 for path in (whole / "tensorboard").iterdir()] == [True]
     assert not [path for path in whole.iterdir() if path.name.startswith(".")]
+
+
+def test_a_run_leaves_its_configuration_curves_and_a_report(whole):
+    asked = json.loads((whole / "config.json").read_text())
+    assert (asked["name"], asked["batch_size"], asked["optimizer"]) == ("tiny", 32, VOGN)
+    with Image.open(whole / "curves.png") as curves:
+        assert min(curves.size) > 300
+    report, metrics = (json.loads((whole / name).read_text()) for name in ("report.json", "metrics.json"))
+    assert report["command"] == "bayeslayers train tiny" and report["method"] == "sample"
+    found = report["metrics"]
+    assert (found["accuracy"], found["nll"]) == (metrics["accuracy"], metrics["nll"])
+    assert found["misclassification_auroc_confidence"] == metrics["misclassification_auroc_confidence"]
+    assert found["fashion-mnist/auroc_entropy"] == metrics["ood_auroc_fashion-mnist"]
+    assert "Training curves" in (whole / "report.html").read_text()
+
+
+def test_the_best_epoch_is_kept_beside_the_last(data_root, tmp_path):
+    def bad_end(step, *rest):
+        return 1.0 if step < 18 else 300.0
+
+    given = config(data_root, tmp_path / "run", epochs=3, schedule=Schedule("constant"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Schedule, "factor", lambda self, step, *rest: bad_end(step))
+        train(given)
+    rows = log_of(tmp_path / "run")
+    best = min(rows, key=lambda row: row["test_nll"])
+    assert best["epoch"] == 2 and rows[2]["test_nll"] > 2 * best["test_nll"]
+    card = read_card(tmp_path / "run/best")
+    assert card.metrics["test_nll"] == pytest.approx(best["test_nll"], abs=1e-5) and card.metrics["num_samples"] == 2
+    assert card.notes.startswith("Epoch 2 of 3, that of the lowest test_nll.")
+    kept, last = (load_file(tmp_path / f"run/{name}/model.safetensors") for name in ("best", "posterior"))
+    assert not torch.equal(kept["output.weight"], last["output.weight"])
+
+
+def test_the_best_epoch_is_chosen_by_examples_that_are_not_trained_on(data_root, tmp_path):
+    train(config(data_root, tmp_path / "run", epochs=1, validation=60))
+    assert "val_nll" in log_of(tmp_path / "run")[0] and "test_nll" not in log_of(tmp_path / "run")[0]
+    assert read_card(tmp_path / "run/posterior").dataset_size == 240
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["test_examples"] == 100
+    split = load_split("mnist", data_root, train=True)
+    kept, held_out = split.held_out(60)
+    assert (len(kept), len(held_out)) == (240, 60) and len(held_out.labels.unique()) == 10
+    both = torch.cat([kept.images, held_out.images]).flatten(1).unique(dim=0)
+    assert_close(both, split.images.flatten(1).unique(dim=0), rtol=0, atol=0)
+
+
+def test_a_compiled_run_equals_an_ordinary_one(data_root, tmp_path, whole, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(model) or model)
+    train(config(data_root, tmp_path / "run", compile=True))
+    assert len(compiled) == 1
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_augmented_images_are_other_ones_each_epoch_and_the_same_after_a_resume(data_root, tmp_path, monkeypatch):
+    crops = Augmentation(padding=3, flip=True)
+    train(config(data_root, tmp_path / "whole", augmentation=crops))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 13)
+        assert train(config(data_root, tmp_path / "run", augmentation=crops)) is None
+    train(config(data_root, tmp_path / "run", augmentation=crops), resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    train(config(data_root, tmp_path / "plain"))
+    assert log_of(tmp_path / "plain")[0]["train_loss"] != log_of(tmp_path / "run")[0]["train_loss"]
 
 
 def test_the_metrics_are_those_of_the_saved_posterior(whole, data_root):
@@ -199,6 +270,10 @@ def test_the_second_ctrl_c_raises(data_root, tmp_path, monkeypatch):
         ({"epochs": 0}, ValueError, "epochs must be an integer >= 1, got 0"),
         ({"batch_size": -1}, ValueError, "batch_size must be an integer >= 1, got -1"),
         ({"limit": 0}, ValueError, "limit must be an integer >= 1, got 0"),
+        ({"validation": -1}, ValueError, "validation must be .*>= 0, got -1"),
+        ({"validation": 300}, ValueError, "validation must leave training examples, got 300 of 300"),
+        ({"augmentation": Augmentation(padding=-1)}, ValueError, "augmentation.padding must be .*>= 0, got -1"),
+        ({"augmentation": Augmentation(resize=20)}, ValueError, r"augmentation.resize must be >= .*28, 28.*got 20"),
         ({"limit": -5}, ValueError, "limit must be an integer >= 1, got -5"),
         (
             {"schedule": Schedule("cosin")},
@@ -234,7 +309,7 @@ def test_the_second_ctrl_c_raises(data_root, tmp_path, monkeypatch):
         ({"evaluation": Evaluation(num_samples=0)}, ValueError, "evaluation.num_samples must be an integer >= 1"),
         ({"evaluation": Evaluation(epoch_samples=0)}, ValueError, "evaluation.epoch_samples must be an integer"),
         ({"evaluation": Evaluation(batch_size=0)}, ValueError, "evaluation.batch_size must be an integer >= 1"),
-        ({"evaluation": Evaluation(ood="minst")}, ValueError, "unknown data set 'minst'"),
+        ({"evaluation": Evaluation(ood=["minst"])}, ValueError, "unknown data set 'minst'"),
     ],
 )
 def test_a_refused_run_writes_nothing(data_root, tmp_path, fields, error, message):

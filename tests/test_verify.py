@@ -10,8 +10,9 @@ from torch.testing import assert_close
 import bayeslayers as bl
 import zoo
 from bayeslayers.checkpoint import read_card
-from recipes.classification import Config, Evaluation, train
+from recipes.classification import train
 from recipes.cli import main
+from recipes.configuration import Config, Evaluation
 from recipes.data import Split
 from recipes.verify import (
     MAX_SAMPLES,
@@ -41,7 +42,7 @@ def trained(data_root, tmp_path_factory):
             optimizer={"name": "vogn", "lr": 0.02, "init_precision": 1000.0},
             batch_size=60,
             epochs=4,
-            evaluation=Evaluation(num_samples=32, epoch_samples=2, ood="fashion-mnist"),
+            evaluation=Evaluation(num_samples=32, epoch_samples=2, ood=["fashion-mnist"]),
             output=str(output),
             data_root=str(data_root),
             limit=60,

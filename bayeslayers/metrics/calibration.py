@@ -33,11 +33,15 @@ class CalibrationBins:
     Args:
         num_sets: Sets that are binned apart: one for the confidence, c for the probabilities of c classes.
         num_bins: Bins of each.
+
+    Attributes:
+        edges: Edges of the bins, `(num_bins + 1,)`.
+        sums: Counts, sums of the probabilities and of the hits in each bin, `(3, num_sets, num_bins)`.
     """
 
     def __init__(self, num_sets: int = 1, num_bins: int = NUM_BINS):
         self.edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)
-        self._sums = torch.zeros(3, num_sets, num_bins, dtype=torch.float64)  # ones, probabilities, hits
+        self.sums = torch.zeros(3, num_sets, num_bins, dtype=torch.float64)
 
     def add(self, probs: Tensor, hits: Tensor) -> None:
         """Add m predictions.
@@ -46,11 +50,11 @@ class CalibrationBins:
             probs: Predicted probabilities, float64, `(m, num_sets)`.
             hits: Whether what they predict happened, `(m, num_sets)`.
         """
-        _, num_sets, num_bins = self._sums.shape
+        _, num_sets, num_bins = self.sums.shape
         index = torch.bucketize(probs, self.edges.to(probs.device), right=True) - 1
         # A probability of 1 belongs to the last bin. An average of draws can exceed it by rounding.
         index = index.clamp_max(num_bins - 1) + num_bins * torch.arange(num_sets, device=probs.device)
-        for total, values in zip(self._sums, (torch.ones_like(probs), probs, hits.to(probs.dtype)), strict=True):
+        for total, values in zip(self.sums, (torch.ones_like(probs), probs, hits.to(probs.dtype)), strict=True):
             sums = probs.new_zeros(num_sets * num_bins).index_add_(0, index.flatten(), values.flatten())
             total += sums.view(num_sets, num_bins).cpu()
 
@@ -62,12 +66,12 @@ class CalibrationBins:
         Source: Guo et al. 2017 (arXiv 1706.04599), Eq. 3, of the confidence; Kull et al. 2019
         (arXiv 1910.12656), of the probabilities of each class, whose mean is the classwise error.
         """
-        count, probs, hits = self._sums
+        count, probs, hits = self.sums
         return (hits - probs).abs().sum(1) / count.sum(1)
 
     def reliability(self) -> Reliability:
         """Return the reliability diagram of the first set."""
-        count, probs, hits = self._sums[:, 0]
+        count, probs, hits = self.sums[:, 0]
         return Reliability(self.edges, probs / count, hits / count, count.long())
 
 

@@ -1,0 +1,125 @@
+"""The configuration of a training run of classes: what a YAML file says, and its rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from bayeslayers.checks import at_least_one, near, non_negative, positive
+from bayeslayers.prediction.predict import METHODS
+from recipes.augmentation import Augmentation
+from recipes.methods import method_of
+from recipes.schedules import Schedule
+
+
+@dataclass
+class Evaluation:
+    """How a run is measured.
+
+    Attributes:
+        num_samples: Draws of the final measurement.
+        epoch_samples: Draws of the measurement after each epoch.
+        seed: Of the draws.
+        method: How to predict, as in `bl.predict`: "sample", "mean", "local", "dropout", "linearised". None
+            for draws of a posterior, and one pass of a point estimate.
+        ood: Data sets of strangers, for the AUROC of total entropy.
+        batch_size: Examples per forward pass.
+    """
+
+    num_samples: int = 64
+    epoch_samples: int = 8
+    seed: int = 0
+    method: str | None = None
+    ood: list[str] = field(default_factory=list)
+    batch_size: int = 1000
+
+
+@dataclass
+class Laplace:
+    """A diagonal Laplace approximation after the training.
+
+    Attributes:
+        prior_precision: Precision of the prior; None to maximise the marginal likelihood.
+        last_layer: Give the last layer alone a posterior.
+        temperature: T of the tempered posterior.
+    """
+
+    prior_precision: float | None = None
+    last_layer: bool = False
+    temperature: float = 1.0
+
+
+@dataclass
+class Config:
+    """A training run.
+
+    Attributes:
+        name: Name of the run and its posterior.
+        model: `name` in the zoo, and the arguments of its builder.
+        data: Data set to train and test on.
+        optimizer: `name` of a method of `recipes.methods`, and its arguments.
+        batch_size: Examples per step.
+        epochs: Passes over the training data.
+        augmentation: How training images are varied.
+        schedule: Learning rate and temperature over the run.
+        seed: Of initial weights, order of the data, and draws.
+        laplace: Fit a Laplace approximation after a point estimate is trained; None for none.
+        evaluation: How the result is measured.
+        baseline: Run folder of a twin, whose figures go into the card beside ours.
+        output: Run folder; `runs/NAME` if None.
+        data_root: Folder of data already there; downloaded to `data` if None.
+        limit: Use so many examples of each split alone.
+        validation: Training examples to hold out. The best epoch is the one of the lowest negative
+            log-likelihood on them; 0: on the test split, which flatters it.
+        compile: Run training steps through torch.compile, at the cost of a minute at the start.
+        notes: Text for the card.
+        recipe: Which recipe reads this configuration.
+    """
+
+    name: str
+    model: dict[str, Any]
+    data: str
+    optimizer: dict[str, Any]
+    batch_size: int = 128
+    epochs: int = 10
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    schedule: Schedule = field(default_factory=Schedule)
+    seed: int = 0
+    laplace: Laplace | None = None
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    baseline: str | None = None
+    output: str | None = None
+    data_root: str | None = None
+    limit: int | None = None
+    validation: int = 0
+    compile: bool = False
+    notes: str = ""
+    recipe: str = "classification"
+
+
+def check(config: Config) -> None:
+    """Refuse a configuration that would fail only after the training."""
+    for name in ("epochs", "batch_size"):
+        at_least_one(name, getattr(config, name))
+    for name in ("num_samples", "epoch_samples", "batch_size"):
+        at_least_one(f"evaluation.{name}", getattr(config.evaluation, name))
+    if config.limit is not None:
+        at_least_one("limit", config.limit)
+    non_negative("validation", config.validation)
+    config.schedule.check()
+    point = method_of(config.optimizer).point
+    if config.laplace and not point:
+        raise ValueError(
+            f"laplace must follow the training of a point estimate, got optimizer {config.optimizer['name']!r}. Leave "
+            "one of them out."
+        )
+    if config.laplace:
+        positive("laplace.temperature", config.laplace.temperature)
+        if config.laplace.prior_precision is not None:
+            positive("laplace.prior_precision", config.laplace.prior_precision)
+    methods = ("mean", "dropout") if point and not config.laplace else tuple(METHODS)
+    if (method := config.evaluation.method) is not None and method not in methods:
+        raise ValueError(
+            f"evaluation.method must be one of {', '.join(methods)} after this training, got {method!r}."
+            f"{near(method, methods)}"
+        )
