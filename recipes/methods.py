@@ -37,8 +37,20 @@ def _posterior(kind: Callable[..., torch.optim.Optimizer], predict: str = "sampl
 
 
 def _point(kind: Callable[..., torch.optim.Optimizer]) -> Method:
-    """Train the means alone: the deterministic twin."""
-    return Method(lambda model, size, generator, options: kind(model.parameters(), **options), "mean", point=True)
+    """Train the means alone: the deterministic twin. Option `decay_norms`: false spares scale and shift of norms."""
+
+    def make(model: nn.Module, size: int, generator: torch.Generator, options: Mapping[str, Any]):
+        rest = {key: value for key, value in options.items() if key != "decay_norms"}
+        if options.get("decay_norms", True):
+            return kind(model.parameters(), **rest)
+        norms = [model.get_submodule(name) for name in bl.norms(dict(model.named_modules()))]
+        spared = [parameter for norm in norms for parameter in norm.parameters()]
+        known = {id(parameter) for parameter in spared}
+        others = [parameter for parameter in model.parameters() if id(parameter) not in known]
+        return kind([{"params": others}, {"params": spared, "weight_decay": 0.0}], **rest)
+
+    return Method(make, "mean", point=True)
+
 
 
 METHODS = {

@@ -25,6 +25,7 @@ from recipes.augmentation import Augmentation
 from recipes.classification import train
 from recipes.configuration import Config, Evaluation, Laplace
 from recipes.data import batches, load_split
+from recipes.methods import make_optimizer
 from recipes.schedules import Schedule
 from recipes.training import Training, interruption
 
@@ -199,6 +200,19 @@ def test_adam_trains_the_twin_whose_figures_a_posterior_shows(data_root, tmp_pat
     card = read_card(tmp_path / "run/posterior")
     assert card.baseline == {"optimizer": "adam"} | {key: round(value, 5) for key, value in metrics.items()}
     assert "| adam |" in (tmp_path / "run/posterior/README.md").read_text()
+
+
+def test_norms_can_be_spared_weight_decay():
+    model = zoo.create("lenet5_bn")
+    options = {"name": "sgd", "lr": 0.1, "weight_decay": 0.5, "decay_norms": False}
+    optimizer = make_optimizer(options, model, 10, seed=0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.detach(), before[name] * (1.0 if name.startswith("bn") else 0.95))
+    assert len(make_optimizer(options | {"decay_norms": True}, model, 10, seed=0).param_groups) == 1
 
 
 def test_the_card_of_a_laplace_approximation_says_so(data_root, tmp_path):
