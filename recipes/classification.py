@@ -18,7 +18,7 @@ import zoo
 from bayeslayers.checkpoint import write_atomically
 from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.plots import training_curves
-from recipes.configuration import Config, check
+from recipes.configuration import Config, check, device_of
 from recipes.data import Split, by_short_name, load_split, num_batches, short_name
 from recipes.evaluate import Answer, Question, evaluated, measured, write_report
 from recipes.methods import make_optimizer, method_of
@@ -44,7 +44,7 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
     folder = run_folder(config, resume)
     baseline = read_baseline(config.baseline)
     torch.manual_seed(config.seed)
-    model = zoo.create(**config.model)
+    model = zoo.create(**config.model).to(device_of(config))
     sets = read_sets(config, zoo.card_of(model).input_size)
     experiment = Experiment(config, folder, model, sets, baseline, command)
     run = experiment.training()
@@ -144,6 +144,7 @@ class Experiment:
             data=train,
             augmentation=config.augmentation,
             batch_size=config.batch_size,
+            micro_batch=config.micro_batch or config.batch_size,
             epochs=config.epochs,
             seed=config.seed,
             measure=self._measure,
@@ -234,7 +235,7 @@ class Experiment:
 
 
 LOGGED = ("accuracy", "nll", "brier", "ece")
-_MAY_DIFFER = ("name", "evaluation", "baseline", "output", "data_root", "compile", "notes", "recipe")
+_MAY_DIFFER = ("name", "evaluation", "baseline", "output", "data_root", "device", "compile", "notes", "recipe")
 
 
 def fit_laplace(model: nn.Module, config: Config, data: Split) -> nn.Module:
@@ -242,7 +243,7 @@ def fit_laplace(model: nn.Module, config: Config, data: Split) -> nn.Module:
     assert config.laplace
     return bl.laplace(
         model,
-        data.in_order(config.evaluation.batch_size),
+        data.in_order(config.evaluation.batch_size, device_of(config)),
         prior_precision="marglik" if config.laplace.prior_precision is None else config.laplace.prior_precision,
         layers=bl.last_layer if config.laplace.last_layer else None,
         temperature=config.laplace.temperature,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from bayeslayers.checks import at_least_one, near, non_negative, positive
 from bayeslayers.prediction.predict import METHODS
 from recipes.augmentation import Augmentation
@@ -59,6 +61,7 @@ class Config:
         data: Data set to train and test on.
         optimizer: `name` of a method of `recipes.methods`, and its arguments.
         batch_size: Examples per step.
+        micro_batch: Examples per forward pass, where memory does not hold a step's; None for all of them.
         epochs: Passes over the training data.
         augmentation: How training images are varied.
         schedule: Learning rate and temperature over the run.
@@ -71,6 +74,7 @@ class Config:
         limit: Use so many examples of each split alone.
         validation: Training examples to hold out. The best epoch is the one of the lowest negative
             log-likelihood on them; 0: on the test split, which flatters it.
+        device: Where to train, as torch names it: "cuda:1"; None for the first GPU, or the CPU if there is none.
         compile: Run training steps through torch.compile, at the cost of a minute at the start.
         notes: Text for the card.
         recipe: Which recipe reads this configuration.
@@ -81,6 +85,7 @@ class Config:
     data: str
     optimizer: dict[str, Any]
     batch_size: int = 128
+    micro_batch: int | None = None
     epochs: int = 10
     augmentation: Augmentation = field(default_factory=Augmentation)
     schedule: Schedule = field(default_factory=Schedule)
@@ -92,9 +97,25 @@ class Config:
     data_root: str | None = None
     limit: int | None = None
     validation: int = 0
+    device: str | None = None
     compile: bool = False
     notes: str = ""
     recipe: str = "classification"
+
+
+def device_of(config: Config) -> torch.device:
+    """Return where to train.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    if config.device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=config.device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(f"device must be one that torch reaches, got {config.device!r}: {reason}.") from None
 
 
 def check(config: Config) -> None:
@@ -103,8 +124,10 @@ def check(config: Config) -> None:
         at_least_one(name, getattr(config, name))
     for name in ("num_samples", "epoch_samples", "batch_size"):
         at_least_one(f"evaluation.{name}", getattr(config.evaluation, name))
-    if config.limit is not None:
-        at_least_one("limit", config.limit)
+    for name in ("limit", "micro_batch"):
+        if getattr(config, name) is not None:
+            at_least_one(name, getattr(config, name))
+    device_of(config)
     non_negative("validation", config.validation)
     config.schedule.check()
     point = method_of(config.optimizer).point

@@ -87,9 +87,9 @@ class Split:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
         return self.taken(order[count:].sort().values), self.taken(order[:count].sort().values)
 
-    def in_order(self, batch_size: int) -> InOrder:
-        """Return the batches to measure on."""
-        return InOrder(self, batch_size)
+    def in_order(self, batch_size: int, device: torch.device) -> InOrder:
+        """Return the batches to measure on, on a device."""
+        return InOrder(self, batch_size, device)
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,12 @@ class InOrder:
     Attributes:
         split: The examples.
         batch_size: Examples per batch; the last one may have fewer.
+        device: Where they are wanted.
     """
 
     split: Split
     batch_size: int
+    device: torch.device
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
@@ -110,7 +112,7 @@ class InOrder:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(self.split), self.batch_size):
             part = slice(start, start + self.batch_size)
-            yield self.split.inputs(part), self.split.labels[part]
+            yield self.split.inputs(part).to(self.device), self.split.labels[part].to(self.device)
 
 
 def load_split(

@@ -160,12 +160,13 @@ def evaluated(
     progress: bool = False,
 ) -> bl.Evaluation:
     """Return the figures that `measured` reports."""
+    device, size = next(model.parameters()).device, question.batch_size
     return bl.evaluate(
         model,
-        data.in_order(question.batch_size),
-        ood={name: split.in_order(question.batch_size) for name, split in (strangers or {}).items()},
+        data.in_order(size, device),
+        ood={name: split.in_order(size, device) for name, split in (strangers or {}).items()},
         num_samples=question.num_samples,
-        generator=torch.Generator().manual_seed(question.seed),
+        generator=torch.Generator(device).manual_seed(question.seed),
         method=question.method,
         progress=progress,
     )
@@ -204,8 +205,9 @@ def _mistakes(model: nn.Module, data: Split, evaluation: bl.Evaluation, question
     index = wrong[evaluation.scores["confidence"][wrong].argsort(descending=True)][:MISTAKES]
     if len(index) == 0:
         return []
-    generator = torch.Generator().manual_seed(question.seed)
-    inputs, images = data.inputs(index), data.images[index]
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(question.seed)
+    inputs, images = data.inputs(index).to(device), data.images[index]
     prediction = bl.predict(model, inputs, question.num_samples, generator=generator, method=question.method)  # pyright: ignore[reportArgumentType]
     found = []
     for number, label in enumerate(data.labels[index].tolist()):

@@ -52,7 +52,6 @@ def _point(kind: Callable[..., torch.optim.Optimizer]) -> Method:
     return Method(make, "mean", point=True)
 
 
-
 METHODS = {
     "vogn": _posterior(bl.VOGN),
     "ogn": _posterior(bl.OGN),
@@ -90,4 +89,5 @@ def make_optimizer(
         seed: Of the draws.
     """
     options = {key: value for key, value in optimizer.items() if key != "name"}
-    return method_of(optimizer).make(model, dataset_size, torch.Generator().manual_seed(seed), options)
+    generator = torch.Generator(next(model.parameters()).device)
+    return method_of(optimizer).make(model, dataset_size, generator.manual_seed(seed), options)

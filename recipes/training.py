@@ -43,6 +43,7 @@ class Training:
         data: Training split.
         augmentation: How its images are varied.
         batch_size: Examples per step.
+        micro_batch: Examples per forward pass; a step adds up as many as it needs.
         epochs: Passes over the data.
         seed: Of the order of the data.
         measure: Returns figures to log at the end of an epoch.
@@ -65,6 +66,7 @@ class Training:
     data: Split
     augmentation: Augmentation
     batch_size: int
+    micro_batch: int
     epochs: int
     seed: int
     measure: Callable[[], dict[str, float]]
@@ -111,17 +113,22 @@ class Training:
     def _step(self, x: Tensor, y: Tensor) -> None:
         began = time.perf_counter()
 
+        device = next(self.model.parameters()).device
+        x, y = x.to(device), y.to(device)
+
         def closure() -> tuple[Tensor, Tensor]:
             self.optimizer.zero_grad()
-            output = self.forward(x)
-            loss = self.likelihood.loss(output, y)
-            loss.backward()
-            return loss, output
+            losses, outputs = [], []
+            for part, labels in zip(x.split(self.micro_batch), y.split(self.micro_batch), strict=True):
+                outputs.append(self.forward(part))
+                losses.append(self.likelihood.loss(outputs[-1], labels) * (len(part) / len(x)))
+                losses[-1].backward()
+            return torch.stack(losses).sum().detach(), torch.cat(outputs).detach()
 
         loss, output = self.optimizer.step(closure)  # pyright: ignore
         for scheduler in self.schedulers:
             scheduler.step()
-        confidence, labels = self.likelihood.per_draw(output.detach().double())[0].max(1)
+        confidence, labels = self.likelihood.per_draw(output.double())[0].max(1)
         self.bins.add(confidence[:, None], (labels == y)[:, None])
         self.step += 1
         self.sums["loss"] += loss.item()

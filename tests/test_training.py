@@ -202,6 +202,14 @@ def test_adam_trains_the_twin_whose_figures_a_posterior_shows(data_root, tmp_pat
     assert "| adam |" in (tmp_path / "run/posterior/README.md").read_text()
 
 
+@pytest.mark.parametrize("method", [VOGN, {"name": "adam", "lr": 0.01}, {"name": "ivon", "lr": 0.1}])
+def test_a_step_in_parts_equals_a_whole_one(data_root, tmp_path, method):
+    for name, part in (("whole", None), ("parts", 12)):  # 12, 12 and 8 of 32
+        train(config(data_root, tmp_path / name, epochs=1, optimizer=method, micro_batch=part))
+    whole, parts = (log_of(tmp_path / name)[0] for name in ("whole", "parts"))
+    assert parts == pytest.approx(whole, rel=1e-3) and whole["train_loss"] < 2.3
+
+
 def test_norms_can_be_spared_weight_decay():
     model = zoo.create("lenet5_bn")
     options = {"name": "sgd", "lr": 0.1, "weight_decay": 0.5, "decay_norms": False}
@@ -288,6 +296,8 @@ def test_the_second_ctrl_c_raises(data_root, tmp_path, monkeypatch):
         ({"validation": 300}, ValueError, "validation must leave training examples, got 300 of 300"),
         ({"augmentation": Augmentation(padding=-1)}, ValueError, "augmentation.padding must be .*>= 0, got -1"),
         ({"augmentation": Augmentation(resize=20)}, ValueError, r"augmentation.resize must be >= .*28, 28.*got 20"),
+        ({"micro_batch": 0}, ValueError, "micro_batch must be an integer >= 1, got 0"),
+        ({"device": "gpu"}, ValueError, "device must be one that torch reaches, got 'gpu': "),
         ({"limit": -5}, ValueError, "limit must be an integer >= 1, got -5"),
         (
             {"schedule": Schedule("cosin")},
