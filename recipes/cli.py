@@ -101,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--record", action="store_true", help="measure on the bundled slice, and write to the card")
     _add_json(own)
 
+    own = add(compare)
+    own.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a training run")
+    own.add_argument("--output", type=Path, metavar="PICTURE", help="draw the curves, as .png, .svg or .pdf")
+    form = own.add_mutually_exclusive_group()
+    _add_json(form)
+    form.add_argument("--markdown", action="store_true", help="print a Markdown table")
+
     own = add(evaluate)
     own.add_argument("posterior", metavar="MODEL", help="a bundled name, a folder, or OWNER/REPO[@REVISION]")
     own.add_argument("--data", metavar="NAME", help="mnist, cifar10, npz:PATH, imagefolder:PATH, ... (the card's)")
@@ -132,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_json(parser: argparse.ArgumentParser) -> None:
+def _add_json(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -370,6 +377,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
             f"written to {escape(str(folder / 'report.html'))} and report.json", highlight=False, soft_wrap=True
         )
     return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Lay training runs side by side, as a table and a picture."""
+    from recipes.compare import show
+
+    return show(arguments)
 
 
 def benchmark(arguments: argparse.Namespace) -> int:

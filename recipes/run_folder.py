@@ -1,0 +1,153 @@
+"""A training run as its folder tells of it: the log, the final figures, the reliability."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+LOG, METRICS, REPORT, CONFIG = "log.csv", "metrics.json", "report.json", "config.json"
+EPOCH_FIGURES = ("accuracy", "nll", "ece")
+FIGURES = (*EPOCH_FIGURES, "misclassification_auroc_confidence")
+OOD = "ood_auroc_"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run's configuration says of it.
+
+    Attributes:
+        method: The optimizer, and after it a Laplace approximation or another way to predict.
+        data: Data set.
+        epochs: Epochs to train.
+    """
+
+    method: str
+    data: str
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run. A figure that its folder lacks is NaN, or not there.
+
+    Attributes:
+        folder: Where it is.
+        plan: None without a configuration.
+        held_out: Examples that it was measured on after each epoch: "test" or "val".
+        curves: By name "epoch", "seconds", "train_accuracy", and "accuracy", "nll", "ece" of the held-out examples: a
+            value for each epoch.
+        figures: Those of the test examples at its end; those after the last epoch if it is not finished.
+        finished: Whether it was measured at its end.
+        reliability: Confidence, accuracy and share of the examples, of each bin that holds any; None without a report.
+    """
+
+    folder: Path
+    plan: Plan | None
+    held_out: str
+    curves: dict[str, list[float]]
+    figures: dict[str, float]
+    finished: bool
+    reliability: list[tuple[float, float, float]] | None
+
+    @property
+    def epochs(self) -> int:
+        """Epochs done."""
+        return int(self.curves["epoch"][-1])
+
+    @property
+    def seconds_per_epoch(self) -> float:
+        """Median time of an epoch's training steps."""
+        return statistics.median([x for x in self.curves["seconds"] if not math.isnan(x)] or [math.nan])
+
+
+def measured_on(runs: Iterable[Run]) -> str:
+    """Return which examples runs were measured on after each epoch, in words."""
+    return " or ".join(sorted({"validation" if run.held_out == "val" else run.held_out for run in runs}))
+
+
+def read_run(folder: str | Path) -> Run:
+    """Return the run of a folder that training wrote, finished or not.
+
+    Args:
+        folder: Its folder.
+
+    Raises:
+        OSError: If there is no such folder, or no log in it.
+        ValueError: If a file in it is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "not there"
+        raise NotADirectoryError(f"run must be a folder, got {folder}, which is {what}.")
+    log = _parsed(folder / LOG, _log)
+    if log is None:
+        raise FileNotFoundError(f"run must hold {LOG}, got {folder} without. Training writes it after the first epoch.")
+    held_out, curves = log
+    figures = _parsed(folder / METRICS, _figures)
+    return Run(
+        folder=folder,
+        plan=_parsed(folder / CONFIG, _plan),
+        held_out=held_out,
+        curves=curves,
+        figures={key: curves[key][-1] for key in EPOCH_FIGURES} if figures is None else figures,
+        finished=figures is not None,
+        reliability=_parsed(folder / REPORT, _reliability),
+    )
+
+
+def _parsed(path: Path, parse: Callable[[str], T]) -> T | None:
+    """Return what a file says, None if there is none."""
+    if not path.is_file():
+        return None
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, csv.Error):
+        raise ValueError(
+            f"{path.name} must be as training writes it, got {path}, which is damaged. Train the run anew."
+        ) from None
+
+
+def _log(text: str) -> tuple[str, dict[str, list[float]]]:
+    rows = list(csv.DictReader(text.splitlines(), strict=True))
+    if not rows or any(None in row or None in row.values() for row in rows):  # none, or one too long or too short
+        raise ValueError
+    held_out = "val" if any(f"val_{key}" in rows[0] for key in EPOCH_FIGURES) else "test"
+    columns = {key: key for key in ("seconds", "train_accuracy")}
+    columns |= {key: f"{held_out}_{key}" for key in EPOCH_FIGURES}
+    curves = {key: [float(row.get(column) or math.nan) for row in rows] for key, column in columns.items()}
+    return held_out, {"epoch": [float(int(row["epoch"])) for row in rows]} | curves
+
+
+def _figures(text: str) -> dict[str, float]:
+    figures = json.loads(text)
+    chosen = (key for key in figures if key in FIGURES or (key.startswith(OOD) and not _of_epistemic(key, figures)))
+    return {key: math.nan if figures[key] is None else float(figures[key]) for key in chosen}
+
+
+def _of_epistemic(key: str, figures: Mapping[str, Any]) -> bool:
+    """Return whether an AUROC is of the epistemic uncertainty, beside one of the total."""
+    return key.endswith("_epistemic") and key.removesuffix("_epistemic") in figures
+
+
+def _plan(text: str) -> Plan:
+    config = json.loads(text)
+    laplace, how = config.get("laplace"), config.get("evaluation", {}).get("method")
+    words = [config["optimizer"]["name"], *["laplace"] * (laplace is not None), *[how] * (how is not None)]
+    return Plan(", ".join(words), str(config["data"]), int(config["epochs"]))
+
+
+def _reliability(text: str) -> list[tuple[float, float, float]] | None:
+    reliability = json.loads(text).get("reliability")
+    if reliability is None:
+        return None
+    bins = list(zip(*(reliability[key] for key in ("confidence", "accuracy", "count")), strict=True))
+    total = sum(count for *_, count in bins)
+    return [(float(confidence), float(accuracy), count / total) for confidence, accuracy, count in bins if count]
