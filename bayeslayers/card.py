@@ -113,9 +113,10 @@ def model_card(card: Card) -> str:
     """Return the README.md of a posterior: the Hub's front matter, how to use it, how it was made."""
     from huggingface_hub import EvalResult, ModelCardData
 
+    images = len(card.input_size) != 1
     results = [
         EvalResult(
-            task_type="image-classification",
+            task_type="image-classification" if images else "tabular-classification",
             dataset_type=card.dataset.partition(" ")[0].lower(),
             dataset_name=card.dataset,
             metric_type=key,
@@ -139,7 +140,8 @@ def model_card(card: Card) -> str:
         "trained by": f"`{card.recipe}`" if card.recipe else "",
     }
     lines = [f"- {key}: {value}" for key, value in facts.items() if value not in ("", None)]
-    use = f'model = zoo.load("{card.name}")\nprediction = bl.predict(model, images, num_samples=64)'
+    inputs = "images" if images else "x"
+    use = f'model = zoo.load("{card.name}")\nprediction = bl.predict(model, {inputs}, num_samples=64)'
     return (
         f"---\n{front.to_yaml()}\n---\n\n# {card.name}\n\nA Gaussian posterior over the weights of a network: "
         f"means and precisions.\n\n```python\nimport bayeslayers as bl, zoo\n\n{use}\n```\n\n"

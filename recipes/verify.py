@@ -34,6 +34,26 @@ _SETTINGS = ("test_examples", "num_samples", "seed")
 
 
 @dataclass(frozen=True)
+class Points:
+    """Examples that a network takes as they are.
+
+    Attributes:
+        x: Inputs `(n, *)`, floating point.
+        labels: Class indices `(n,)`, or of yes or no `(n, 1)`.
+    """
+
+    x: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def inputs(self, index: Tensor | slice) -> Tensor:
+        """Return inputs, as those of a `Split` are."""
+        return self.x[index]
+
+
+@dataclass(frozen=True)
 class Check:
     """One claimed figure beside the measured one, which is None for a figure that `verify` does not know."""
 
@@ -62,8 +82,8 @@ def verify(name: str | Path, data_root: str | Path | None = None, seed: int | No
         seed: Of the draws; None for the card's.
 
     Raises:
-        ValueError: If there is no such posterior, its files are bad, it is none of classes, its data
-            is none that can be loaded, or its card claims nothing.
+        ValueError: If there is no such posterior, its files are bad, it is neither of classes nor of one
+            yes or no, its data is none that can be loaded, or its card claims nothing.
     """
     model = zoo.load(name)
     card = zoo.card_of(model)
@@ -74,9 +94,10 @@ def verify(name: str | Path, data_root: str | Path | None = None, seed: int | No
         known, strangers = load_slice(_dataset(card)), {ood: load_slice(ood) for ood in _strangers(card.verification)}
         checks += compare(model, card.verification, known, strangers, f"{_dataset(card)} slice", seed)
     if data_root is not None or not card.verification:
-        known = load_split(_dataset(card), data_root, train=False)
-        strangers = {ood: load_split(ood, data_root, train=False) for ood in _strangers(card.metrics)}
-        checks += compare(model, card.metrics, known, strangers, _dataset(card), seed)
+        known = _test_split(_dataset(card), data_root)
+        claimed = _reachable(card.metrics, [*NAMES, *_sliced()])
+        strangers = {ood: _test_split(ood, data_root) for ood in _strangers(claimed)}
+        checks += compare(model, claimed, known, strangers, _dataset(card), seed)
     return checks
 
 
@@ -85,7 +106,7 @@ def record(name: str | Path) -> bl.Card:
 
     Args:
         name: A bundled name or a folder, which is rewritten. Its card's metrics say how many draws and
-            which strangers.
+            which strangers; those without a slice are left out.
 
     Raises:
         ValueError: If there is no such posterior, its files are bad, or its data has no slice.
@@ -96,19 +117,19 @@ def record(name: str | Path) -> bl.Card:
     model = zoo.load(folder)
     card = zoo.card_of(model)
     known = load_slice(_dataset(card))
-    strangers = {ood: load_slice(ood) for ood in _strangers(card.metrics)}
+    strangers = {ood: load_slice(ood) for ood in _strangers(_reachable(card.metrics, _sliced()))}
     num_samples, seed = _settings(card.metrics, None)
     values, _ = measure(model, known, strangers, num_samples, seed)
     settings = {"test_examples": len(known), "num_samples": num_samples, "seed": seed}
-    figures = {key: round(value, 5) for key, value in values.items()}
-    return bl.save_posterior(model, folder, name=card.name, verification=figures | settings)
+    rounded = {key: round(value, 5) for key, value in values.items() if not math.isnan(value)}
+    return bl.save_posterior(model, folder, name=card.name, verification=rounded | settings)
 
 
 def compare(
     model: nn.Module,
     claimed: Mapping[str, float],
-    known: Split,
-    strangers: Mapping[str, Split],
+    known: Split | Points,
+    strangers: Mapping[str, Split | Points],
     data: str,
     seed: int | None = None,
 ) -> list[Check]:
@@ -138,12 +159,17 @@ def compare(
 
 
 def measure(
-    model: nn.Module, known: Split, strangers: Mapping[str, Split], num_samples: int, seed: int, of: int = 0
+    model: nn.Module,
+    known: Split | Points,
+    strangers: Mapping[str, Split | Points],
+    num_samples: int,
+    seed: int,
+    of: int = 0,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return figures, and the standard deviation of the difference to another measurement of each.
 
     Args:
-        model: A posterior of classes.
+        model: A posterior of classes, or of one yes or no.
         known: Examples of its data set.
         strangers: Examples of others, by name.
         num_samples: Draws, >= 2.
@@ -181,7 +207,7 @@ def measure(
     return _figures(parts, known.labels) | exact, {key: math.sqrt(value) for key, value in variance.items()}
 
 
-def _draw_blocks(model: nn.Module, split: Split, num_samples: int, seed: int) -> list[Prediction]:
+def _draw_blocks(model: nn.Module, split: Split | Points, num_samples: int, seed: int) -> list[Prediction]:
     """Return predictions by blocks of draws, which together are those of one `predict`."""
     generator = torch.Generator().manual_seed(seed)
     number = min(BLOCKS, num_samples)
@@ -192,9 +218,9 @@ def _draw_blocks(model: nn.Module, split: Split, num_samples: int, seed: int) ->
 
 def _pool(blocks: Sequence[Prediction], counts: Tensor) -> Prediction:
     """Return the prediction over all blocks of draws, each counted that often."""
-    weights = counts / counts.sum()
+    # Divided by last: whole numbers keep the mean of probabilities at most 1, for rounding is monotone.
     mean, aleatoric = (
-        torch.tensordot(weights, torch.stack([getattr(block, part) for block in blocks]).double(), 1)
+        torch.tensordot(counts, torch.stack([getattr(block, part) for block in blocks]).double(), 1) / counts.sum()
         for part in ("mean", "aleatoric")
     )
     total, epistemic = blocks[0].likelihood.split(mean, torch.zeros_like(mean), aleatoric)
@@ -206,16 +232,30 @@ def _select(prediction: Prediction, index: Tensor) -> Prediction:
     return dataclasses.replace(prediction, **chosen)
 
 
-def _figures(parts: Mapping[str, Prediction], labels: Tensor) -> dict[str, float]:
+def figures(parts: Mapping[str, Prediction], labels: Tensor) -> dict[str, float]:
+    """Return figures of predictions of classes, or of one yes or no.
+
+    Args:
+        parts: Predictions for the examples of a posterior's data set, by "", and for those of others, by name.
+        labels: Of the former.
+    """
     known = parts[""]
-    figures = classification_metrics(known, labels)
+    found = classification_metrics(known, labels)
     for name, part in parts.items():
         for kind in ("total", "epistemic"):
-            figures[f"{kind}{_suffix(name)}"] = float(getattr(part, kind).mean())
+            found[f"{kind}{_suffix(name)}"] = float(getattr(part, kind).mean())
         if name:
-            figures[f"ood_auroc_{name}"] = ood_auroc(known.total, part.total)
-            figures[f"ood_auroc_{name}_epistemic"] = ood_auroc(known.epistemic, part.epistemic)
-    return figures
+            found[f"ood_auroc_{name}"] = ood_auroc(known.total.flatten(), part.total.flatten())
+            found[f"ood_auroc_{name}_epistemic"] = ood_auroc(known.epistemic.flatten(), part.epistemic.flatten())
+    return found
+
+
+def _figures(parts: Mapping[str, Prediction], labels: Tensor) -> dict[str, float]:
+    """Return `figures`, and how well confidence tells errors from right predictions: NaN without one or the other."""
+    found, known = figures(parts, labels), parts[""]
+    right, doubt = (known.labels == labels).flatten(), 1 - known.confidence.flatten()
+    auroc = ood_auroc(doubt[right], doubt[~right]) if right.any() and not right.all() else math.nan
+    return found | {"misclassification_auroc_confidence": auroc}
 
 
 def _suffix(name: str) -> str:
@@ -223,9 +263,10 @@ def _suffix(name: str) -> str:
 
 
 def _variances(resampled: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the variance of each figure over bootstrap samples."""
-    values = {key: torch.tensor([figures[key] for figures in resampled], dtype=torch.float64) for key in resampled[0]}
-    return {key: float(value.var()) for key, value in values.items()}
+    """Return the variance of each figure over the bootstrap samples that have it."""
+    values = {key: torch.tensor([found[key] for found in resampled], dtype=torch.float64) for key in resampled[0]}
+    there = {key: value[value.isfinite()] for key, value in values.items()}
+    return {key: float(value.var()) if len(value) > 1 else math.inf for key, value in there.items()}
 
 
 def _settings(claimed: Mapping[str, float], seed: int | None) -> tuple[int, int]:
@@ -246,20 +287,37 @@ def _strangers(figures: Mapping[str, float]) -> list[str]:
     return sorted({found[1] for key in figures if (found := re.fullmatch("ood_auroc_(.+?)(_epistemic)?", key))})
 
 
-def load_slice(name: str) -> Split:
+def _reachable(figures: Mapping[str, float], sets: Sequence[str]) -> dict[str, float]:
+    """Return the figures without those of strangers that are in none of these data sets."""
+    beyond = {
+        f"ood_auroc_{name}{kind}" for name in _strangers(figures) if name not in sets for kind in ("", "_epistemic")
+    }
+    return {key: value for key, value in figures.items() if key not in beyond}
+
+
+def _sliced() -> list[str]:
+    """Return the names of the data sets with bundled examples, sorted."""
+    return sorted(path.stem for path in SLICES.glob("*.safetensors"))
+
+
+def _test_split(name: str, data_root: str | Path | None) -> Split | Points:
+    """Return a test split; that of a data set that nothing but its slice is of, the slice."""
+    return load_slice(name) if name in _sliced() and name not in NAMES else load_split(name, data_root, train=False)
+
+
+def load_slice(name: str) -> Split | Points:
     """Return the bundled examples of a data set's test split.
 
     Raises:
         ValueError: If it has none.
     """
-    path = SLICES / f"{name}.safetensors"
-    if name not in NAMES or not path.is_file():
-        sliced = sorted(path.stem for path in SLICES.glob("*.safetensors"))
+    if name not in _sliced():
         raise ValueError(
-            f"data set must have a bundled slice, got {name!r}.{near(name, sliced)} {', '.join(sliced)} do."
+            f"data set must have a bundled slice, got {name!r}.{near(name, _sliced())} {', '.join(_sliced())} do."
         )
-    tensors = load_file(path)
-    return Split(tensors["images"], tensors["labels"].long(), [])
+    tensors = load_file(SLICES / f"{name}.safetensors")
+    labels = tensors["labels"].long()
+    return Split(tensors["images"], labels, []) if "images" in tensors else Points(tensors["x"], labels)
 
 
 def write_slice(name: str, data_root: str | Path | None = None, count: int = 300) -> Path:
@@ -272,7 +330,15 @@ def write_slice(name: str, data_root: str | Path | None = None, count: int = 300
     """
     split = load_split(name, data_root, train=False)
     index = torch.arange(count) * (len(split) // count)
+    return _save_slice(name, "images", split.images[index], split.labels[index])
+
+
+def save_slice(name: str, points: Points) -> Path:
+    """Write examples as a data set's bundled slice, and return the file."""
+    return _save_slice(name, "x", points.x, points.labels)
+
+
+def _save_slice(name: str, kind: str, inputs: Tensor, labels: Tensor) -> Path:
     SLICES.mkdir(parents=True, exist_ok=True)
-    tensors = {"images": split.images[index].contiguous(), "labels": split.labels[index].to(torch.uint8)}
-    save_file(tensors, SLICES / f"{name}.safetensors")
+    save_file({kind: inputs.contiguous(), "labels": labels.to(torch.uint8)}, SLICES / f"{name}.safetensors")
     return SLICES / f"{name}.safetensors"

@@ -68,14 +68,29 @@ def test_a_perfect_prediction():
     assert found == pytest.approx({"accuracy": 1.0, "nll": 0.0, "brier": 0.0, "ece": 0.0}, abs=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(40,), (40, 1)])
+def test_figures_of_yes_or_no_are_those_of_two_classes(shape):
+    yes, target = torch.rand(40, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 2
+    likely = bl.Prediction(yes.view(shape), *[torch.zeros(shape)] * 4, 1, bl.Bernoulli())
+    found = classification_metrics(likely, target.view(shape))
+    expected = classification_metrics(prediction(torch.stack([1 - yes, yes], 1)), target)
+    expected["brier"] /= 2  # one square in place of two
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("probs", "target", "likelihood", "message"),
     [
         (torch.full((3, 2), 0.5), torch.zeros(2).long(), None, r"target must have the shape \(3,\), got \(2,\)"),
         (torch.full((3, 2), 0.5), torch.zeros(3, 2).long(), None, r"target must have the shape \(3,\), got \(3, 2\)"),
-        (torch.full((3,), 0.5), torch.zeros(3).long(), bl.Bernoulli(), r"must be categorical.*got bernoulli"),
+        (
+            torch.full((3, 2), 0.5),
+            torch.zeros(3, 2).long(),
+            bl.Bernoulli(),
+            r"\(n, 1\), got bernoulli of shape \(3, 2\)",
+        ),
         (torch.full((3, 2), 0.5), torch.zeros(3).long(), bl.Gaussian(1.0), r"must be categorical.*got gaussian"),
-        (torch.full((3, 2, 4), 0.5), torch.zeros(3, 4).long(), None, r"shape \(n, c\), got .* shape \(3, 2, 4\)"),
+        (torch.full((3, 2, 4), 0.5), torch.zeros(3, 4).long(), None, r"shape \(n, c\).* got .* shape \(3, 2, 4\)"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(probs, target, likelihood, message):

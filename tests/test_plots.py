@@ -208,6 +208,33 @@ def test_the_boundary_of_a_linear_network_is_its_line():
     assert "deterministic" in words(figure)
 
 
+def test_a_decision_boundary_shows_the_entropy_of_both_networks():
+    x, y, twin = torch.randn(9, 2, generator=generator()), torch.arange(9) % 2, network(2)
+    nn.init.constant_(twin[0].bias, 0.5)  # another network
+    figure = plots.decision_boundary(
+        network(2),
+        x,
+        y,
+        draws=2,
+        baseline=twin,
+        num_samples=3,
+        names=("VOGN", "Adam"),
+        title="epoch 3",
+        grid=12,
+        generator=generator(),
+    )
+    decisions, ours, other = figure.axes[:3]
+    assert [axis.get_title() for axis in figure.axes[:3]] == ["Decision boundary", "Entropy, VOGN", "Entropy, Adam"]
+    assert figure.get_suptitle() == "epoch 3" and {"VOGN", "Adam"} <= set(words(figure))
+    west, east, south, north = other.images[0].get_extent()
+    points = torch.cartesian_prod(torch.linspace(west, east, 12), torch.linspace(south, north, 12))
+    expected = torch.special.entr(twin(points).softmax(1)).sum(1).view(12, 12).T.detach().double()
+    assert_close(torch.as_tensor(other.images[0].get_array()), expected, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(ours.images[0].get_array(), other.images[0].get_array())
+    assert decisions.get_shared_x_axes().joined(decisions, other)
+    assert_nothing_overlaps(figure)
+
+
 @pytest.mark.parametrize("classes", [2, 3, 11])
 def test_a_decision_boundary_has_room_for_its_classes(classes):
     x, y = torch.randn(4 * classes, 2, generator=generator()), torch.arange(4 * classes) % classes
@@ -420,6 +447,17 @@ def test_an_animation_has_its_frames_times_and_colours(tmp_path):
             assert animation.info["duration"] == (2000 if k == 4 else 100)
             assert np.abs(np.int64(animation.convert("RGB")) - frames[k]).max() <= 4
     assert path.stat().st_size < 2000
+
+
+def test_an_animation_keeps_the_colours_of_thin_lines(tmp_path):
+    frame = np.repeat(np.linspace(0, 255, 300).astype(np.uint8)[:, None, None], 400, 1) * np.array([1, 1, 0], np.uint8)
+    lines = [tuple(int(colour[k : k + 2], 16) for k in (1, 3, 5)) for colour in COLOURS]
+    for number, line in enumerate(lines):
+        frame[:, 20 * number] = line
+    with Image.open(plots.training_gif([frame], tmp_path / "run.gif")) as animation:
+        found = np.asarray(animation.convert("RGB"))
+    for number, line in enumerate(lines):
+        assert (found[:, 20 * number] == line).all()
 
 
 def test_an_animation_takes_figures(tmp_path):

@@ -82,7 +82,8 @@ def test_every_bundled_posterior_does_what_its_card_says(capsys):
     assert {row["posterior"] for row in rows} == set(zoo.list_posteriors())
     for name in zoo.list_posteriors():
         figures = {row["figure"] for row in rows if row["posterior"] == name}
-        assert {"accuracy", "nll", "brier", "ece", "ood_auroc_fashion-mnist"} <= figures
+        stranger = "ring" if name == "mlp-blobs" else "fashion-mnist"
+        assert {"accuracy", "nll", "brier", "ece", f"ood_auroc_{stranger}"} <= figures
         assert {"test_examples", "num_samples", "seed"} <= set(read_card(zoo.resolve(name)).verification)
     assert all(row["ok"] for row in rows)
 
@@ -119,7 +120,7 @@ def test_figures_on_the_data_are_the_cards_to_rounding(trained, data_root, tmp_p
     model = zoo.load(trained)
     bl.save_posterior(model, tmp_path / "whole", metrics={**model.card.metrics, "test_examples": 100})
     checks = verify(trained, data_root)
-    assert {check.data for check in checks} == {"mnist"} and len(checks) == 6
+    assert {check.data for check in checks} == {"mnist"} and len(checks) == 7
     assert all(check.ok for check in checks)  # of 60 examples, measured on 100
     whole = {check.figure: check.tolerance for check in verify(tmp_path / "whole", data_root)}
     assert all(check.tolerance > whole[check.figure] for check in checks if check.figure in ("nll", "brier"))
@@ -145,6 +146,25 @@ def test_blocks_of_draws_are_those_of_one_prediction(net, split):
         assert sum(block.num_samples for block in blocks) == num_samples
         for part in ("mean", "total", "aleatoric", "epistemic"):
             assert_close(getattr(pooled, part).float(), getattr(whole, part), rtol=1e-5, atol=1e-6)
+
+
+def test_a_pooled_certainty_is_no_more_than_one():
+    certain = bl.Prediction(torch.ones(1, 1), *[torch.zeros(1, 1)] * 4, 1, bl.Bernoulli())
+    for seed in range(20):
+        counts = torch.randint(7, (16,), generator=torch.Generator().manual_seed(seed)).double()
+        assert _pool([certain] * 16, counts).total == 0
+
+
+def test_errors_are_told_from_right_predictions_by_their_doubt(net, split):
+    key = "misclassification_auroc_confidence"
+    figures, deviations = measure(net, split, {}, 16, 0)
+    prediction = bl.predict(net, split.inputs(slice(None)), 16, generator=torch.Generator().manual_seed(0))
+    right = prediction.labels == split.labels
+    pairs = prediction.confidence[right][:, None] - prediction.confidence[~right][None]
+    assert_close(figures[key], float(((pairs > 0).double() + (pairs == 0).double() / 2).mean()), rtol=1e-6, atol=0)
+    assert 0 < deviations[key] < 0.5
+    flawless = Split(split.images, prediction.labels, [])
+    assert math.isnan(measure(net, flawless, {}, 16, 0)[0][key])
 
 
 def test_the_tolerance_is_the_spread_over_seeds(net, split):
@@ -181,12 +201,25 @@ def test_recording_keeps_the_weights_and_everything_else_of_the_card(tmp_path):
     assert all(check.ok for check in verify(tmp_path / "copy"))
 
 
+def test_strangers_that_nobody_has_are_left_out(trained, data_root, tmp_path):
+    model = zoo.load(trained)
+    claimed = model.card.metrics | {"ood_auroc_martians": 0.9, "ood_auroc_martians_epistemic": 0.9}
+    bl.save_posterior(model, tmp_path / "copy", name=model.card.name, metrics=claimed)
+    assert verify(tmp_path / "copy", data_root) == verify(trained, data_root)
+    recorded = record(tmp_path / "copy").verification
+    assert "ood_auroc_fashion-mnist" in recorded and not [key for key in recorded if "martians" in key]
+
+
 def test_slices_are_small_and_spread_over_the_classes():
-    assert sum(path.stat().st_size for path in SLICES.iterdir()) < 500_000
-    for name in ("mnist", "fashion-mnist"):
+    assert sum(path.stat().st_size for path in SLICES.iterdir()) < 1_200_000
+    for name, shape in (
+        ("mnist", (300, 1, 28, 28)),
+        ("fashion-mnist", (300, 1, 28, 28)),
+        ("cifar10", (200, 3, 32, 32)),
+    ):
         split = load_slice(name)
-        assert split.images.shape == (300, 1, 28, 28) and split.images.dtype == torch.uint8
-        assert split.labels.bincount(minlength=10).min() >= 20
+        assert split.images.shape == shape and split.images.dtype == torch.uint8
+        assert split.labels.bincount(minlength=10).min() >= 14
 
 
 def test_a_slice_is_every_kth_example(data_root, tmp_path, monkeypatch):
@@ -202,8 +235,9 @@ def test_a_slice_is_every_kth_example(data_root, tmp_path, monkeypatch):
         ({"dataset": "../../mnist (1 train)"}, r"unknown data set '../../mnist'"),
         ({"metrics": {"nll": 0.1, "num_samples": MAX_SAMPLES + 1}}, "num_samples must be from 2 to 10000, got 10001"),
         ({"metrics": {"nll": 0.1, "num_samples": 1}}, "num_samples must be from 2"),
+        ({"likelihood": "gaussian"}, "must be categorical"),
         ({"metrics": {"ood_auroc_../x": 0.1}}, "unknown data set '../x'"),
-        ({"likelihood": "bernoulli"}, "must be categorical"),
+        ({"likelihood": "bernoulli"}, r"must be categorical .* got bernoulli of shape \(100, 10\)"),
         ({"verification": {"nll": 0.1}, "dataset": "../slices/mnist"}, "bundled slice, got '../slices/mnist'"),
     ],
 )

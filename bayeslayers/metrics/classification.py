@@ -24,13 +24,13 @@ def classification_metrics(prediction: Prediction, target: Tensor) -> dict[str, 
     2017, arXiv 1706.04599, Eq. 3).
 
     Args:
-        prediction: Prediction of a Categorical likelihood for n examples.
-        target: Class indices `(n,)`.
+        prediction: Prediction of classes `(n, c)`, or of one yes or no per example, `(n,)` or `(n, 1)`.
+        target: Class indices `(n,)`, or 0 and 1 in the shape of the probabilities of yes.
     """
-    if prediction.likelihood.name != "categorical" or prediction.mean.dim() != 2:
+    if not prediction.likelihood.discrete or prediction.labels.numel() != len(prediction):
         raise ValueError(
-            f"prediction must be categorical of shape (n, c), got {prediction.likelihood.name} of shape "
-            f"{tuple(prediction.mean.shape)}."
+            "prediction must be categorical of shape (n, c), or bernoulli of shape (n,) or (n, 1), got "
+            f"{prediction.likelihood.name} of shape {tuple(prediction.mean.shape)}."
         )
     record = ClassificationRecord(prediction)
     record.add(prediction, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FILLS, _MARKERS = (GREEN, ORANGE, PURPLE, SKY, YELLOW, "#FFFFFF", BLACK), "osD^vPX"
-_GRID = 150  # points along each side
 _CHUNK = 4096  # points of a forward pass
 
 
@@ -50,13 +50,16 @@ def decision_boundary(
     likelihood: Likelihood | None = None,
     num_samples: int = 64,
     class_names: Sequence[str] | None = None,
+    names: tuple[str, str] = ("posterior predictive", "deterministic"),
+    title: str | None = None,
+    grid: int = 150,
     generator: torch.Generator | None = None,
     path: str | Path | None = None,
 ) -> Figure:
     """Draw where a classifier of two inputs decides, and beside it the entropy of what it predicts.
 
     The boundary of the posterior predictive is red, that of single draws of the weights light red, and that of
-    a deterministic twin blue.
+    a deterministic twin blue, whose entropy has a panel of its own.
 
     Args:
         model: Model with Bayesian layers, from `(n, 2)` to logits `(n, c)`, or of yes `(n,)` or `(n, 1)`.
@@ -67,6 +70,9 @@ def decision_boundary(
         likelihood: Meaning of the outputs, as for `predict`.
         num_samples: Draws that are averaged.
         class_names: Names of the classes; their numbers if None.
+        names: Names of the model and of the baseline.
+        title: Title over all panels, or None.
+        grid: Points along each side at which the networks are asked.
         generator: Source of the draws.
         path: File to write, or None.
 
@@ -76,51 +82,60 @@ def decision_boundary(
     from matplotlib.lines import Line2D
 
     at_least_one("draws", draws)
+    at_least_one("grid", grid)
     y = y.detach().flatten().long().cpu()
     if x.dim() != 2 or x.shape[1] != 2 or len(x) != len(y) or len(x) == 0:
         raise ValueError(f"x must hold two inputs for each of the {len(y)} classes in y, got shape {tuple(x.shape)}.")
-    names = [str(k) for k in range(int(y.max()) + 1)] if class_names is None else list(class_names)
-    if y.min() < 0 or len(names) <= y.max():
-        raise ValueError(f"class_names must name the classes {int(y.min())} to {int(y.max())}, got {len(names)} names.")
+    classes = [str(k) for k in range(int(y.max()) + 1)] if class_names is None else list(class_names)
+    if y.min() < 0 or len(classes) <= y.max():
+        raise ValueError(
+            f"class_names must name the classes {int(y.min())} to {int(y.max())}, got {len(classes)} names."
+        )
     likelihood = likelihood or likelihood_of(model)
-    sides = [torch.linspace(*_around(x[:, axis]), _GRID) for axis in (0, 1)]
-    grid = torch.cartesian_prod(*sides).to(x.dtype)
-    prediction = predict(model, grid, num_samples, likelihood=likelihood, generator=generator, batch_size=_CHUNK)
+    around = [_around(x[:, axis]) for axis in (0, 1)]
+    sides = [torch.linspace(*ends, grid) for ends in around]
+    points = torch.cartesian_prod(*sides).to(x.dtype)
 
-    figure = new_figure(10, 4.8)
-    decisions, entropies = figure.subplots(1, 2, sharex=True, sharey=True)
+    prediction = predict(model, points, num_samples, likelihood=likelihood, generator=generator, batch_size=_CHUNK)
+    shown = [(names[0], prediction.probs, prediction.total, {"colors": RED, "linewidths": 2.2})]
+    if baseline is not None:
+        style = {"colors": BLUE, "linewidths": 2.0, "linestyles": "--"}
+        shown.append((names[1], *_one_pass(baseline, points, likelihood), style))
+    figure = new_figure(5.0 * (1 + len(shown)), 4.8)
+    if title is not None:
+        figure.suptitle(title)
+    decisions, *maps = figure.subplots(1, 1 + len(shown), sharex=True, sharey=True)
 
     def contour(axis: Axes, probs: Tensor, **style: Any) -> None:
         for margin in _margins(probs):
             if margin.min() < 0 < margin.max():
-                axis.contour(*map(array, sides), array(margin.view(_GRID, _GRID).T), levels=[0], **style)
+                axis.contour(*map(array, sides), array(margin.view(grid, grid).T), levels=[0], **style)
 
     for _ in range(draws):
         with sampled(model, generator):
-            contour(decisions, _probs(model, grid, likelihood), colors=RED, linewidths=0.8, alpha=0.3)
+            contour(decisions, _one_pass(model, points, likelihood)[0], colors=RED, linewidths=0.8, alpha=0.3)
+    for axis, (name, probs, entropy, style) in zip(maps, shown, strict=True):
+        axis.imshow(
+            array(entropy.view(grid, grid).T),
+            origin="lower",
+            extent=(*around[0], *around[1]),
+            aspect="auto",
+            interpolation="bilinear",
+            cmap=UNCERTAINTY,
+            vmin=0,
+            vmax=math.log(max(2, probs[0].numel())),
+        )
+        _scatter(axis, x, y, classes, size=9)
+        label(axis, f"Entropy, {short(name)}" if baseline is not None else "Entropy of the prediction", "input 1", "")
+        for panel in (decisions, axis):
+            contour(panel, probs, **style)
+    figure.colorbar(maps[0].images[0], ax=maps, label="entropy (nats)")
+    handles = _scatter(decisions, x, y, classes, size=26)
+    lines = [(names[0], RED, 2.2, "-", 1.0), (f"{draws} draws of the weights", RED, 0.8, "-", 0.4)]
     if baseline is not None:
-        contour(decisions, _probs(baseline, grid, likelihood), colors=BLUE, linewidths=2.0, linestyles="--")
-    contour(decisions, prediction.probs, colors=RED, linewidths=2.2)
-    greatest = float(torch.tensor(float(max(2, prediction.probs[0].numel()))).log())
-    image = entropies.imshow(
-        array(prediction.total.view(_GRID, _GRID).T),
-        origin="lower",
-        extent=(*_around(x[:, 0]), *_around(x[:, 1])),
-        aspect="auto",
-        cmap=UNCERTAINTY,
-        vmin=0,
-        vmax=greatest,
-    )
-    contour(entropies, prediction.probs, colors=RED, linewidths=2.2)
-    figure.colorbar(image, ax=entropies, label="entropy (nats)")
-    handles = _scatter(decisions, x, y, names, size=26)
-    _scatter(entropies, x, y, names, size=9)
-    lines = [("posterior predictive", RED, 2.2, "-", 1.0), (f"{draws} draws of the weights", RED, 0.8, "-", 0.4)]
-    if baseline is not None:
-        lines.append(("deterministic", BLUE, 2.0, "--", 1.0))
-    handles += [Line2D([], [], label=n, color=c, lw=w, ls=style, alpha=a) for n, c, w, style, a in lines]
+        lines.append((names[1], BLUE, 2.0, "--", 1.0))
+    handles += [Line2D([], [], label=short(n), color=c, lw=w, ls=style, alpha=a) for n, c, w, style, a in lines]
     label(decisions, "Decision boundary", "input 1", "input 2")
-    label(entropies, "Entropy of the prediction", "input 1", "")
     legend_below(figure, handles)
     return finish(figure, path)
 
@@ -185,12 +200,13 @@ def _around(values: Tensor) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _probs(model: nn.Module, grid: Tensor, likelihood: Likelihood) -> Tensor:
-    """Return the probabilities of one pass with the weights as they are."""
-    parameter = next(model.parameters(), grid)
+def _one_pass(model: nn.Module, points: Tensor, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
+    """Return probabilities and their entropy, of one pass with the weights as they are."""
+    parameter = next(model.parameters(), points)
     with torch.no_grad(), evaluation_mode(model):
-        passes = [likelihood.per_draw(model(part.to(parameter.device)))[0] for part in grid.split(_CHUNK)]
-    return torch.cat(passes)
+        passes = [likelihood.per_draw(model(part.to(parameter.device))) for part in points.split(_CHUNK)]
+    probs, entropies = zip(*passes, strict=True)
+    return torch.cat(probs), torch.cat(entropies)
 
 
 def _margins(probs: Tensor) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 _UNITS = {"loss": "loss (nats)", "nll": "NLL (nats)", "ece": "ECE", "brier": "Brier score", "lr": "learning rate"}
 _PARTS = {"train": "--", "test": "-", "val": "-."}
-_COLOURS = 64  # of an animation
+_COLOURS = 64  # of an animation, beside those of `canvas`
 _PALETTE_FRAMES = 8  # which have a say in them
 _DECIBELS = (-60.0, 60.0)
 
@@ -124,7 +125,7 @@ def training_gif(
     Raises:
         ValueError: If there is no frame, one has another size, or the path does not end in .gif.
     """
-    from PIL import Image
+    from PIL import Image, ImageColor
 
     path = Path(path)
     if path.suffix.lower() != ".gif":
@@ -142,7 +143,8 @@ def training_gif(
     colours = montage.quantize(_COLOURS)
     numbers = np.array(colours.getpalette()).reshape(-1, 3)
     numbers[numbers.sum(1).argmax()] = 255  # paper is white, not the average of its neighbourhood
-    colours.putpalette(numbers.ravel().tolist())
+    lines = [ImageColor.getrgb(colour) for colour in COLOURS]  # as they are: thin ones would be averaged away
+    colours.putpalette([*numbers.ravel().tolist(), *itertools.chain(*lines)])
     first, *rest = [image.quantize(palette=colours, dither=Image.Dither.NONE) for image in images]
     stream = io.BytesIO()
     shown = [*[round(1000 * duration)] * len(rest), round(1000 * last)]
