@@ -388,6 +388,15 @@ def test_training_curves_are_the_columns_of_the_log():
     assert_nothing_overlaps(figure)
 
 
+def test_a_temperature_has_a_panel_where_it_changes():
+    def panels(*temperatures):
+        rows = [row | {"temperature": t} for row, t in zip(ROWS, temperatures, strict=False)]
+        return [axis.get_ylabel() for axis in plots.training_curves({"vogn": rows, "adam": ROWS}).figure.axes]
+
+    assert panels(0.1, 0.1) == ["loss (nats)", "NLL (nats)", "accuracy", "learning rate"]
+    assert panels("0.1", "0.2")[-2:] == ["learning rate", "temperature"]
+
+
 def test_training_curves_compare_runs_and_show_a_single_epoch():
     rows = [row | {"train_accuracy": row["test_accuracy"]} for row in ROWS]
     figure = plots.training_curves({"long": rows, "one epoch": ROWS[:1], "gap": [ROWS[0] | {"test_nll": ""}, ROWS[1]]})

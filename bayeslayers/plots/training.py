@@ -43,7 +43,7 @@ _DECIBELS = (-60.0, 60.0)
 def training_curves(
     runs: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path | None = None
 ) -> Figure:
-    """Draw each figure of a run's log over the epochs, training and test in one panel.
+    """Draw each figure of a run's log over the epochs, training and test in one panel; a constant temperature in none.
 
     Args:
         runs: Rows of a log, as `csv.DictReader` gives those of a run's log.csv: "epoch", and figures named as
@@ -61,7 +61,9 @@ def training_curves(
         raise ValueError("runs must hold rows with an epoch, got a run without. A run's log.csv has them.")
     keys = dict.fromkeys(key for rows in named.values() for row in rows for key in row)
     keys = [key for key in keys if key not in ("epoch", "seconds")]
-    panels = sorted(dict.fromkeys(_split(key)[1] for key in keys), key="lr".__eq__)  # the schedule last
+    temperatures = {row["temperature"] for rows in named.values() for row in rows if row.get("temperature")}
+    keys = [key for key in keys if key != "temperature" or len(temperatures) > 1]
+    panels = sorted(dict.fromkeys(_split(key)[1] for key in keys), key=("lr", "temperature").__contains__)  # last
     if not panels:
         raise ValueError("runs must hold figures beside the epoch, got none.")
     across = 2 if len(panels) == 4 else min(3, len(panels))
