@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 import bayeslayers as bl
@@ -46,6 +47,7 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
     torch.manual_seed(config.seed)
     model = zoo.create(**config.model).to(device_of(config))
     sets = read_sets(config, zoo.card_of(model).input_size)
+    check_classes(model, sets)
     experiment = Experiment(config, folder, model, sets, baseline, command)
     run = experiment.training()
     if resume:
@@ -59,7 +61,7 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
         return None
     metrics = experiment.finish(run.rows, progress=console.is_terminal)
     console.print_json(json.dumps(metrics))
-    console.print(f"written to {folder}, with {CURVES} and report.html")
+    console.print(f"written to {escape(str(folder))}, with {CURVES} and report.html")
     return metrics
 
 
@@ -96,6 +98,8 @@ class Sets:
 
 def read_sets(config: Config, size: Sequence[int]) -> Sets:
     """Return the data of a run, for inputs of `size`, (c, h, w)."""
+    if len(size) != 3:
+        raise ValueError(f"model must take images (c, h, w), got one for inputs of shape {tuple(size)}.")
     config.augmentation.check(size)
 
     def load(name: str, train: bool = False) -> Split:
@@ -107,6 +111,19 @@ def read_sets(config: Config, size: Sequence[int]) -> Sets:
     if not config.validation:
         return Sets(train, test, "test", test, strangers)
     return Sets(*train.held_out(config.validation), "val", test, strangers)
+
+
+def check_classes(model: nn.Module, sets: Sets) -> None:
+    """Refuse data whose labels are not the model's outputs."""
+    x, _ = next(iter(sets.test.in_order(1, next(model.parameters()).device)))
+    outputs = bl.predict(model, x, method="mean").probs.shape[1]
+    names = sets.train.classes
+    if len(names) != outputs or sets.test.classes != names:
+        other = f", of other names in the test split ({len(sets.test.classes)})" if sets.test.classes != names else ""
+        raise ValueError(
+            f"data must have a class for each of the model's {outputs} outputs, got {len(names)}{other}. Set "
+            "model.num_classes, and name the classes in the data."
+        )
 
 
 @dataclass
@@ -169,7 +186,8 @@ class Experiment:
         write_report(dataclasses.replace(answer, log=rows), self.folder)
         metrics = figures_of(answer)
         write_atomically(self.folder / METRICS, json.dumps(metrics, indent=2).encode())
-        self._save(POSTERIOR, metrics, config.notes)
+        temperature = None if config.laplace or not rows else rows[-1].get("temperature")
+        self._save(POSTERIOR, metrics, config.notes, temperature)
         return metrics
 
     def _measure(self) -> dict[str, float]:
@@ -180,14 +198,14 @@ class Experiment:
     def _question(self, num_samples: int, trained: bool = False) -> Question:
         config, how = self.config, self.config.evaluation
         return Question(
-            config.name,
-            short_name(config.data),
-            list(self.sets.strangers),
-            num_samples,
-            how.seed,
-            self._method(trained),
-            config.limit,
-            how.batch_size,
+            posterior=config.name,
+            data=short_name(config.data),
+            ood=list(self.sets.strangers),
+            num_samples=num_samples,
+            seed=how.seed,
+            method=self._method(trained),
+            limit=config.limit,
+            batch_size=how.batch_size,
         )
 
     def _method(self, trained: bool) -> str:
@@ -197,19 +215,23 @@ class Experiment:
         return self.config.evaluation.method or method_of(self.config.optimizer).predict
 
     def _save_best(self, row: Mapping[str, float]) -> None:
-        part, config = self.sets.part, self.config
-        figures = {name: value for name, value in row.items() if name.startswith(f"{part}_")}
-        notes = f"Epoch {row['epoch']} of {config.epochs}, that of the lowest {part}_nll. {config.notes}".strip()
+        part, config, how = self.sets.part, self.config, self.config.evaluation
+        found = {name: row[f"{part}_{name}"] for name in LOGGED}
+        notes = f"Epoch {row['epoch']} of {config.epochs}, that of the lowest {part}_nll, {found['nll']:.4f}."
+        measured = {"num_samples": how.epoch_samples, "seed": how.seed, "test_examples": len(self.sets.test)}
         if not config.laplace:
-            self._save(BEST, figures | {"num_samples": config.evaluation.epoch_samples}, notes)
+            figures = found | measured if part == "test" else {}
+            self._save(BEST, figures, f"{notes} {config.notes}".strip(), row.get("temperature"))
 
-    def _save(self, name: str, metrics: Mapping[str, float], notes: str) -> None:
-        """Save the posterior with its card, where there is one to predict by."""
+    def _save(self, name: str, metrics: Mapping[str, float], notes: str, temperature: float | None = None) -> None:
+        """Save the posterior with its card, where training leaves one; `temperature` is its own, None for the last."""
         import torchvision
 
         config, optimizer = self.config, self.config.optimizer
-        if self._method(trained=True) in ("mean", "dropout"):
+        if not config.laplace and method_of(optimizer).predict == "mean":
             return
+        if temperature is None:
+            temperature = config.laplace.temperature if config.laplace else float(optimizer.get("temperature", 1.0))
         train, test = len(self.sets.train), len(self.sets.test)
         bl.save_posterior(
             self.model,
@@ -218,7 +240,7 @@ class Experiment:
             class_names=self.sets.test.classes,
             dataset=f"{short_name(config.data)} ({train} train, {test} test)",
             dataset_size=train,
-            temperature=config.laplace.temperature if config.laplace else float(optimizer.get("temperature", 1.0)),
+            temperature=temperature,
             optimizer=optimizer
             | {"batch_size": config.batch_size, "epochs": config.epochs}
             | ({"laplace": dataclasses.asdict(config.laplace)} if config.laplace else {}),

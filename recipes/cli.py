@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--data-root", type=Path, metavar="PATH", help="folder of data already there (downloaded to data)")
     own.add_argument("--ood", action="append", default=[], metavar="NAME", help="data set of strangers; repeatable")
     own.add_argument("--method", choices=["sample", "mean"], default="sample", help="draws, or the posterior means")
-    own.add_argument("--limit", type=int, metavar="N", help="use the first N examples of each set alone")
+    own.add_argument("--limit", type=int, metavar="N", help="use N examples of each set alone")
     own.add_argument("--batch-size", type=int, default=250, metavar="N", help="examples per forward pass (%(default)s)")
     own.add_argument("--report", type=Path, metavar="FOLDER", help="write report.html and report.json there")
     _add_draws(own)
@@ -322,12 +322,12 @@ def _command(words: Sequence[str]) -> str:
         if name in _PLACES and not equals:
             next(rest, None)
         elif name not in _PLACES and word not in _FLAGS:
-            kept.append(re.sub(r"(npz|imagefolder):[^\s'\"]*/", r"\1:", word))
+            kept.append(re.sub(r"(npz|imagefolder):[^'\",\[\]]*[/\\]", r"\1:", word))
     return shlex.join(kept)
 
 
 _FLAGS = ("--resume", "--help")
-_PLACES = ("--data-root", "--data_root", "--output", "--baseline")
+_PLACES = ("--data-root", "--data_root", "--output", "--baseline", "--device")
 
 
 def verify(arguments: argparse.Namespace) -> int:

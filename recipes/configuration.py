@@ -22,7 +22,7 @@ class Evaluation:
         num_samples: Draws of the final measurement.
         epoch_samples: Draws of the measurement after each epoch.
         seed: Of the draws.
-        method: How to predict, as in `bl.predict`: "sample", "mean", "local", "dropout", "linearised". None
+        method: How to predict, as in `bl.predict`: "sample", "mean", "local", "moments", "dropout", "linearised". None
             for draws of a posterior, and one pass of a point estimate.
         ood: Data sets of strangers, for the AUROC of total entropy.
         batch_size: Examples per forward pass.
@@ -131,6 +131,12 @@ def check(config: Config) -> None:
     non_negative("validation", config.validation)
     config.schedule.check()
     point = method_of(config.optimizer).point
+    if config.optimizer.get("vectorise"):
+        raise ValueError("optimizer.vectorise must be false here, for a step may come in several backward passes.")
+    if config.compile and config.optimizer.get("fisher", "sampled") == "sampled" and "kfac" in config.optimizer["name"]:
+        raise ValueError(
+            "compile must be false under fisher: sampled, which draws labels from the output. Use empirical."
+        )
     if config.laplace and not point:
         raise ValueError(
             f"laplace must follow the training of a point estimate, got optimizer {config.optimizer['name']!r}. Leave "
@@ -141,8 +147,8 @@ def check(config: Config) -> None:
         if config.laplace.prior_precision is not None:
             positive("laplace.prior_precision", config.laplace.prior_precision)
     methods = ("mean", "dropout") if point and not config.laplace else tuple(METHODS)
-    if (method := config.evaluation.method) is not None and method not in methods:
+    if (how := config.evaluation.method) is not None and how not in methods:
         raise ValueError(
-            f"evaluation.method must be one of {', '.join(methods)} after this training, got {method!r}."
-            f"{near(method, methods)}"
+            f"evaluation.method must be one of {', '.join(methods)} after this training, got {how!r}."
+            f"{near(how, methods)}"
         )

@@ -232,7 +232,7 @@ def batches(
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(stream))
     for number in range(start, num_batches(split, batch_size)):
         index = order[number * batch_size : (number + 1) * batch_size]
-        generator = torch.Generator().manual_seed(stream * 1_000_003 + number)
+        generator = torch.Generator().manual_seed((stream * 1_000_003 + number) % 2**63)
         x = split.varied(index, augmentation, generator)
         yield x.contiguous(memory_format=torch.channels_last), split.labels[index]
 

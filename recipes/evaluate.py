@@ -33,8 +33,8 @@ class Question:
         ood: Data sets of strangers.
         num_samples: Draws per batch.
         seed: Of the draws.
-        method: How to predict, as in `bl.predict`: "sample", or "mean" for one pass with the posterior means.
-        limit: Use the first so many examples of each set alone.
+        method: How to predict, as in `bl.predict`: "sample", or "mean" for one pass with the means.
+        limit: Use so many examples of each set alone.
         batch_size: Examples per forward pass.
     """
 

@@ -183,6 +183,10 @@ class Training:
             ValueError: If it is one of another configuration.
         """
         state = load_checkpoint(self.folder / CHECKPOINT)
+        if "bins" not in state:
+            raise ValueError(
+                f"checkpoint must be of this release, got {self.folder / CHECKPOINT} of an older one. Start anew."
+            )
         for key, value in self.identity.items():
             if state["identity"].get(key) != value:
                 raise ValueError(

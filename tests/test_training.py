@@ -135,8 +135,8 @@ def test_the_best_epoch_is_kept_beside_the_last(data_root, tmp_path):
     best = min(rows, key=lambda row: row["test_nll"])
     assert best["epoch"] == 2 and rows[2]["test_nll"] > 2 * best["test_nll"]
     card = read_card(tmp_path / "run/best")
-    assert card.metrics["test_nll"] == pytest.approx(best["test_nll"], abs=1e-5) and card.metrics["num_samples"] == 2
-    assert card.notes.startswith("Epoch 2 of 3, that of the lowest test_nll.")
+    assert card.metrics["nll"] == pytest.approx(best["test_nll"], abs=1e-5) and card.metrics["num_samples"] == 2
+    assert card.notes.startswith("Epoch 2 of 3, that of the lowest test_nll, ") and card.metrics["test_examples"] == 100
     kept, last = (load_file(tmp_path / f"run/{name}/model.safetensors") for name in ("best", "posterior"))
     assert not torch.equal(kept["output.weight"], last["output.weight"])
 
@@ -223,6 +223,17 @@ def test_norms_can_be_spared_weight_decay():
     assert len(make_optimizer(options | {"decay_norms": True}, model, 10, seed=0).param_groups) == 1
 
 
+def test_a_posterior_is_saved_however_it_is_measured(data_root, tmp_path):
+    how = Evaluation(method="mean")
+    train(config(data_root, tmp_path / "run[/x]", epochs=1, evaluation=how, seed=1234567890123))
+    assert (tmp_path / "run[/x]/posterior").is_dir() and (tmp_path / "run[/x]/best").is_dir()
+
+
+def test_the_card_says_the_temperature_that_a_warm_up_has_reached(data_root, tmp_path):
+    train(config(data_root, tmp_path / "run", epochs=1, schedule=Schedule(temperature_steps=18, temperature_start=0.1)))
+    assert read_card(tmp_path / "run/posterior").temperature == pytest.approx(0.1 * (0.1 + 0.9 * 9 / 18), rel=0.1)
+
+
 def test_the_card_of_a_laplace_approximation_says_so(data_root, tmp_path):
     laplace = Laplace(prior_precision=3.0, temperature=0.5)
     train(config(data_root, tmp_path / "run", optimizer={"name": "adam", "lr": 0.01}, epochs=1, laplace=laplace))
@@ -297,6 +308,14 @@ def test_the_second_ctrl_c_raises(data_root, tmp_path, monkeypatch):
         ({"augmentation": Augmentation(padding=-1)}, ValueError, "augmentation.padding must be .*>= 0, got -1"),
         ({"augmentation": Augmentation(resize=20)}, ValueError, r"augmentation.resize must be >= .*28, 28.*got 20"),
         ({"micro_batch": 0}, ValueError, "micro_batch must be an integer >= 1, got 0"),
+        (
+            {"model": {"name": "mlp", "num_classes": 7}},
+            ValueError,
+            "each of the model's 7 outputs, got 10. Set model.num",
+        ),
+        ({"model": {"name": "mlp", "input_size": [784]}}, ValueError, r"must take images .* got one for .* \(784,\)"),
+        ({"optimizer": VOGN | {"vectorise": True}}, ValueError, "optimizer.vectorise must be false here"),
+        ({"optimizer": {"name": "kfac"}, "compile": True}, ValueError, "compile must be false under fisher: sampled"),
         ({"device": "gpu"}, ValueError, "device must be one that torch reaches, got 'gpu': "),
         ({"limit": -5}, ValueError, "limit must be an integer >= 1, got -5"),
         (
