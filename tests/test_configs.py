@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,11 +71,10 @@ def data(tmp_path_factory):
     places = {}
     for name, (_, (channels, height, width), classes) in SETS.items():
         if name == "imagenet":  # pictures of any size
-            for part in ("train/cat", "train/dog", "val/cat", "val/dog"):
-                (folder / name / part).mkdir(parents=True)
-                for number in range(2):
-                    picture = Image.fromarray(rng.integers(0, 256, (50, 40, 3), dtype=np.uint8))
-                    picture.save(folder / name / part / f"{number}.png")
+            picture = Image.fromarray(rng.integers(0, 256, (50, 40, 3), dtype=np.uint8))
+            for part in itertools.product(("train", "val"), range(classes)):
+                (place := folder.joinpath(name, *map(str, part))).mkdir(parents=True)
+                picture.save(place / "0.png")
             places[name] = f"imagefolder:{folder / name}"
         else:
             images = rng.integers(0, 256, (4, height, width, channels), dtype=np.uint8)
