@@ -23,10 +23,11 @@ from recipes.configuration import Config, check, device_of
 from recipes.data import Split, by_short_name, load_split, num_batches, short_name
 from recipes.evaluate import Answer, Question, evaluated, measured, write_report
 from recipes.methods import make_optimizer, method_of
+from recipes.run_folder import CONFIG, METRICS, POSTERIOR
 from recipes.schedules import make_schedulers
 from recipes.training import CHECKPOINT, Training
 
-METRICS, CONFIG, CURVES, POSTERIOR, BEST = "metrics.json", "config.json", "curves.png", "posterior", "best"
+CURVES, BEST = "curves.png", "best"
 
 
 def train(config: Config, resume: bool = False, command: str = "") -> dict[str, float] | None:
@@ -42,7 +43,7 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
     """
     console = Console(stderr=True)
     check(config)
-    folder = run_folder(config, resume)
+    folder = folder_of(config, resume)
     baseline = read_baseline(config.baseline)
     torch.manual_seed(config.seed)
     model = zoo.create(**config.model).to(device_of(config))
@@ -65,7 +66,7 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
     return metrics
 
 
-def run_folder(config: Config, resume: bool) -> Path:
+def folder_of(config: Config, resume: bool) -> Path:
     """Return the folder of a run, and refuse to write over another run."""
     folder = Path(config.output or f"runs/{config.name}")
     if folder.exists() and not folder.is_dir():
@@ -186,8 +187,7 @@ class Experiment:
         write_report(dataclasses.replace(answer, log=rows), self.folder)
         metrics = figures_of(answer)
         write_atomically(self.folder / METRICS, json.dumps(metrics, indent=2).encode())
-        temperature = None if config.laplace or not rows else rows[-1].get("temperature")
-        self._save(POSTERIOR, metrics, config.notes, temperature)
+        self._save(POSTERIOR, rows[-1], metrics, config.notes)
         return metrics
 
     def _measure(self) -> dict[str, float]:
@@ -221,17 +221,15 @@ class Experiment:
         measured = {"num_samples": how.epoch_samples, "seed": how.seed, "test_examples": len(self.sets.test)}
         if not config.laplace:
             figures = found | measured if part == "test" else {}
-            self._save(BEST, figures, f"{notes} {config.notes}".strip(), row.get("temperature"))
+            self._save(BEST, row, figures, f"{notes} {config.notes}".strip())
 
-    def _save(self, name: str, metrics: Mapping[str, float], notes: str, temperature: float | None = None) -> None:
-        """Save the posterior with its card, where training leaves one; `temperature` is its own, None for the last."""
+    def _save(self, name: str, row: Mapping[str, float], metrics: Mapping[str, float], notes: str) -> None:
+        """Save the posterior of the log's `row` with its card, where training leaves one."""
         import torchvision
 
         config, optimizer = self.config, self.config.optimizer
         if not config.laplace and method_of(optimizer).predict == "mean":
             return
-        if temperature is None:
-            temperature = config.laplace.temperature if config.laplace else float(optimizer.get("temperature", 1.0))
         train, test = len(self.sets.train), len(self.sets.test)
         bl.save_posterior(
             self.model,
@@ -240,7 +238,7 @@ class Experiment:
             class_names=self.sets.test.classes,
             dataset=f"{short_name(config.data)} ({train} train, {test} test)",
             dataset_size=train,
-            temperature=temperature,
+            temperature=config.laplace.temperature if config.laplace else row.get("temperature", 1.0),
             optimizer=optimizer
             | {"batch_size": config.batch_size, "epochs": config.epochs}
             | ({"laplace": dataclasses.asdict(config.laplace)} if config.laplace else {}),

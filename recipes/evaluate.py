@@ -19,6 +19,7 @@ import zoo
 from bayeslayers.checkpoint import write_atomically
 from bayeslayers.checks import at_least_one
 from recipes.data import Split, by_short_name, load_split
+from recipes.run_folder import REPORT
 
 MISTAKES = 24  # the most confident ones, which a report shows
 
@@ -181,7 +182,7 @@ def write_report(answer: Answer, folder: str | Path) -> None:
     """
     from recipes.report import report_html
 
-    contents = {"report.html": report_html(answer), "report.json": answer.to_json()}
+    contents = {"report.html": report_html(answer), REPORT: answer.to_json()}
     for name, content in contents.items():
         write_atomically(Path(folder) / name, content.encode())
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-LOG, METRICS, REPORT, CONFIG = "log.csv", "metrics.json", "report.json", "config.json"
+LOG, METRICS, REPORT, CONFIG, POSTERIOR = "log.csv", "metrics.json", "report.json", "config.json", "posterior"
 EPOCH_FIGURES = ("accuracy", "nll", "ece")
 FIGURES = (*EPOCH_FIGURES, "misclassification_auroc_confidence")
 OOD = "ood_auroc_"
@@ -66,6 +67,15 @@ class Run:
     def seconds_per_epoch(self) -> float:
         """Median time of an epoch's training steps."""
         return statistics.median([x for x in self.curves["seconds"] if not math.isnan(x)] or [math.nan])
+
+
+def log_text(rows: Sequence[Mapping[str, float]]) -> str:
+    """Return the text of a log: the columns of its first row, a line for each epoch."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, rows[0])
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
 
 
 def measured_on(runs: Iterable[Run]) -> str:

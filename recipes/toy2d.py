@@ -6,9 +6,7 @@ As in the toy example of Osawa et al. 2019 (arXiv 1906.02506). `python -m recipe
 from __future__ import annotations
 
 import copy
-import csv
 import dataclasses
-import io
 import json
 import math
 import sys
@@ -33,6 +31,7 @@ from bayeslayers.plots import decision_boundary, training_gif
 from bayeslayers.plots.canvas import finish
 from recipes.cli import main
 from recipes.methods import make_optimizer
+from recipes.run_folder import LOG, METRICS, POSTERIOR, log_text
 from recipes.verify import Points, figures, save_slice
 from zoo.registry import describe
 
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 
 NAMES = {"adam": "Adam", "vogn": "VOGN"}
 CLASSES = ["even blobs", "odd blobs"]
-GIF, PNG, LOG, METRICS, POSTERIOR = "boundary.gif", "boundary.png", "log.csv", "metrics.json", "posterior"
+GIF, PNG = "boundary.gif", "boundary.png"
 STRANGERS = "ring"
 _BERNOULLI = bl.Bernoulli()
 _RADIUS = 2.0  # of the strangers' ring, in half widths of the data
@@ -173,7 +172,7 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
         console.print(f"stopped after {len(both.rows)} of {config.epochs} epochs; nothing is written")
         return None
     finish(shown[-1], folder / PNG)
-    write_atomically(folder / LOG, _csv(both.rows).encode())
+    write_atomically(folder / LOG, log_text(both.rows).encode())
     found = both.measure()
     save(both, found, folder / POSTERIOR, command)
     metrics = _flat(found)
@@ -333,14 +332,6 @@ def write_slices() -> None:
 
 def _flat(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {f"{name}_{key}": value for name, own in found.items() for key, value in own.items()}
-
-
-def _csv(rows: list[dict[str, float]]) -> str:
-    text = io.StringIO()
-    table = csv.DictWriter(text, rows[0])
-    table.writeheader()
-    table.writerows(rows)
-    return text.getvalue()
 
 
 def _table(found: Mapping[str, Mapping[str, float]]) -> Table:

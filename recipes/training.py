@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import signal
 import time
@@ -25,8 +23,9 @@ from bayeslayers.metrics.calibration import CalibrationBins
 from bayeslayers.optim import TemperatureWarmup
 from recipes.augmentation import Augmentation
 from recipes.data import Split, batches, num_batches
+from recipes.run_folder import LOG, log_text
 
-CHECKPOINT, LOG = "checkpoint.safetensors", "log.csv"
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass
@@ -169,11 +168,7 @@ class Training:
         states["schedulers"] = [scheduler.state_dict() for scheduler in self.schedulers]
         save_checkpoint(self.folder / CHECKPOINT, states | own | {"rng": torch.get_rng_state()})
         if self.rows:
-            text = io.StringIO()
-            table = csv.DictWriter(text, self.rows[0])
-            table.writeheader()
-            table.writerows(self.rows)
-            write_atomically(self.folder / LOG, text.getvalue().encode())
+            write_atomically(self.folder / LOG, log_text(self.rows).encode())
 
     def resume(self) -> None:
         """Continue from the folder's checkpoint, exactly where it was saved.
