@@ -34,6 +34,7 @@ class Card:
         likelihood: "categorical", "bernoulli" or "gaussian".
         class_names: Names of the classes, in the order of the outputs.
         input_size: Shape of one example, `(c, h, w)` for images.
+        resize: Side that images are resized to before the middle is taken as the input; None for that of the input.
         dataset: Data it was trained on, and how many examples it was measured on.
         dataset_size: Number of training examples N.
         temperature: T of the tempered posterior.
@@ -55,6 +56,7 @@ class Card:
     likelihood: str = "categorical"
     class_names: list[str] = dataclasses.field(default_factory=list)
     input_size: list[int] = dataclasses.field(default_factory=list)
+    resize: int | None = None
     dataset: str = ""
     dataset_size: int | None = None
     temperature: float | None = None
@@ -134,6 +136,7 @@ def model_card(card: Card) -> str:
     )
     facts = {
         "network": f"`{card.builder}` {json.dumps(card.kwargs)}" if card.builder else "the author's own",
+        "images": f"resized to {card.resize}, of which the middle is taken" if card.resize else "",
         "data": card.dataset,
         "optimiser": json.dumps(card.optimizer) if card.optimizer else "",
         "temperature": card.temperature,

@@ -1,9 +1,10 @@
-"""Random crops and flips of a batch of images, and the crop of the middle that measurements use."""
+"""Random crops and flips of a batch of images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +20,14 @@ class Augmentation:
     Attributes:
         resize: Side that images are resized to, before a crop of the model's input size is taken, >= that
             size; a random crop in training, the middle when measured. None for the input size itself.
-        padding: Zeros around an image before its crop, in pixels, >= 0.
+        padding: Pixels around an image before its crop, >= 0.
+        border: What these are: "zeros", or the image's own mirrored by "reflect".
         flip: Mirror every other image, at random.
     """
 
     resize: int | None = None
     padding: int = 0
+    border: Literal["zeros", "reflect"] = "zeros"
     flip: bool = False
 
     def check(self, size: Sequence[int]) -> None:
@@ -36,6 +39,10 @@ class Augmentation:
                     f"augmentation.resize must be >= the model's input, {tuple(size[1:])}, got {self.resize}."
                 )
         non_negative("augmentation.padding", self.padding)
+        if self.border not in ("zeros", "reflect"):
+            raise ValueError(f"augmentation.border must be 'zeros' or 'reflect', got {self.border!r}.")
+        if self.border == "reflect" and self.padding >= (side := self.resize or min(size[1:])):
+            raise ValueError(f"augmentation.padding must be < {side}, the image that it reflects, got {self.padding}.")
 
     def __call__(self, x: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Return a random crop of each image, mirrored or not.
@@ -47,7 +54,7 @@ class Augmentation:
         """
         if not (self.padding or self.flip or size != x.shape[2:]):
             return x
-        x = F.pad(x, (self.padding,) * 4)
+        x = F.pad(x, (self.padding,) * 4, mode="constant" if self.border == "zeros" else "reflect")
         n, (height, width) = len(x), size
 
         def windows(side: int, extent: int) -> Tensor:
@@ -60,9 +67,3 @@ class Augmentation:
             columns = torch.where(mirrored, columns.flip(1), columns)
         crops = x[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (n, h, w, c)
         return crops.permute(0, 3, 1, 2)
-
-
-def middle(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the middle `size` of images `(n, c, h, w)`."""
-    top, left = ((extent - side) // 2 for extent, side in zip(x.shape[2:], size, strict=True))
-    return x[:, :, top : top + size[0], left : left + size[1]]

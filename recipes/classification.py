@@ -20,10 +20,11 @@ from bayeslayers.checkpoint import write_atomically
 from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.plots import training_curves
 from recipes.configuration import Config, check, device_of
-from recipes.data import Split, by_short_name, load_split, num_batches, short_name
+from recipes.data import Split, load_split, num_batches
 from recipes.evaluate import Answer, Question, evaluated, measured, write_report
 from recipes.methods import make_optimizer, method_of
-from recipes.run_folder import CONFIG, METRICS, POSTERIOR
+from recipes.names import by_short_name, short_name
+from recipes.run_folder import CONFIG, LOG, METRICS, POSTERIOR
 from recipes.schedules import make_schedulers
 from recipes.training import CHECKPOINT, Training
 
@@ -58,7 +59,8 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
     if run.rows:
         training_curves(run.rows, folder / CURVES)
     if not finished:
-        console.print(f"stopped and saved in epoch {run.epoch + 1}; continue with --resume")
+        where = f"in epoch {run.epoch + 1}" if run.epoch < config.epochs else "before it was measured"
+        console.print(f"stopped and saved {where}; continue with --resume")
         return None
     metrics = experiment.finish(run.rows, progress=console.is_terminal)
     console.print_json(json.dumps(metrics))
@@ -71,10 +73,11 @@ def folder_of(config: Config, resume: bool) -> Path:
     folder = Path(config.output or f"runs/{config.name}")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output must be a folder, got {folder}, which is a file.")
-    if not resume and (folder / CHECKPOINT).exists():
-        raise FileExistsError(
-            f"output must be a new run, got {folder} with a checkpoint. Add --resume or choose another."
-        )
+    for file in () if resume else (CHECKPOINT, LOG, METRICS):
+        if (folder / file).exists():
+            raise FileExistsError(
+                f"output must be a new run, got {folder} with {file}. Add --resume or choose another."
+            )
     return folder
 
 
@@ -169,7 +172,7 @@ class Experiment:
             chosen_by=f"{self.sets.part}_nll",
             on_best=self._save_best,
             identity={name: value for name, value in dataclasses.asdict(config).items() if name not in _MAY_DIFFER}
-            | {"training examples": len(train)},
+            | {"data": short_name(config.data), "training examples": len(train)},
         )
 
     def finish(self, rows: Sequence[Mapping[str, float]], progress: bool) -> dict[str, float]:
@@ -236,6 +239,7 @@ class Experiment:
             self.folder / name,
             name=config.name,
             class_names=self.sets.test.classes,
+            resize=config.augmentation.resize,
             dataset=f"{short_name(config.data)} ({train} train, {test} test)",
             dataset_size=train,
             temperature=config.laplace.temperature if config.laplace else row.get("temperature", 1.0),

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import itertools
 import json
+import math
 import os
-import re
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
-from recipes import hub_commands
+from recipes import hub_commands, train_command
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-CONFIGS = Path(__file__).parent / "configs"
-RECIPES = ("classification", "toy2d")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_draws(own)
     _add_json(own)
 
-    add(train, parse_help=False)
+    add(train_command.train, parse_help=False)
 
     own = add(hub_commands.publish)
     own.add_argument("folder", type=Path, help="folder of the posterior")
@@ -245,91 +239,6 @@ def _input(path: Path, convert: Callable[[object], Tensor]) -> Tensor:
         raise ValueError(f"image must be a picture that Pillow reads, got {path}: {reason}.") from None
 
 
-def train(arguments: argparse.Namespace) -> int:
-    """Train a posterior from a configuration file."""
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    words = _config_first(_underscores(arguments.words))
-    recipe = _recipe(words)
-    parser = ArgumentParser(
-        prog="bayeslayers train CONFIG",
-        description="Train a posterior. CONFIG is a YAML file, or the name of a bundled one as mnist/lenet5_vogn; "
-        "options override it.",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="config", help="the YAML file, in place of CONFIG")
-    parser.add_argument("--resume", action="store_true", help="continue a run exactly where it was saved")
-    parser.add_class_arguments(recipe.Config)
-    try:
-        options = parser.parse_args(words)
-        config = parser.instantiate(options).as_dict()
-    except ArgumentError as error:
-        raise ValueError(f"{str(error).rstrip('.')}. See bayeslayers train --help.") from None
-    del config["config"]
-    resume = config.pop("resume")
-    return 0 if recipe.train(recipe.Config(**config), resume, _command(arguments.words)) is not None else 130
-
-
-def _recipe(words: Sequence[str]) -> ModuleType:
-    """Return the module of the recipe that the configuration file names; classification where it names none."""
-    import yaml
-
-    from bayeslayers.checks import near
-
-    name = "classification"
-    if words[:1] == ["--config"] and len(words) > 1:
-        try:
-            content = yaml.safe_load(Path(words[1]).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            content = None  # the parser says what is wrong with it
-        name = content.get("recipe", name) if isinstance(content, dict) else name
-    if name not in RECIPES:
-        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}.{near(str(name), RECIPES)}")
-    return importlib.import_module(f"recipes.{name}")
-
-
-def _underscores(words: Sequence[str]) -> list[str]:
-    """Let --data-root stand for --data_root."""
-    return [re.sub("(?<=^--)[^=]+", lambda name: name[0].replace("-", "_"), word) for word in words]
-
-
-def _config_first(words: Sequence[str]) -> list[str]:
-    """Return the options behind the configuration that they override, wherever it was written."""
-    before = ""
-    for index, word in enumerate(words):
-        takes_value = before.startswith("--") and "=" not in before and before not in _FLAGS
-        if not (takes_value or word.startswith("-")):
-            return ["--config", str(_config_file(word)), *words[:index], *words[index + 1 :]]
-        before = word
-    return list(words)
-
-
-def _config_file(name: str) -> Path:
-    """Return the file of that path, or the bundled configuration of that name."""
-    bundled = CONFIGS / name.removeprefix("recipes/configs/")
-    for path in (Path(name), bundled, bundled.with_suffix(".yaml")):
-        if path.is_file():
-            return path
-    known = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
-    raise FileNotFoundError(f"config must be a YAML file or one of {', '.join(known)}, got {name}.")
-
-
-def _command(words: Sequence[str]) -> str:
-    """Return the command for the card, without what says where files are on this machine."""
-    kept, rest = ["bayeslayers", "train"], iter(words)
-    for word in rest:
-        name, equals, _ = word.partition("=")
-        if name in _PLACES and not equals:
-            next(rest, None)
-        elif name not in _PLACES and word not in _FLAGS:
-            kept.append(re.sub(r"(npz|imagefolder):[^'\",\[\]]*[/\\]", r"\1:", word))
-    return shlex.join(kept)
-
-
-_FLAGS = ("--resume", "--help")
-_PLACES = ("--data-root", "--data_root", "--output", "--baseline", "--device")
-
-
 def verify(arguments: argparse.Namespace) -> int:
     """Measure posteriors anew beside what their cards claim; status 1 if a figure is another."""
     import zoo
@@ -343,7 +252,8 @@ def verify(arguments: argparse.Namespace) -> int:
     checks = [check for name in names for check in run(name, arguments.data_root)]
     rows = [dataclasses.asdict(check) | {"ok": check.ok} for check in checks]
     if arguments.json:
-        print(json.dumps(rows, indent=2))
+        plain = [{key: _finite(value) for key, value in row.items()} for row in rows]
+        print(json.dumps(plain, indent=2, allow_nan=False))
     else:
         for (name, data), group in itertools.groupby(rows, lambda row: (row["posterior"], row["data"])):
             print(f"{name} on {data}")
@@ -400,6 +310,11 @@ def benchmark(arguments: argparse.Namespace) -> int:
     else:
         _print_table(rows, tuple(rows[0]))
     return 0
+
+
+def _finite(value: object) -> object:
+    """Return the value, or None for a number that JSON has not."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes.names import shortest_ends
 from recipes.run_folder import FIGURES, OOD, Run, measured_on, read_run
 
 if TYPE_CHECKING:
@@ -161,27 +162,15 @@ def compare(folders: Sequence[str | Path], output: str | Path | None = None) -> 
         places.setdefault(Path(os.path.abspath(folder)), folder)
     if not places:
         raise ValueError("runs must be one folder or more, got none.")
-    runs = {name: read_run(folder) for name, folder in zip(_names(list(places)), places.values(), strict=True)}
+    runs = {
+        name: read_run(folder)
+        for name, folder in zip(shortest_ends([path.parts for path in places]), places.values(), strict=True)
+    }
     if output is not None:
         from recipes.compare_figure import draw
 
         draw(runs, output)
     return Comparison(runs)
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest end of each path that no other one has.
-
-    >>> _names([Path("/a/vogn"), Path("/b/vogn"), Path("/a/ivon")])
-    ['a/vogn', 'b/vogn', 'ivon']
-    """
-    names = []
-    for path in paths:
-        length = 1
-        while sum(other.parts[-length:] == path.parts[-length:] for other in paths) > 1:
-            length += 1
-        names.append(str(Path(*path.parts[-length:])))
-    return names
 
 
 def show(arguments: argparse.Namespace) -> int:

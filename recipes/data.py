@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bayeslayers.checks import near
-from recipes.augmentation import Augmentation, middle
+from recipes.augmentation import Augmentation
 from recipes.image_files import ImageFiles, check_colours, read_folder, read_npz
+from zoo.transforms import middle
 
 NAMES = {
     "mnist": "MNIST",
@@ -159,25 +160,6 @@ def load_split(
     channels, height, width = size
     check_colours(name, images.shape[1], channels)
     return Split(images, labels, classes, (height, width), crop)
-
-
-def short_name(name: str) -> str:
-    """Return the name of a data set without the place of its files.
-
-    >>> short_name("npz:data/ood/notmnist_{split}.npz"), short_name("imagefolder:data/pets/"), short_name("svhn")
-    ('notmnist', 'pets', 'svhn')
-    """
-    kind, colon, path = name.partition(":")
-    if not (colon and path):
-        return name
-    folder_or_file = Path(path.replace("{split}", ""))
-    return (folder_or_file.stem if kind == "npz" else folder_or_file.name).strip("_-. ") or name
-
-
-def by_short_name(names: Sequence[str]) -> dict[str, str]:
-    """Return data sets by their short names, or by the whole ones where two would be the same."""
-    short = [short_name(name) for name in names]
-    return dict(zip(short if len(set(short)) == len(short) else names, names, strict=True))
 
 
 def _read_torchvision(name: str, root: str | Path | None, train: bool) -> tuple[Tensor, Tensor, list[str]]:

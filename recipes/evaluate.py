@@ -18,7 +18,8 @@ import bayeslayers as bl
 import zoo
 from bayeslayers.checkpoint import write_atomically
 from bayeslayers.checks import at_least_one
-from recipes.data import Split, by_short_name, load_split
+from recipes.data import Split, load_split
+from recipes.names import by_short_name, without_folders
 from recipes.run_folder import REPORT
 
 MISTAKES = 24  # the most confident ones, which a report shows
@@ -54,7 +55,7 @@ class Question:
         for option in dataclasses.fields(self)[1:]:
             value = getattr(self, option.name)
             for word in value if option.name == "ood" else [value] if value != option.default else []:
-                words += [f"--{option.name.replace('_', '-')}", str(word)]
+                words += [f"--{option.name.replace('_', '-')}", without_folders(str(word))]
         return shlex.join(words)
 
 
@@ -124,7 +125,8 @@ def evaluate(question: Question, data_root: str | Path | None = None, progress: 
         raise ValueError("posterior's card must name its data set, got none. Give --data.")
 
     def load(name: str) -> Split:
-        return load_split(name, data_root, train=False, size=card.input_size).head(question.limit)
+        split = load_split(name, data_root, train=False, size=card.input_size, resize=card.resize)
+        return split.head(question.limit)
 
     data = _aligned(load(question.data), card.class_names)
     strangers = {name: load(full) for name, full in by_short_name(question.ood).items()}

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from recipes.names import short_name
+
 LOG, METRICS, REPORT, CONFIG, POSTERIOR = "log.csv", "metrics.json", "report.json", "config.json", "posterior"
 EPOCH_FIGURES = ("accuracy", "nll", "ece")
 FIGURES = (*EPOCH_FIGURES, "misclassification_auroc_confidence")
@@ -151,7 +153,7 @@ def _plan(text: str) -> Plan:
     config = json.loads(text)
     laplace, how = config.get("laplace"), config.get("evaluation", {}).get("method")
     words = [config["optimizer"]["name"], *["laplace"] * (laplace is not None), *[how] * (how is not None)]
-    return Plan(", ".join(words), str(config["data"]), int(config["epochs"]))
+    return Plan(", ".join(words), short_name(str(config["data"])), int(config["epochs"]))
 
 
 def _reliability(text: str) -> list[tuple[float, float, float]] | None:

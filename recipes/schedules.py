@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from bayeslayers.checks import fraction, near, non_negative, positive
 from bayeslayers.optim import TemperatureWarmup
 
-NAMES = ("cosine", "constant", "step", "exponential")
+NAMES = ("cosine", "constant", "step", "exponential", "trapezoid")
 
 
 @dataclass
@@ -19,10 +19,12 @@ class Schedule:
     """Learning rate and temperature over a run.
 
     Attributes:
-        name: "cosine" to zero at the end, "constant", "step" (times `gamma` at each milestone) or
-            "exponential" (times `gamma` every epoch).
+        name: "cosine" to zero at the end, "constant", "step" (times `gamma` at each milestone),
+            "exponential" (times `gamma` every epoch) or "trapezoid" (constant, then straight to zero at the
+            end, Hägele et al. 2024, arXiv 2405.18392: until it falls, a longer run is the same).
         gamma: Factor of "step" and "exponential", > 0.
         milestones: Epochs after which "step" lowers the learning rate.
+        decay_epochs: Epochs in which "trapezoid" falls, > 0.
         warmup_epochs: Epochs in which the learning rate rises linearly to its value.
         warmup_start: Factor at the first step of that, in (0, 1].
         temperature_steps: Steps in which the temperature (the weight of the KL term) rises linearly.
@@ -32,6 +34,7 @@ class Schedule:
     name: str = "cosine"
     gamma: float = 0.1
     milestones: list[int] = field(default_factory=list)
+    decay_epochs: float = 10.0
     warmup_epochs: float = 0.0
     warmup_start: float = 0.01
     temperature_steps: int = 0
@@ -44,6 +47,7 @@ class Schedule:
                 f"schedule.name must be one of {', '.join(NAMES)}, got {self.name!r}.{near(self.name, NAMES)}"
             )
         positive("schedule.gamma", self.gamma)
+        positive("schedule.decay_epochs", self.decay_epochs)
         non_negative("schedule.warmup_epochs", self.warmup_epochs)
         non_negative("schedule.temperature_steps", self.temperature_steps)
         fraction("schedule.warmup_start", self.warmup_start, one=True)
@@ -58,6 +62,8 @@ class Schedule:
             return warmup * (1 + math.cos(math.pi * step / (steps_per_epoch * epochs))) / 2
         if self.name == "step":
             return warmup * self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
+        if self.name == "trapezoid":
+            return warmup * min(1.0, (epochs - step / steps_per_epoch) / self.decay_epochs)
         return warmup * (self.gamma**epoch if self.name == "exponential" else 1.0)
 
 

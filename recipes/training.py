@@ -53,6 +53,7 @@ class Training:
         step: Steps done in the current epoch.
         sums: Sums of loss, accuracy and seconds over these steps.
         bins: Calibration over these steps.
+        settings: Learning rate of the last step, and its temperature where the optimizer has one.
         rows: The log so far, one row an epoch.
     """
 
@@ -76,6 +77,7 @@ class Training:
     step: int = 0
     sums: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "accuracy": 0.0, "seconds": 0.0})
     bins: CalibrationBins = field(default_factory=CalibrationBins)
+    settings: dict[str, float] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
 
     def run(self) -> bool:
@@ -98,14 +100,14 @@ class Training:
                     self.data, self.batch_size, self.seed, self.epoch, self.step, augmentation=self.augmentation
                 ):
                     self._step(x, y)
-                    figures = in_words(self._settings() | self._means())
+                    figures = in_words(self.settings | self._means())
                     progress.update(task, advance=1, epoch=self.epoch + 1, figures=figures)
                     if interrupted() and self.step < per_epoch:
                         self.save()
                         return False
                 self._end_epoch(write)
                 progress.console.print(f"epoch {self.epoch}/{self.epochs}: {in_words(self.rows[-1])}", highlight=False)
-                if interrupted() and self.epoch < self.epochs:
+                if interrupted():
                     return False
         return True
 
@@ -124,6 +126,8 @@ class Training:
                 losses[-1].backward()
             return torch.stack(losses).sum().detach(), torch.cat(outputs).detach()
 
+        group = self.optimizer.param_groups[0]
+        self.settings = {key: float(group[key]) for key in ("lr", "temperature") if key in group}
         loss, output = self.optimizer.step(closure)  # pyright: ignore
         for scheduler in self.schedulers:
             scheduler.step()
@@ -136,7 +140,7 @@ class Training:
 
     def _end_epoch(self, write: Callable[[dict[str, float]], None]) -> None:
         seconds = {"epoch": self.epoch + 1, "seconds": self.sums["seconds"]}
-        row = seconds | self._settings() | self._means() | self.measure()
+        row = seconds | self.settings | self._means() | self.measure()
         if row[self.chosen_by] <= min((past[self.chosen_by] for past in self.rows), default=math.inf):
             self.on_best(row)
         self.rows.append(row)
@@ -154,11 +158,6 @@ class Training:
         means = {f"train_{key}": self.sums[key] / self.step for key in ("loss", "accuracy")}
         return means | {"train_ece": float(self.bins.errors())}
 
-    def _settings(self) -> dict[str, float]:
-        """Return learning rate, and temperature where the optimizer has one."""
-        group = self.optimizer.param_groups[0]
-        return {key: float(group[key]) for key in ("lr", "temperature") if key in group}
-
     def save(self) -> None:
         """Write checkpoint and log."""
         parts = {"model": self.model, "optimizer": self.optimizer}
@@ -166,7 +165,8 @@ class Training:
         own["bins"] = self.bins.sums
         states: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
         states["schedulers"] = [scheduler.state_dict() for scheduler in self.schedulers]
-        save_checkpoint(self.folder / CHECKPOINT, states | own | {"rng": torch.get_rng_state()})
+        states |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        save_checkpoint(self.folder / CHECKPOINT, states | own)
         if self.rows:
             write_atomically(self.folder / LOG, log_text(self.rows).encode())
 
@@ -178,7 +178,7 @@ class Training:
             ValueError: If it is one of another configuration.
         """
         state = load_checkpoint(self.folder / CHECKPOINT)
-        if "bins" not in state:
+        if "cuda_rng" not in state:
             raise ValueError(
                 f"checkpoint must be of this release, got {self.folder / CHECKPOINT} of an older one. Start anew."
             )
@@ -193,6 +193,8 @@ class Training:
         for scheduler, own in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(own)
         torch.set_rng_state(state["rng"])
+        if len(state["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.epoch, self.step, self.sums, self.rows = (state[key] for key in ("epoch", "step", "sums", "rows"))
         self.bins.sums = state["bins"]
 

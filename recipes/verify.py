@@ -16,41 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import bayeslayers as bl
 import zoo
-from bayeslayers.checks import near
 from bayeslayers.metrics import classification_metrics, ood_auroc
+from bayeslayers.metrics.ranking import Levels
 from bayeslayers.prediction import Prediction, predict
 from recipes.data import NAMES, Split, load_split
+from recipes.slices import Points, load_slice, sliced
 
-SLICES = Path(__file__).parent / "assets" / "slices"
 BLOCKS, RESAMPLES = 16, 64  # blocks of draws, and bootstrap samples of them
 DEVIATIONS = 6.0  # tolerated standard deviations: 1 figure in 40,000 by chance, by Student's t of 15 degrees
 MAX_SAMPLES = 10_000  # a card is not to be trusted with the time of whoever verifies it
 _SETTINGS = ("test_examples", "num_samples", "seed")
-
-
-@dataclass(frozen=True)
-class Points:
-    """Examples that a network takes as they are.
-
-    Attributes:
-        x: Inputs `(n, *)`, floating point.
-        labels: Class indices `(n,)`, or of yes or no `(n, 1)`.
-    """
-
-    x: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def inputs(self, index: Tensor | slice) -> Tensor:
-        """Return inputs, as those of a `Split` are."""
-        return self.x[index]
 
 
 @dataclass(frozen=True)
@@ -95,9 +74,9 @@ def verify(name: str | Path, data_root: str | Path | None = None, seed: int | No
         known, strangers = load_slice(_dataset(card)), {ood: load_slice(ood) for ood in _strangers(card.verification)}
         checks += compare(model, card.verification, known, strangers, f"{_dataset(card)} slice", seed)
     if data_root is not None or not card.verification:
-        known = _test_split(_dataset(card), data_root)
-        reachable = [ood for ood in _strangers(card.metrics) if ood in (*NAMES, *_sliced())]
-        strangers = {ood: _test_split(ood, data_root) for ood in reachable}
+        known = _test_split(_dataset(card), data_root, card)
+        reachable = [ood for ood in _strangers(card.metrics) if ood in (*NAMES, *sliced())]
+        strangers = {ood: _test_split(ood, data_root, card) for ood in reachable}
         checks += compare(model, card.metrics, known, strangers, _dataset(card), seed)
     return checks
 
@@ -118,7 +97,7 @@ def record(name: str | Path) -> bl.Card:
     model = zoo.load(folder)
     card = zoo.card_of(model)
     known = load_slice(_dataset(card))
-    strangers = {ood: load_slice(ood) for ood in _strangers(card.metrics) if ood in _sliced()}
+    strangers = {ood: load_slice(ood) for ood in _strangers(card.metrics) if ood in sliced()}
     num_samples, seed = _settings(card.metrics, None)
     values, _ = measure(model, known, strangers, num_samples, seed)
     settings = {"test_examples": len(known), "num_samples": num_samples, "seed": seed}
@@ -254,9 +233,8 @@ def figures(parts: Mapping[str, Prediction], labels: Tensor) -> dict[str, float]
 def _figures(parts: Mapping[str, Prediction], labels: Tensor) -> dict[str, float]:
     """Return `figures`, and how well confidence tells errors from right predictions: NaN without one or the other."""
     found, known = figures(parts, labels), parts[""]
-    right, doubt = (known.labels == labels).flatten(), 1 - known.confidence.flatten()
-    auroc = ood_auroc(doubt[right], doubt[~right]) if right.any() and not right.all() else math.nan
-    return found | {"misclassification_auroc_confidence": auroc}
+    levels = Levels.of(1 - known.confidence.flatten(), (known.labels != labels).flatten())
+    return found | {"misclassification_auroc_confidence": levels.auroc()}
 
 
 def _suffix(name: str) -> str:
@@ -288,50 +266,8 @@ def _strangers(figures: Mapping[str, float]) -> list[str]:
     return sorted({found[1] for key in figures if (found := re.fullmatch("ood_auroc_(.+?)(_epistemic)?", key))})
 
 
-def _sliced() -> list[str]:
-    """Return the names of the data sets with bundled examples, sorted."""
-    return sorted(path.stem for path in SLICES.glob("*.safetensors"))
-
-
-def _test_split(name: str, data_root: str | Path | None) -> Split | Points:
-    """Return a test split; that of a data set that nothing but its slice is of, the slice."""
-    return load_slice(name) if name in _sliced() and name not in NAMES else load_split(name, data_root, train=False)
-
-
-def load_slice(name: str) -> Split | Points:
-    """Return the bundled examples of a data set's test split.
-
-    Raises:
-        ValueError: If it has none.
-    """
-    if name not in _sliced():
-        raise ValueError(
-            f"data set must have a bundled slice, got {name!r}.{near(name, _sliced())} {', '.join(_sliced())} do."
-        )
-    tensors = load_file(SLICES / f"{name}.safetensors")
-    labels = tensors["labels"].long()
-    return Split(tensors["images"], labels, []) if "images" in tensors else Points(tensors["x"], labels)
-
-
-def write_slice(name: str, data_root: str | Path | None = None, count: int = 300) -> Path:
-    """Write every k-th example of a data set's test split as its bundled slice, and return the file.
-
-    Args:
-        name: Data set.
-        data_root: Folder of data, as for `load_split`.
-        count: Examples.
-    """
-    split = load_split(name, data_root, train=False)
-    index = torch.arange(count) * (len(split) // count)
-    return _save_slice(name, "images", split.images[index], split.labels[index])
-
-
-def save_slice(name: str, points: Points) -> Path:
-    """Write examples as a data set's bundled slice, and return the file."""
-    return _save_slice(name, "x", points.x, points.labels)
-
-
-def _save_slice(name: str, kind: str, inputs: Tensor, labels: Tensor) -> Path:
-    SLICES.mkdir(parents=True, exist_ok=True)
-    save_file({kind: inputs.contiguous(), "labels": labels.to(torch.uint8)}, SLICES / f"{name}.safetensors")
-    return SLICES / f"{name}.safetensors"
+def _test_split(name: str, data_root: str | Path | None, card: bl.Card) -> Split | Points:
+    """Return a test split as a posterior takes it; that of a data set that nothing but its slice is of, the slice."""
+    if name in sliced() and name not in NAMES:
+        return load_slice(name)
+    return load_split(name, data_root, train=False, size=card.input_size, resize=card.resize)

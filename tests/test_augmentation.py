@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from recipes.augmentation import Augmentation, middle
+from recipes.augmentation import Augmentation
 from recipes.data import Split, batches
+from zoo.transforms import middle
 
 # Every pixel says where it is: 1 + row * 10 + column.
 GRID = (1.0 + torch.arange(6)[:, None] * 10 + torch.arange(5)).expand(1, 6, 5)
@@ -40,6 +41,14 @@ def test_each_crop_and_mirror_image_comes_equally_often(padding, size, flip):
     counts = torch.tensor([int((found == crop).all((1, 2, 3)).sum()) for crop in expected])
     assert counts.sum() == len(x)
     assert ((counts - each).abs() < 5 * each**0.5).all()
+
+
+def test_a_border_repeats_the_image_as_in_a_mirror():
+    row = torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(400, 1, 4, 4)
+    found = Augmentation(padding=2, border="reflect")(row, (4, 4), generator())
+    ways = torch.tensor([[3.0, 2, 1, 2], [2, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 3], [3, 4, 3, 2]])
+    assert_close(found[:, 0, 0].unique(dim=0), ways.unique(dim=0))
+    assert_close(found, found[:, :, :1].expand_as(found))
 
 
 def test_images_are_varied_apart_and_colours_together():

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 import bayeslayers as bl
 import zoo
 from bayeslayers.checkpoint import read_card
-from recipes.cli import CONFIGS, main
+from recipes.cli import main
 from recipes.demo import ASSETS
+from recipes.train_command import CONFIGS
 
 TINY = """
 name: tiny
@@ -181,10 +182,10 @@ def test_train_takes_options_before_and_after_the_configuration(capsys, tmp_path
     assert '"accuracy"' in error and "Traceback" not in error and not out
     card = read_card(tmp_path / "run/posterior")
     assert card.optimizer["lr"] == 0.2 and card.metrics["num_samples"] == 1
-    assert card.recipe == f"bayeslayers train {config} --optimizer.lr=0.2 --evaluation.num-samples 1"
+    assert card.recipe == "bayeslayers train tiny.yaml --optimizer.lr=0.2 --evaluation.num-samples 1"
     assert "--resume" in failure(capsys, "train", *tiny, "--optimizer.lr=0.2")
     assert main(["train", *tiny, "--resume", "--optimizer.lr=0.2"]) == 0
-    assert read_card(tmp_path / "run/posterior").recipe == f"bayeslayers train {config} --optimizer.lr=0.2"
+    assert read_card(tmp_path / "run/posterior").recipe == "bayeslayers train tiny.yaml --optimizer.lr=0.2"
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from PIL import Image
 import bayeslayers as bl
 import zoo
 from bayeslayers.checkpoint import load_checkpoint
-from recipes.cli import CONFIGS, main
+from recipes.cli import main
 from recipes.configuration import check
 from recipes.data import NAMES
 from recipes.methods import make_optimizer, method_of
+from recipes.train_command import CONFIGS
 from zoo import alexnet, registry, resnet, vgg
 
 ALL = [  # but the configurations of other recipes

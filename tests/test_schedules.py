@@ -43,6 +43,15 @@ def test_step_and_exponential_change_by_the_epoch():
     assert_close(rates(Schedule("constant"))[0].tolist(), [0.5] * 12)
 
 
+def test_trapezoid_falls_to_zero_at_the_end_and_a_longer_run_begins_the_same():
+    schedule = Schedule("trapezoid", decay_epochs=1, warmup_epochs=0.5, warmup_start=0.2)
+    expected = [0.1, 0.3] + [0.5] * 6 + [0.5, 0.375, 0.25, 0.125]
+    assert_close(rates(schedule)[0].tolist(), expected)
+    assert_close(rates(schedule, epochs=4)[0][:9].tolist(), expected[:9])
+    assert schedule.factor(12, 4, 3) == 0
+    assert_close(rates(Schedule("trapezoid", decay_epochs=6))[0][0].item(), 0.25)  # no longer than the run
+
+
 def test_learning_rate_and_temperature_are_warmed_up():
     schedule = Schedule("constant", warmup_epochs=0.5, warmup_start=0.2, temperature_steps=4, temperature_start=0.5)
     lr, temperature = rates(schedule)
@@ -55,6 +64,7 @@ def test_learning_rate_and_temperature_are_warmed_up():
     [
         (Schedule("cosin"), "schedule.name must be one of .*, got 'cosin'. Did you mean 'cosine'"),
         (Schedule(gamma=0.0), "schedule.gamma must be a finite number > 0, got 0.0"),
+        (Schedule("trapezoid", decay_epochs=0), "schedule.decay_epochs must be a finite number > 0, got 0"),
         (Schedule(warmup_epochs=-1), "schedule.warmup_epochs must be a finite number >= 0, got -1"),
         (Schedule(warmup_start=0), r"schedule.warmup_start must be in \(0, 1\], got 0"),
         (Schedule(temperature_start=math.nan), r"schedule.temperature_start must be in \(0, 1\], got nan"),

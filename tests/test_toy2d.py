@@ -13,9 +13,12 @@ from torch.testing import assert_close
 import bayeslayers as bl
 import zoo
 from bayeslayers.checkpoint import read_card
-from recipes.cli import CONFIGS, main
-from recipes.toy2d import STRANGERS, Blobs, Both, Config, train
-from recipes.verify import load_slice, record, verify
+from recipes.blobs import STRANGERS, Blobs
+from recipes.cli import main
+from recipes.slices import load_slice
+from recipes.toy2d import Both, Config, train
+from recipes.train_command import CONFIGS
+from recipes.verify import record, verify
 
 FILES = {"boundary.gif", "boundary.png", "log.csv", "metrics.json", "posterior"}
 VOGN = {"lr": 0.05, "init_precision": 20.0, "num_samples": 3, "vectorise": True}
@@ -237,6 +240,17 @@ def test_ctrl_c_writes_nothing_and_says_so(tmp_path, monkeypatch, capsys):
     assert train(tiny(output=str(tmp_path / "run"))) is None
     assert "stopped after 0 of 3 epochs; nothing is written" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["toy2d", "--config toy2d", "--config=toy2d", "--epochs 1 --config toy2d", "--recipe toy2d", "--recipe=toy2d"],
+)
+def test_the_recipe_is_found_however_it_is_named(words, tmp_path, capsys):
+    assert main(["train", *words.split(), "--resume", "--output", str(tmp_path / "run")]) == 1
+    assert "resume must be off for toy2d" in capsys.readouterr().err
+    assert main(["train", *words.split(), "--recipe", "toy3d"]) == 1
+    assert "recipe must be one of classification, toy2d, got 'toy3d'. Did you mean 'toy2d'" in capsys.readouterr().err
 
 
 def test_the_command_trains_with_options_over_the_file(tmp_path, capsys):

@@ -22,12 +22,14 @@ import bayeslayers as bl
 import zoo
 from bayeslayers.checkpoint import load_checkpoint, read_card, save_checkpoint
 from recipes.augmentation import Augmentation
-from recipes.classification import train
+from recipes.classification import figures_of, train
 from recipes.configuration import Config, Evaluation, Laplace
 from recipes.data import batches, load_split
+from recipes.evaluate import Question, evaluate
 from recipes.methods import make_optimizer
 from recipes.schedules import Schedule
 from recipes.training import Training, interruption
+from recipes.verify import verify
 
 VOGN = {"name": "vogn", "lr": 0.3, "precision_lr": 0.05, "init_precision": 1e3, "temperature": 0.1}
 
@@ -186,7 +188,19 @@ def test_it_learns(data_root, tmp_path):
     rows = log_of(tmp_path / "run")
     assert rows[-1]["train_loss"] < 0.5 * rows[0]["train_loss"]
     assert metrics["accuracy"] > 0.9 and metrics["nll"] < 0.5
-    assert rows[-1]["lr"] == pytest.approx(0, abs=1e-9) and rows[0]["lr"] > rows[1]["lr"]
+    last_steps = [0.3 * (1 + math.cos(math.pi * step / 45)) / 2 for step in range(8, 45, 9)]
+    assert [row["lr"] for row in rows] == pytest.approx(last_steps)
+
+
+def test_what_was_trained_on_crops_is_measured_on_the_middle_ever_after(data_root, tmp_path):
+    metrics = train(config(data_root, tmp_path / "run", epochs=1, augmentation=Augmentation(resize=36, flip=True)))
+    folder = str(tmp_path / "run/posterior")
+    assert read_card(folder).resize == 36
+    question = Question(folder, ood=["fashion-mnist"], num_samples=3)
+    assert figures_of(evaluate(question, data_root)) == metrics
+    assert [check for check in verify(folder, data_root) if not check.ok] == []
+    bl.save_posterior(zoo.load(folder), folder, name="whole", resize=None)
+    assert figures_of(evaluate(question, data_root))["nll"] != metrics["nll"]
 
 
 def test_adam_trains_the_twin_whose_figures_a_posterior_shows(data_root, tmp_path):
@@ -267,9 +281,13 @@ def test_a_run_resumed_in_another_process_equals_an_uninterrupted_one(data_root,
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_ctrl_c_in_the_last_step_lets_the_run_end(data_root, tmp_path, whole, monkeypatch):
-    interrupt_after(monkeypatch, 18)
-    assert train(config(data_root, tmp_path / "run")) is not None
+def test_ctrl_c_in_the_last_step_stops_before_the_measurement(data_root, tmp_path, whole, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 18)
+        assert train(config(data_root, tmp_path / "run")) is None
+    assert "stopped and saved before it was measured; continue with --resume" in capsys.readouterr().err
+    assert not (tmp_path / "run/posterior").exists()
+    assert train(config(data_root, tmp_path / "run"), resume=True) is not None
     assert_same_run(tmp_path / "run", whole)
 
 
@@ -306,6 +324,16 @@ def test_the_second_ctrl_c_raises(data_root, tmp_path, monkeypatch):
         ({"validation": -1}, ValueError, "validation must be .*>= 0, got -1"),
         ({"validation": 300}, ValueError, "validation must leave training examples, got 300 of 300"),
         ({"augmentation": Augmentation(padding=-1)}, ValueError, "augmentation.padding must be .*>= 0, got -1"),
+        (
+            {"augmentation": Augmentation(padding=28, border="reflect")},
+            ValueError,
+            "augmentation.padding must be < 28, the image that it reflects, got 28",
+        ),
+        (
+            {"augmentation": Augmentation(border="reflected")},
+            ValueError,
+            "augmentation.border must be 'zeros' or 'reflect', got 'reflected'",
+        ),
         ({"augmentation": Augmentation(resize=20)}, ValueError, r"augmentation.resize must be >= .*28, 28.*got 20"),
         ({"micro_batch": 0}, ValueError, "micro_batch must be an integer >= 1, got 0"),
         (
@@ -321,7 +349,7 @@ def test_the_second_ctrl_c_raises(data_root, tmp_path, monkeypatch):
         (
             {"schedule": Schedule("cosin")},
             ValueError,
-            "one of cosine, constant, step, exponential, got 'cosin'. Did you mean 'cosine'",
+            "one of cosine, constant, step, exponential, trapezoid, got 'cosin'. Did you mean 'cosine'",
         ),
         ({"optimizer": {"name": "vong"}}, ValueError, "one of vogn, .*got 'vong'. Did you mean 'vogn'"),
         ({"optimizer": {}}, ValueError, "optimizer must be one of vogn, .*got None"),
@@ -362,11 +390,14 @@ def test_a_refused_run_writes_nothing(data_root, tmp_path, fields, error, messag
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_is_not_overwritten(data_root, tmp_path, whole):
-    before = files_of(whole)
-    with pytest.raises(FileExistsError, match=r"output must be a new run, got .*\. Add --resume or choose another"):
-        train(config(data_root, whole))
-    assert files_of(whole) == before
+@pytest.mark.parametrize("left", ["checkpoint.safetensors", "log.csv", "metrics.json"])
+def test_a_run_is_not_overwritten(data_root, tmp_path, whole, left):
+    (tmp_path / "run").mkdir()
+    shutil.copy(whole / left, tmp_path / "run")
+    before = files_of(tmp_path / "run")
+    with pytest.raises(FileExistsError, match=f"a new run, got .* with {left}. Add --resume or choose another"):
+        train(config(data_root, tmp_path / "run"))
+    assert files_of(tmp_path / "run") == before
     (tmp_path / "file").write_text("mine")
     with pytest.raises(NotADirectoryError, match=r"output must be a folder, got .*, which is a file"):
         train(config(data_root, tmp_path / "file"))

@@ -14,18 +14,8 @@ from recipes.classification import train
 from recipes.cli import main
 from recipes.configuration import Config, Evaluation
 from recipes.data import Split
-from recipes.verify import (
-    MAX_SAMPLES,
-    SLICES,
-    Check,
-    _draw_blocks,
-    _pool,
-    load_slice,
-    measure,
-    record,
-    verify,
-    write_slice,
-)
+from recipes.slices import SLICES, load_slice, write_slice
+from recipes.verify import MAX_SAMPLES, Check, _draw_blocks, _pool, measure, record, verify
 
 NAME = "mlp-mnist"  # the faster of the two
 
@@ -113,6 +103,14 @@ def test_changed_weights_are_found_out(change, figures, tmp_path, capsys):
     assert main(["verify", str(folder), "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)
     assert figures <= {row["figure"] for row in rows if not row["ok"]}
+
+
+def test_a_number_that_json_has_not_is_null(monkeypatch, capsys):
+    check = Check("tiny", "mnist slice", "nll", 0.5, math.nan, math.inf)
+    monkeypatch.setattr("recipes.verify.verify", lambda *_: [check])
+    assert main(["verify", "tiny", "--json"]) == 1
+    (row,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (row["claimed"], row["measured"], row["tolerance"], row["ok"]) == (0.5, None, None, False)
 
 
 def test_figures_on_the_data_are_the_cards_to_rounding(trained, data_root, tmp_path):
@@ -226,7 +224,7 @@ def test_slices_are_small_and_spread_over_the_classes():
 
 
 def test_a_slice_is_every_kth_example(data_root, tmp_path, monkeypatch):
-    monkeypatch.setattr("recipes.verify.SLICES", tmp_path)
+    monkeypatch.setattr("recipes.slices.SLICES", tmp_path)
     write_slice("mnist", data_root, 25)
     assert_close(load_slice("mnist").labels, torch.arange(0, 100, 4) % 10)
 

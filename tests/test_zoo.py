@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import zoo
 from bayeslayers.checkpoint import read_card
 from recipes.demo import ASSETS
 from zoo.inputs import Normalise
-from zoo.registry import register
+from zoo.registry import describe, register
 
 GREY = zoo.create("mlp", widths=[2], input_size=[1, 6, 8])
 RGB = zoo.create("mlp", widths=[2], input_size=[3, 6, 8])
@@ -174,6 +175,13 @@ def test_transforms_resizes_from_any_size(size):
     picture = Image.new("L", size, 51)
     assert_close(zoo.transforms(RGB)(picture), torch.full((3, 6, 8), 0.2))
     assert_close(zoo.transforms(GREY)(np.full(size, 0.2)), torch.full((1, 6, 8), 0.2))
+
+
+def test_transforms_takes_the_middle_where_the_card_says_so():
+    model = zoo.create("mlp", input_size=[1, 2, 3], widths=[4])
+    x = torch.arange(36.0).reshape(1, 6, 6) / 36
+    describe(model, dataclasses.replace(zoo.card_of(model), resize=6))
+    assert_close(zoo.transforms(model)(x), x[:, 2:4, 1:4])
 
 
 def test_transforms_gives_digits_back_as_they_are():

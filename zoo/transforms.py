@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,18 +21,28 @@ def transforms(model: nn.Module) -> Callable[[Any], Tensor]:
     of bytes, 16-bit integers, booleans or floats in [0, 1], grey or RGB; what is transparent becomes
     white. Normalisation is the model's own.
 
+    Where the card says that images are resized to more than that, the middle is the input.
+
     Args:
         model: A model that `zoo.create` or `zoo.load` returned, for images.
     """
     from torchvision.transforms import v2
 
-    size = card_of(model).input_size
+    card = card_of(model)
+    size = card.input_size
     if len(size) != 3 or size[0] not in (1, 3):
         raise ValueError(f"model must take grey or RGB images, got one for inputs of shape {tuple(size)}.")
     colours = v2.Grayscale() if size[0] == 1 else v2.RGB()
-    convert = v2.Compose([colours, v2.Resize(size[1:], antialias=True)])
+    sides = size[1:] if card.resize is None else [card.resize] * 2
+    convert = v2.Compose([colours, v2.Resize(sides, antialias=True)])
     # Resizing averages, but its weights sum to 1 only within rounding.
-    return lambda image: convert(_opaque(_unit_floats(_pixels(image)))).clamp(0, 1)
+    return lambda image: middle(convert(_opaque(_unit_floats(_pixels(image)))).clamp(0, 1), size[1:])
+
+
+def middle(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Return the middle `size`, (h, w), of images `(*, h, w)`."""
+    top, left = ((extent - side) // 2 for extent, side in zip(x.shape[-2:], size, strict=True))
+    return x[..., top : top + size[0], left : left + size[1]]
 
 
 def _pixels(image: Any) -> Tensor:

@@ -1,0 +1,79 @@
+"""The bundled slices of test data, on which a posterior is verified without a download."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bayeslayers.checks import near
+from recipes.data import Split, load_split
+
+SLICES = Path(__file__).parent / "assets" / "slices"
+
+
+@dataclass(frozen=True)
+class Points:
+    """Examples that a network takes as they are.
+
+    Attributes:
+        x: Inputs `(n, *)`, floating point.
+        labels: Class indices `(n,)`, or of yes or no `(n, 1)`.
+    """
+
+    x: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def inputs(self, index: Tensor | slice) -> Tensor:
+        """Return inputs, as those of a `Split` are."""
+        return self.x[index]
+
+
+def sliced() -> list[str]:
+    """Return the names of the data sets with bundled examples, sorted."""
+    return sorted(path.stem for path in SLICES.glob("*.safetensors"))
+
+
+def load_slice(name: str) -> Split | Points:
+    """Return the bundled examples of a data set's test split.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if name not in sliced():
+        raise ValueError(
+            f"data set must have a bundled slice, got {name!r}.{near(name, sliced())} {', '.join(sliced())} do."
+        )
+    tensors = load_file(SLICES / f"{name}.safetensors")
+    labels = tensors["labels"].long()
+    return Split(tensors["images"], labels, []) if "images" in tensors else Points(tensors["x"], labels)
+
+
+def write_slice(name: str, data_root: str | Path | None = None, count: int = 300) -> Path:
+    """Write every k-th example of a data set's test split as its bundled slice, and return the file.
+
+    Args:
+        name: Data set.
+        data_root: Folder of data, as for `load_split`.
+        count: Examples.
+    """
+    split = load_split(name, data_root, train=False)
+    index = torch.arange(count) * (len(split) // count)
+    return _save_slice(name, "images", split.images[index], split.labels[index])
+
+
+def save_slice(name: str, points: Points) -> Path:
+    """Write examples as a data set's bundled slice, and return the file."""
+    return _save_slice(name, "x", points.x, points.labels)
+
+
+def _save_slice(name: str, kind: str, inputs: Tensor, labels: Tensor) -> Path:
+    SLICES.mkdir(parents=True, exist_ok=True)
+    save_file({kind: inputs.contiguous(), "labels": labels.to(torch.uint8)}, SLICES / f"{name}.safetensors")
+    return SLICES / f"{name}.safetensors"
