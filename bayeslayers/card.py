@@ -10,6 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 FORMAT_VERSION = 1
+ABOUT_DATA = ("likelihood", "class_names", "input_size", "resize", "dataset")  # true of another posterior too
 
 
 class PosteriorError(ValueError):
@@ -41,6 +42,7 @@ class Card:
         optimizer: Name and hyperparameters of the optimiser.
         recipe: Command that trained it.
         versions: Library versions at training.
+        method: How it predicts in these measurements, as in `bl.predict`.
         metrics: Measured figures, with `num_samples` and `seed` of the measurement.
         baseline: The same figures for the same network trained by `baseline["optimizer"]`.
         verification: Figures on the small bundled slice of the test data, with `num_samples` and `seed`, for
@@ -63,6 +65,7 @@ class Card:
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
     recipe: str = ""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    method: str = "sample"
     metrics: dict[str, float | int] = dataclasses.field(default_factory=dict)
     baseline: dict[str, float | int | str] = dataclasses.field(default_factory=dict)
     verification: dict[str, float | int] = dataclasses.field(default_factory=dict)
@@ -144,7 +147,8 @@ def model_card(card: Card) -> str:
     }
     lines = [f"- {key}: {value}" for key, value in facts.items() if value not in ("", None)]
     inputs = "images" if images else "x"
-    use = f'model = zoo.load("{card.name}")\nprediction = bl.predict(model, {inputs}, num_samples=64)'
+    how = "" if card.method == "sample" else f', method="{card.method}"'
+    use = f'model = zoo.load("{card.name}")\nprediction = bl.predict(model, {inputs}, num_samples=64{how})'
     return (
         f"---\n{front.to_yaml()}\n---\n\n# {card.name}\n\nA Gaussian posterior over the weights of a network: "
         f"means and precisions.\n\n```python\nimport bayeslayers as bl, zoo\n\n{use}\n```\n\n"

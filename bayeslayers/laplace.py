@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.batches import Labelled, labelled_batches, with_progress
-from bayeslayers.card import Card
+from bayeslayers.card import ABOUT_DATA, Card
 from bayeslayers.checks import positive
 from bayeslayers.convert import ConversionReport, to_bayesian, to_deterministic
 from bayeslayers.convert.selection import Selectors
@@ -265,7 +265,7 @@ def _own_card(card: Card, report: ConversionReport | None, examples: int, temper
 
     With layers chosen here it is no longer the network of the card's builder.
     """
-    kept = {key: getattr(card, key) for key in ("likelihood", "class_names", "input_size", "dataset")}
+    kept = {key: getattr(card, key) for key in ABOUT_DATA}
     if report is None:
         kept |= {"builder": card.builder, "kwargs": card.kwargs}
     return Card(**kept, dataset_size=examples, temperature=temperature, optimizer={"name": "Laplace"})

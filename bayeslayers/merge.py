@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from bayeslayers import gaussian
-from bayeslayers.card import Card
+from bayeslayers.card import ABOUT_DATA, Card
 from bayeslayers.gaussian import in_double
 from bayeslayers.layers import ROOTS, BayesianLayer
 from bayeslayers.sampling import Site, posterior
@@ -179,7 +179,5 @@ def _merge_others(merged: nn.Module, models: Sequence[nn.Module], own: set[str])
 def _merged_card(card: Card, models: Sequence[nn.Module], method: str) -> Card:
     """Return a card that says of the merged network what is known without measuring it."""
     names = ", ".join(str(getattr(getattr(model, "card", None), "name", "a model")) for model in models)
-    kept = {
-        key: getattr(card, key) for key in ("builder", "kwargs", "likelihood", "class_names", "input_size", "dataset")
-    }
+    kept = {key: getattr(card, key) for key in (*ABOUT_DATA, "builder", "kwargs")}
     return Card(**kept, notes=f"Merged from {names} by {method}.")

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayeslayers.checks import at_least_one, non_negative
+from bayeslayers.checks import non_negative
+from zoo.inputs import check_resize
 
 
 @dataclass
@@ -33,11 +34,7 @@ class Augmentation:
     def check(self, size: Sequence[int]) -> None:
         """Refuse an augmentation that breaks a rule, by name, for inputs of `size`, (c, h, w)."""
         if self.resize is not None:
-            at_least_one("augmentation.resize", self.resize)
-            if self.resize < max(size[1:]):
-                raise ValueError(
-                    f"augmentation.resize must be >= the model's input, {tuple(size[1:])}, got {self.resize}."
-                )
+            check_resize("augmentation.resize", self.resize, size)
         non_negative("augmentation.padding", self.padding)
         if self.border not in ("zeros", "reflect"):
             raise ValueError(f"augmentation.border must be 'zeros' or 'reflect', got {self.border!r}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from recipes.data import Split, load_split, num_batches
 from recipes.evaluate import Answer, Question, evaluated, measured, write_report
 from recipes.methods import make_optimizer, method_of
 from recipes.names import by_short_name, short_name
-from recipes.run_folder import CONFIG, LOG, METRICS, POSTERIOR
+from recipes.run_folder import CONFIG, LOG, METRICS, OOD, POSTERIOR, REPORT, plan_of
 from recipes.schedules import make_schedulers
 from recipes.training import CHECKPOINT, Training
 
@@ -73,11 +74,10 @@ def folder_of(config: Config, resume: bool) -> Path:
     folder = Path(config.output or f"runs/{config.name}")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output must be a folder, got {folder}, which is a file.")
-    for file in () if resume else (CHECKPOINT, LOG, METRICS):
-        if (folder / file).exists():
-            raise FileExistsError(
-                f"output must be a new run, got {folder} with {file}. Add --resume or choose another."
-            )
+    there = [] if resume else [name for name in _OUTPUTS if (folder / name).exists()]
+    if there:
+        advice = "Add --resume or choose another" if CHECKPOINT in there else "Choose another"
+        raise FileExistsError(f"output must be a new run, got {folder} with {there[0]}. {advice}.")
     return folder
 
 
@@ -172,7 +172,7 @@ class Experiment:
             chosen_by=f"{self.sets.part}_nll",
             on_best=self._save_best,
             identity={name: value for name, value in dataclasses.asdict(config).items() if name not in _MAY_DIFFER}
-            | {"data": short_name(config.data), "training examples": len(train)},
+            | {"data": short_name(config.data), "training examples": len(train), "training labels": _digest(train)},
         )
 
     def finish(self, rows: Sequence[Mapping[str, float]], progress: bool) -> dict[str, float]:
@@ -221,9 +221,9 @@ class Experiment:
         part, config, how = self.sets.part, self.config, self.config.evaluation
         found = {name: row[f"{part}_{name}"] for name in LOGGED}
         notes = f"Epoch {row['epoch']} of {config.epochs}, that of the lowest {part}_nll, {found['nll']:.4f}."
-        measured = {"num_samples": how.epoch_samples, "seed": how.seed, "test_examples": len(self.sets.test)}
+        counts = {"num_samples": how.epoch_samples, "seed": how.seed, "test_examples": len(self.sets.test)}
         if not config.laplace:
-            figures = found | measured if part == "test" else {}
+            figures = found | counts if part == "test" else {}
             self._save(BEST, row, figures, f"{notes} {config.notes}".strip())
 
     def _save(self, name: str, row: Mapping[str, float], metrics: Mapping[str, float], notes: str) -> None:
@@ -252,6 +252,7 @@ class Experiment:
                 "torch": torch.__version__,
                 "torchvision": torchvision.__version__,
             },
+            method=self._method(trained=True),
             metrics={name: round(value, 5) for name, value in metrics.items()},
             baseline=self.baseline,
             notes=notes,
@@ -259,7 +260,13 @@ class Experiment:
 
 
 LOGGED = ("accuracy", "nll", "brier", "ece")
+_OUTPUTS = (CHECKPOINT, LOG, METRICS, REPORT, POSTERIOR, BEST)
 _MAY_DIFFER = ("name", "evaluation", "baseline", "output", "data_root", "device", "compile", "notes", "recipe")
+
+
+def _digest(data: Split) -> str:
+    """Return a word for the labels of a split, which tells data sets of one name apart."""
+    return hashlib.sha256(data.labels.numpy().tobytes()).hexdigest()[:16]
 
 
 def fit_laplace(model: nn.Module, config: Config, data: Split) -> nn.Module:
@@ -279,26 +286,26 @@ def figures_of(answer: Answer) -> dict[str, float]:
     found, point = answer.evaluation.metrics, answer.question.method == "mean"
     figures = {key: found[key] for key in (*LOGGED, "misclassification_auroc_confidence")}
     for name in answer.question.ood:
-        figures[f"ood_auroc_{name}"] = found[f"{name}/auroc_entropy"]
+        figures[f"{OOD}{name}"] = found[f"{name}/auroc_entropy"]
         if not point:
-            figures[f"ood_auroc_{name}_epistemic"] = found[f"{name}/auroc_epistemic"]
+            figures[f"{OOD}{name}_epistemic"] = found[f"{name}/auroc_epistemic"]
     counts = {"num_samples": answer.evaluation.num_samples, "seed": answer.question.seed}
     figures = {name: value for name, value in figures.items() if not math.isnan(value)}  # an AUROC without errors
     return figures | {"test_examples": answer.evaluation.num_examples} | counts
 
 
 def read_baseline(folder: str | None) -> dict[str, float | int | str]:
-    """Return the figures of a twin's run, rounded, with the name of its optimiser."""
+    """Return the figures of a twin's run, rounded, with its method."""
     if folder is None:
         return {}
-    path = Path(folder) / METRICS
-    if not path.is_file():
-        raise FileNotFoundError(f"baseline must be a finished run, got {folder} without {METRICS}. Train it first.")
+    for name in (METRICS, CONFIG):
+        if not (Path(folder) / name).is_file():
+            raise FileNotFoundError(f"baseline must be a finished run, got {folder} without {name}. Train it first.")
     try:
-        figures = {key: round(value, 5) for key, value in json.loads(path.read_text()).items()}
-        name = str(json.loads((path.parent / CONFIG).read_text())["optimizer"]["name"])
-    except (ValueError, TypeError, AttributeError, KeyError, FileNotFoundError):
+        figures = {key: round(value, 5) for key, value in json.loads((Path(folder) / METRICS).read_text()).items()}
+        plan = plan_of((Path(folder) / CONFIG).read_text())
+    except (ValueError, TypeError, AttributeError, KeyError):
         raise ValueError(
-            f"baseline must be a finished run, got {path}, which holds no figures. Train it anew."
+            f"baseline must be a finished run, got {folder}, whose {METRICS} or {CONFIG} is damaged. Train it anew."
         ) from None
-    return {"optimizer": name} | figures
+    return {"optimizer": plan.method} | figures

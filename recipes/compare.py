@@ -164,7 +164,7 @@ def compare(folders: Sequence[str | Path], output: str | Path | None = None) -> 
         raise ValueError("runs must be one folder or more, got none.")
     runs = {
         name: read_run(folder)
-        for name, folder in zip(shortest_ends([path.parts for path in places]), places.values(), strict=True)
+        for name, folder in zip(shortest_ends([path.parts[1:] for path in places]), places.values(), strict=True)
     }
     if output is not None:
         from recipes.compare_figure import draw

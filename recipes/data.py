@@ -13,7 +13,7 @@ from torch import Tensor
 from bayeslayers.checks import near
 from recipes.augmentation import Augmentation
 from recipes.image_files import ImageFiles, check_colours, read_folder, read_npz
-from zoo.transforms import middle
+from zoo.transforms import fitted, middle
 
 NAMES = {
     "mnist": "MNIST",
@@ -59,10 +59,7 @@ class Split:
         x = self.images[index].float() / 255
         if self.size in (None, x.shape[2:]):
             return x
-        from torchvision.transforms.v2.functional import resize
-
-        # Resizing averages, but its weights sum to 1 only within rounding.
-        return resize(x, list(self.size), antialias=True).clamp(0, 1)
+        return fitted(x, self.size)
 
     def head(self, limit: int | None) -> Split:
         """Return the first `limit` examples, all if None; of files, which lie class by class, as many from all over."""
@@ -141,9 +138,7 @@ def load_split(
         FileNotFoundError: If there is no such data.
         ConnectionError: If it could not be downloaded.
     """
-    crop = None
-    if size is not None and resize is not None:
-        crop, size = (size[1], size[2]), (size[0], resize, resize)
+    size, crop = sides(size, resize)
     kind, _, path = name.partition(":")
     if kind == "imagefolder" and path:
         return Split(*read_folder(path, train=train, size=size), crop=crop)
@@ -160,6 +155,14 @@ def load_split(
     channels, height, width = size
     check_colours(name, images.shape[1], channels)
     return Split(images, labels, classes, (height, width), crop)
+
+
+def sides(size: Sequence[int] | None, resize: int | None) -> tuple[tuple[int, int, int] | None, tuple[int, int] | None]:
+    """Return the shape `(c, h, w)` to resize to and the height and width of the middle to take, as of a `Split`."""
+    if size is None:
+        return None, None
+    channels, height, width = size
+    return ((channels, height, width), None) if resize is None else ((channels, resize, resize), (height, width))
 
 
 def _read_torchvision(name: str, root: str | Path | None, train: bool) -> tuple[Tensor, Tensor, list[str]]:

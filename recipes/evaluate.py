@@ -19,7 +19,7 @@ import zoo
 from bayeslayers.checkpoint import write_atomically
 from bayeslayers.checks import at_least_one
 from recipes.data import Split, load_split
-from recipes.names import by_short_name, without_folders
+from recipes.names import by_short_name, short_name, without_folders
 from recipes.run_folder import REPORT
 
 MISTAKES = 24  # the most confident ones, which a report shows
@@ -51,7 +51,7 @@ class Question:
 
     def command(self) -> str:
         """Return the command that asks this, without where things are on this machine."""
-        words = ["bayeslayers", "evaluate", self.posterior]
+        words = ["bayeslayers", "evaluate", without_folders(self.posterior)]
         for option in dataclasses.fields(self)[1:]:
             value = getattr(self, option.name)
             for word in value if option.name == "ood" else [value] if value != option.default else []:
@@ -120,8 +120,8 @@ def evaluate(question: Question, data_root: str | Path | None = None, progress: 
         raise ValueError(f"posterior must be one of classes, got a {card.likelihood} one.")
     if len(card.input_size) != 3:
         raise ValueError(f"posterior must take images, got one for inputs of shape {tuple(card.input_size)}.")
-    question = dataclasses.replace(question, data=question.data or card.dataset.partition(" ")[0] or None)
-    if question.data is None:
+    question = dataclasses.replace(question, data=question.data or card.dataset.partition(" ")[0])
+    if not question.data:
         raise ValueError("posterior's card must name its data set, got none. Give --data.")
 
     def load(name: str) -> Split:
@@ -130,7 +130,10 @@ def evaluate(question: Question, data_root: str | Path | None = None, progress: 
 
     data = _aligned(load(question.data), card.class_names)
     strangers = {name: load(full) for name, full in by_short_name(question.ood).items()}
-    return measured(model, question, data, strangers, question.command(), progress)
+    asked = question.command()
+    name = card.name if Path(question.posterior).is_dir() else question.posterior
+    question = dataclasses.replace(question, posterior=name, data=short_name(question.data), ood=list(strangers))
+    return measured(model, question, data, strangers, asked, progress)
 
 
 def measured(

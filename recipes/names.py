@@ -12,9 +12,10 @@ def short_name(name: str) -> str:
 
     >>> short_name("npz:data/ood/notmnist_{split}.npz"), short_name("imagefolder:data/pets/"), short_name("svhn")
     ('notmnist', 'pets', 'svhn')
+    >>> short_name("npz:data/cifar10/{split}.npz")
+    'cifar10'
     """
-    parts = _short_parts(name)
-    return parts[-1] if parts else name
+    return _short_parts(name)[-1]
 
 
 def by_short_name(names: Sequence[str]) -> dict[str, str]:
@@ -22,9 +23,18 @@ def by_short_name(names: Sequence[str]) -> dict[str, str]:
 
     >>> by_short_name(["npz:/data/old/pets.npz", "npz:/data/new/pets.npz", "svhn"])
     {'old/pets': 'npz:/data/old/pets.npz', 'new/pets': 'npz:/data/new/pets.npz', 'svhn': 'svhn'}
+
+    Raises:
+        ValueError: If nothing tells two of them apart.
     """
-    unique = dict.fromkeys(names)
-    return dict(zip(shortest_ends([_short_parts(name) or [name] for name in unique]), unique, strict=True))
+    unique = list(dict.fromkeys(names))
+    short = shortest_ends([_short_parts(name) for name in unique])
+    for number, name in enumerate(short):
+        if name in short[:number]:
+            raise ValueError(
+                f"data sets must have names of their own, got two of the name {name!r}. Rename the files of one."
+            )
+    return dict(zip(short, unique, strict=True))
 
 
 def shortest_ends(paths: Sequence[Sequence[str]]) -> list[str]:
@@ -43,19 +53,25 @@ def shortest_ends(paths: Sequence[Sequence[str]]) -> list[str]:
 
 
 def without_folders(word: str) -> str:
-    """Return a word of a command without the folders of the files of data in it.
+    """Return a word of a command without the folders of the files in it, but those below the working folder.
 
-    >>> without_folders('["npz:/data/ood/dtd.npz", "imagefolder:../pets"]')
-    '["npz:dtd.npz", "imagefolder:pets"]'
+    >>> without_folders("--evaluation.ood=['npz:/data/dtd.npz','imagefolder:../pets/']"), without_folders("runs/a.yaml")
+    ("--evaluation.ood=['npz:dtd.npz','imagefolder:pets']", 'runs/a.yaml')
     """
-    return re.sub(r"(npz|imagefolder):[^'\",\[\]]*[/\\]", r"\1:", word)
+    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    if Path(value).is_absolute() or value.startswith(".."):
+        value = Path(value).name
+    pattern = r"(npz|imagefolder):(.+)" if value.startswith(("npz:", "imagefolder:")) else _IN_A_LIST
+    return option + equals + re.sub(pattern, lambda found: f"{found[1]}:{Path(found[2]).name}", value)
+
+
+_IN_A_LIST = r"(npz|imagefolder):([^'\",\[\]]+)"
 
 
 def _short_parts(name: str) -> list[str]:
-    """Return the folders and the name of a data set of the user's files, nothing for another one."""
+    """Return the folders and the name of a data set of the user's files; the name alone of another one."""
     kind, colon, path = name.partition(":")
     if not (colon and path):
-        return []
-    folder_or_file = Path(path.replace("{split}", ""))
-    last = (folder_or_file.stem if kind == "npz" else folder_or_file.name).strip("_-. ")
-    return [*folder_or_file.parent.parts, last] if last else []
+        return [name]
+    whole = Path(path.removesuffix(".npz" * (kind == "npz")).replace("{split}", ""))
+    return [short for part in whole.parts if (short := part.strip("_-. /\\"))] or [name]

@@ -106,7 +106,7 @@ def read_run(folder: str | Path) -> Run:
     figures = _parsed(folder / METRICS, _figures)
     return Run(
         folder=folder,
-        plan=_parsed(folder / CONFIG, _plan),
+        plan=_parsed(folder / CONFIG, plan_of),
         held_out=held_out,
         curves=curves,
         figures={key: curves[key][-1] for key in EPOCH_FIGURES} if figures is None else figures,
@@ -149,7 +149,8 @@ def _of_epistemic(key: str, figures: Mapping[str, Any]) -> bool:
     return key.endswith("_epistemic") and key.removesuffix("_epistemic") in figures
 
 
-def _plan(text: str) -> Plan:
+def plan_of(text: str) -> Plan:
+    """Return the plan that a configuration, as JSON, makes."""
     config = json.loads(text)
     laplace, how = config.get("laplace"), config.get("evaluation", {}).get("method")
     words = [config["optimizer"]["name"], *["laplace"] * (laplace is not None), *[how] * (how is not None)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bayeslayers.checks import near
-from recipes.data import Split, load_split
+from recipes.data import Split, load_split, sides
+from recipes.names import short_name
 
 SLICES = Path(__file__).parent / "assets" / "slices"
 
@@ -40,8 +42,13 @@ def sliced() -> list[str]:
     return sorted(path.stem for path in SLICES.glob("*.safetensors"))
 
 
-def load_slice(name: str) -> Split | Points:
+def load_slice(name: str, size: Sequence[int] = (), resize: int | None = None) -> Split | Points:
     """Return the bundled examples of a data set's test split.
+
+    Args:
+        name: Data set.
+        size: `(c, h, w)` of the inputs, if these are images; their own if not.
+        resize: As for `load_split`.
 
     Raises:
         ValueError: If it has none.
@@ -52,7 +59,10 @@ def load_slice(name: str) -> Split | Points:
         )
     tensors = load_file(SLICES / f"{name}.safetensors")
     labels = tensors["labels"].long()
-    return Split(tensors["images"], labels, []) if "images" in tensors else Points(tensors["x"], labels)
+    if "images" not in tensors:
+        return Points(tensors["x"], labels)
+    whole, crop = sides(size if len(size) == 3 else None, resize)
+    return Split(tensors["images"], labels, [], whole and whole[1:], crop)
 
 
 def write_slice(name: str, data_root: str | Path | None = None, count: int = 300) -> Path:
@@ -62,10 +72,15 @@ def write_slice(name: str, data_root: str | Path | None = None, count: int = 300
         name: Data set.
         data_root: Folder of data, as for `load_split`.
         count: Examples.
+
+    Raises:
+        ValueError: If it has fewer examples, or too many classes for a byte.
     """
     split = load_split(name, data_root, train=False)
+    if not 1 <= count <= len(split):
+        raise ValueError(f"count must be from 1 to the {len(split)} examples of {name}, got {count}.")
     index = torch.arange(count) * (len(split) // count)
-    return _save_slice(name, "images", split.images[index], split.labels[index])
+    return _save_slice(short_name(name), "images", split.images[index], split.labels[index])
 
 
 def save_slice(name: str, points: Points) -> Path:
@@ -74,6 +89,8 @@ def save_slice(name: str, points: Points) -> Path:
 
 
 def _save_slice(name: str, kind: str, inputs: Tensor, labels: Tensor) -> Path:
+    if int(labels.max()) > 255:
+        raise ValueError(f"labels must be < 256 for a slice, which keeps them as bytes, got {int(labels.max())}.")
     SLICES.mkdir(parents=True, exist_ok=True)
     save_file({kind: inputs.contiguous(), "labels": labels.to(torch.uint8)}, SLICES / f"{name}.safetensors")
     return SLICES / f"{name}.safetensors"

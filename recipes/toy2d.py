@@ -122,13 +122,13 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
         with Progress(*columns, console=console) as progress:
             frames = list(progress.track(both.run(), total=config.epochs + 1, description="training"))
             shown = [frame for frame in frames if frame is not None]
+            found = both.measure()
             training_gif(progress.track(shown, description="animation"), folder / GIF, duration=0.25, last=3.0)
     except KeyboardInterrupt:
         console.print(f"stopped after {len(both.rows)} of {config.epochs} epochs; nothing is written")
         return None
     finish(shown[-1], folder / PNG)
     write_atomically(folder / LOG, log_text(both.rows).encode())
-    found = both.measure()
     save(both, found, folder / POSTERIOR, command)
     metrics = _flat(found)
     write_atomically(folder / METRICS, json.dumps(metrics, indent=2).encode())
@@ -161,6 +161,7 @@ class Both:
         config: The run.
         models: By name of the optimiser. Adam trains and predicts with the means alone, a deterministic network.
         rows: The log so far, one row an epoch.
+        temperature: VOGN's in the last step, in the first one before there is any.
     """
 
     def __init__(self, config: Config):
@@ -177,11 +178,7 @@ class Both:
         }
         steps = config.temperature_steps
         self.warmup = TemperatureWarmup(self.optimizers["vogn"], steps, config.temperature_start) if steps else None
-
-    @property
-    def temperature(self) -> float:
-        """Temperature of VOGN's next step."""
-        return self.optimizers["vogn"].param_groups[0]["temperature"]
+        self.temperature: float = self.optimizers["vogn"].param_groups[0]["temperature"]
 
     def run(self) -> Iterator[Figure | None]:
         """Train epoch by epoch; yield the frame of each, None where there is none, the initial one first."""
@@ -210,6 +207,7 @@ class Both:
                 return loss
 
             losses[name] = float(optimizer.step(closure).detach())
+        self.temperature = self.optimizers["vogn"].param_groups[0]["temperature"]
         if self.warmup:
             self.warmup.step()
         return losses

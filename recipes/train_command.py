@@ -15,7 +15,7 @@ from recipes.names import without_folders
 
 CONFIGS = Path(__file__).parent / "configs"
 RECIPES = ("classification", "toy2d")
-_FLAGS = ("--resume", "--help")
+_FLAGS = ("--resume", "--help", "--print_config")
 _PLACES = ("--data-root", "--data_root", "--output", "--baseline", "--device")
 
 
@@ -30,6 +30,7 @@ def train(arguments: argparse.Namespace) -> int:
         description="Train a posterior. CONFIG is a YAML file, or the name of a bundled one as mnist/lenet5_vogn; "
         "options override it.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="the YAML file, in place of CONFIG")
     parser.add_argument("--resume", action="store_true", help="continue a run exactly where it was saved")
@@ -58,7 +59,7 @@ def _recipe(words: Sequence[str]) -> ModuleType:
             content = None  # the parser says what is wrong with it
         name = content.get("recipe", name) if isinstance(content, dict) else name
     for before, word in itertools.pairwise(["", *words]):
-        name = word if before == "--recipe" else word.removeprefix("--recipe=") if "--recipe=" in word else name
+        name = word if before == "--recipe" else name
     if name not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}.{near(str(name), RECIPES)}")
     return importlib.import_module(f"recipes.{name}")
@@ -71,7 +72,7 @@ def _underscores(words: Sequence[str]) -> list[str]:
 
 def _config_first(words: Sequence[str]) -> list[str]:
     """Return the options behind the configuration that they override, wherever and however it was written."""
-    words = [part for word in words for part in re.split("(?<=^--config)=", word)]
+    words = [part for word in words for part in re.split("(?<=^--config)=|(?<=^--recipe)=", word)]
     before = ""
     for index, word in enumerate(words):
         named = before == "--config"
@@ -100,5 +101,5 @@ def _command(words: Sequence[str]) -> str:
         if name in _PLACES and not equals:
             next(rest, None)
         elif name not in _PLACES and word not in _FLAGS:
-            kept.append(Path(word).name if Path(word).is_absolute() else without_folders(word))
+            kept.append(without_folders(word))
     return shlex.join(kept)

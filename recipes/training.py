@@ -111,11 +111,14 @@ class Training:
                     return False
         return True
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def _step(self, x: Tensor, y: Tensor) -> None:
         began = time.perf_counter()
 
-        device = next(self.model.parameters()).device
-        x, y = x.to(device), y.to(device)
+        x, y = x.to(self._device), y.to(self._device)
 
         def closure() -> tuple[Tensor, Tensor]:
             self.optimizer.zero_grad()
@@ -165,7 +168,9 @@ class Training:
         own["bins"] = self.bins.sums
         states: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
         states["schedulers"] = [scheduler.state_dict() for scheduler in self.schedulers]
-        states |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        device = self._device
+        states["rng"] = torch.get_rng_state()
+        states["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         save_checkpoint(self.folder / CHECKPOINT, states | own)
         if self.rows:
             write_atomically(self.folder / LOG, log_text(self.rows).encode())
@@ -178,7 +183,7 @@ class Training:
             ValueError: If it is one of another configuration.
         """
         state = load_checkpoint(self.folder / CHECKPOINT)
-        if "cuda_rng" not in state:
+        if "bins" not in state:
             raise ValueError(
                 f"checkpoint must be of this release, got {self.folder / CHECKPOINT} of an older one. Start anew."
             )
@@ -193,8 +198,8 @@ class Training:
         for scheduler, own in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(own)
         torch.set_rng_state(state["rng"])
-        if len(state["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if self._device.type == "cuda" and state.get("cuda_rng") is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self._device)
         self.epoch, self.step, self.sums, self.rows = (state[key] for key in ("epoch", "step", "sums", "rows"))
         self.bins.sums = state["bins"]
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,10 @@ def verify(name: str | Path, data_root: str | Path | None = None, seed: int | No
         raise ValueError(f"card of {card.name!r} must claim figures, got none.")
     checks = []
     if card.verification:
-        known, strangers = load_slice(_dataset(card)), {ood: load_slice(ood) for ood in _strangers(card.verification)}
+        known, strangers = (
+            _slice(_dataset(card), card),
+            {ood: _slice(ood, card) for ood in _strangers(card.verification)},
+        )
         checks += compare(model, card.verification, known, strangers, f"{_dataset(card)} slice", seed)
     if data_root is not None or not card.verification:
         known = _test_split(_dataset(card), data_root, card)
@@ -96,9 +100,10 @@ def record(name: str | Path) -> bl.Card:
     folder = zoo.resolve(name)
     model = zoo.load(folder)
     card = zoo.card_of(model)
-    known = load_slice(_dataset(card))
-    strangers = {ood: load_slice(ood) for ood in _strangers(card.metrics) if ood in sliced()}
-    num_samples, seed = _settings(card.metrics, None)
+    known = _slice(_dataset(card), card)
+    strangers = {ood: _slice(ood, card) for ood in _strangers(card.metrics) if ood in sliced()}
+    of_means = card.metrics.get("num_samples", 0) < 2
+    num_samples, seed = _settings({} if of_means else card.metrics, None)
     values, _ = measure(model, known, strangers, num_samples, seed)
     settings = {"test_examples": len(known), "num_samples": num_samples, "seed": seed}
     rounded = {key: round(value, 5) for key, value in values.items() if not math.isnan(value)}
@@ -188,12 +193,13 @@ def measure(
 
 
 def _draw_blocks(model: nn.Module, split: Split | Points, num_samples: int, seed: int) -> list[Prediction]:
-    """Return predictions by blocks of draws, which together are those of one `predict`."""
+    """Return predictions by blocks of draws, which together are those of one `predict` by the card's method."""
     generator = torch.Generator().manual_seed(seed)
     number = min(BLOCKS, num_samples)
     sizes = [num_samples // number + (block < num_samples % number) for block in range(number)]
     x = split.inputs(slice(None))
-    return [predict(model, x, size, batch_size=1000, generator=generator) for size in sizes]
+    how: Any = zoo.card_of(model).method
+    return [predict(model, x, size, method=how, batch_size=1000, generator=generator) for size in sizes]
 
 
 def _pool(blocks: Sequence[Prediction], counts: Tensor) -> Prediction:
@@ -252,7 +258,9 @@ def _settings(claimed: Mapping[str, float], seed: int | None) -> tuple[int, int]
     """Return number and seed of the draws of a claim."""
     num_samples = int(claimed.get("num_samples", 64))
     if not 2 <= num_samples <= MAX_SAMPLES:
-        raise ValueError(f"card's num_samples must be from 2 to {MAX_SAMPLES}, got {num_samples}.")
+        raise ValueError(
+            f"card's num_samples must be from 2 to {MAX_SAMPLES}, got {num_samples}. --record measures with more draws."
+        )
     return num_samples, int(claimed.get("seed", 0)) if seed is None else seed
 
 
@@ -269,5 +277,11 @@ def _strangers(figures: Mapping[str, float]) -> list[str]:
 def _test_split(name: str, data_root: str | Path | None, card: bl.Card) -> Split | Points:
     """Return a test split as a posterior takes it; that of a data set that nothing but its slice is of, the slice."""
     if name in sliced() and name not in NAMES:
-        return load_slice(name)
-    return load_split(name, data_root, train=False, size=card.input_size, resize=card.resize)
+        return _slice(name, card)
+    size = card.input_size if len(card.input_size) == 3 else None
+    return load_split(name, data_root, train=False, size=size, resize=card.resize)
+
+
+def _slice(name: str, card: bl.Card) -> Split | Points:
+    """Return a slice as a posterior takes it."""
+    return load_slice(name, card.input_size, card.resize)

@@ -162,6 +162,7 @@ def test_a_layer_used_twice_can_be_saved(tmp_path):
         (lambda f: set_config(f, format_version=...), "format_version from 1 to 1, got None"),
         (lambda f: set_config(f, builder="mlpp"), "unknown model 'mlpp'. Did you mean 'mlp'"),
         (lambda f: set_config(f, builder=None), "must name its network's builder, got none"),
+        (lambda f: set_config(f, resize=200_000), r"resize must be from 1 to 8 times .*input.*, got 200000"),
         (lambda f: set_config(f, builder="os.system"), "unknown model 'os.system'"),
         (lambda f: set_config(f, kwargs={"depth": 3}), "among num_classes, .* got 'depth'"),
         (lambda f: set_config(f, kwargs={"widths": [-1]}), "must be an integer >= 1, got -1"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import bayeslayers as bl
 import zoo
 from bayeslayers.laplace import best_prior_precision
+from zoo.registry import describe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -263,15 +265,18 @@ def test_a_weight_that_nothing_depends_on_keeps_its_prior():
 
 
 def test_a_posterior_of_the_zoo_can_be_fitted_anew_saved_and_loaded(tmp_path):
-    net = zoo.create("mlp", widths=[5], input_size=[72], num_classes=3)
-    posterior = bl.laplace(net, (images().flatten(1).float(), labels()), temperature=0.5)
+    net = zoo.create("mlp", widths=[5], input_size=[1, 8, 9], num_classes=3)
+    describe(net, dataclasses.replace(zoo.card_of(net), resize=10))
+    x = images().reshape(13, 1, 8, 9).float()
+    posterior = bl.laplace(net, (x, labels()), temperature=0.5)
     card = bl.save_posterior(posterior, tmp_path / "posterior")
     assert (card.builder, card.dataset_size, card.temperature, card.metrics) == ("mlp", 13, 0.5, {})
+    assert (card.input_size, card.resize) == ([1, 8, 9], 10)
     loaded = zoo.load(tmp_path / "posterior")
     assert_close(flat(loaded), flat(posterior), rtol=0, atol=0)
-    assert len(bl.predict(loaded, images().flatten(1).float(), 2)) == 13
+    assert len(bl.predict(loaded, x, 2)) == 13
     plain = bl.to_deterministic(net)
-    last = bl.laplace(plain, (images().flatten(1).float(), labels()), layers=bl.last_layer)
+    last = bl.laplace(plain, (x, labels()), layers=bl.last_layer)
     assert bl.save_posterior(last, tmp_path / "last").builder is None
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 import bayeslayers as bl
 import zoo
 from bayeslayers.gaussian import natural_gradient_step_
+from zoo.registry import describe
 
 D, N, NOISE = 5, 12, 0.3  # features, examples of a shard, variance of the target's noise
 
@@ -135,6 +137,7 @@ def test_statistics_of_batchnorm_are_those_of_the_shards_together():
 
 def test_merging_leaves_the_models_as_they_were_and_makes_no_claims():
     nets = [zoo.load("lenet5-mnist"), zoo.load("lenet5-mnist")]
+    describe(nets[0], dataclasses.replace(nets[0].card, resize=32))
     before = {name: tensor.clone() for name, tensor in nets[0].state_dict().items()}
     merged = bl.merge(nets, "average")
     for name, tensor in nets[0].state_dict().items():
@@ -143,6 +146,7 @@ def test_merging_leaves_the_models_as_they_were_and_makes_no_claims():
         assert_close(merged.state_dict()[name], tensor)  # of one and the same
     card = merged.card
     assert (card.builder, card.metrics, card.baseline, card.sha256) == ("lenet5", {}, {}, "")
+    assert (card.dataset, card.resize) == (nets[0].card.dataset, 32)
     assert card.notes == "Merged from lenet5-mnist, lenet5-mnist by average."
     with bl.sampled(nets[0]):
         inside = bl.merge(nets, "average")

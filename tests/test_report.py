@@ -129,6 +129,8 @@ def test_the_command_names_what_was_asked_and_no_place():
         "bayeslayers evaluate 'my net' --data mnist --ood svhn --ood 'a b' --num-samples 8 --seed 1 --method mean "
         "--limit 5 --batch-size 50"
     )
+    placed = Question("/home/alice/runs/net", "npz:/home/alice/x.npz", ["imagefolder:/home/alice/pets/"])
+    assert placed.command() == "bayeslayers evaluate net --data npz:x.npz --ood imagefolder:pets"
 
 
 def test_an_answer_has_the_figures_of_the_library(mlp, data_root):
@@ -182,8 +184,9 @@ def test_the_command_prints_a_table_and_writes_a_report(capsys, mlp, data_root, 
     assert sorted(file.name for file in (tmp_path / "new/out").iterdir()) == ["report.html", "report.json"]
     page = Reader((tmp_path / "new/out/report.html").read_text())
     assert "50 examples, predicted by 2 draws" in page.text and "--limit 50" in page.text
-    assert str(data_root) not in page.text and str(tmp_path / "new") not in page.text
     before = (tmp_path / "new/out/report.json").read_text()
+    for place in (data_root, tmp_path, mlp.parent):
+        assert str(place) not in page.text and str(place) not in before
     assert main([*words, "--limit", "50", "--json"]) == 0
     assert capsys.readouterr().out == before
     assert main([*words, "--limit", "50", "--json", "--method", "mean"]) == 0

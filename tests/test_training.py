@@ -29,7 +29,7 @@ from recipes.evaluate import Question, evaluate
 from recipes.methods import make_optimizer
 from recipes.schedules import Schedule
 from recipes.training import Training, interruption
-from recipes.verify import verify
+from recipes.verify import record, verify
 
 VOGN = {"name": "vogn", "lr": 0.3, "precision_lr": 0.05, "init_precision": 1e3, "temperature": 0.1}
 
@@ -199,7 +199,10 @@ def test_what_was_trained_on_crops_is_measured_on_the_middle_ever_after(data_roo
     question = Question(folder, ood=["fashion-mnist"], num_samples=3)
     assert figures_of(evaluate(question, data_root)) == metrics
     assert [check for check in verify(folder, data_root) if not check.ok] == []
+    record(folder)
+    assert [check for check in verify(folder) if not check.ok] == []
     bl.save_posterior(zoo.load(folder), folder, name="whole", resize=None)
+    assert [check for check in verify(folder) if not check.ok] != []
     assert figures_of(evaluate(question, data_root))["nll"] != metrics["nll"]
 
 
@@ -245,13 +248,24 @@ def test_a_posterior_is_saved_however_it_is_measured(data_root, tmp_path):
 
 def test_the_card_says_the_temperature_that_a_warm_up_has_reached(data_root, tmp_path):
     train(config(data_root, tmp_path / "run", epochs=1, schedule=Schedule(temperature_steps=18, temperature_start=0.1)))
-    assert read_card(tmp_path / "run/posterior").temperature == pytest.approx(0.1 * (0.1 + 0.9 * 9 / 18), rel=0.1)
+    assert read_card(tmp_path / "run/posterior").temperature == pytest.approx(0.1 * (0.1 + 0.9 * 8 / 18))
 
 
 def test_the_card_of_a_laplace_approximation_says_so(data_root, tmp_path):
     laplace = Laplace(prior_precision=3.0, temperature=0.5)
-    train(config(data_root, tmp_path / "run", optimizer={"name": "adam", "lr": 0.01}, epochs=1, laplace=laplace))
+    adam = {"name": "adam", "lr": 0.01}
+    linearised = Evaluation(num_samples=3, ood=[], method="linearised")
+    train(
+        config(data_root, tmp_path / "run", optimizer=adam, epochs=1, laplace=laplace, evaluation=linearised, limit=90)
+    )
     card = read_card(tmp_path / "run/posterior")
+    assert card.method == "linearised" and 'method="linearised"' in (tmp_path / "run/posterior/README.md").read_text()
+    card = record(tmp_path / "run/posterior")
+    checks = verify(tmp_path / "run/posterior")
+    assert all(check.ok and abs(check.claimed - check.measured) < 1e-4 for check in checks)
+    bl.save_posterior(zoo.load(tmp_path / "run/posterior"), tmp_path / "sampled", method="sample")
+    others = {check.figure: check.measured for check in verify(tmp_path / "sampled")}
+    assert any(abs(check.measured - others[check.figure]) > 1e-2 for check in checks)
     assert card.temperature == 0.5 and card.optimizer["name"] == "adam"
     assert card.optimizer["laplace"] == {"prior_precision": 3.0, "last_layer": False, "temperature": 0.5}
     assert float(next(bl.posterior(zoo.load(tmp_path / "run/posterior"))).prior_precision) == 3.0
@@ -334,7 +348,11 @@ def test_the_second_ctrl_c_raises(data_root, tmp_path, monkeypatch):
             ValueError,
             "augmentation.border must be 'zeros' or 'reflect', got 'reflected'",
         ),
-        ({"augmentation": Augmentation(resize=20)}, ValueError, r"augmentation.resize must be >= .*28, 28.*got 20"),
+        (
+            {"augmentation": Augmentation(resize=20)},
+            ValueError,
+            r"augmentation.resize must .* 8 times .*28, 28",
+        ),
         ({"micro_batch": 0}, ValueError, "micro_batch must be an integer >= 1, got 0"),
         (
             {"model": {"name": "mlp", "num_classes": 7}},
@@ -390,12 +408,13 @@ def test_a_refused_run_writes_nothing(data_root, tmp_path, fields, error, messag
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("left", ["checkpoint.safetensors", "log.csv", "metrics.json"])
+@pytest.mark.parametrize("left", ["checkpoint.safetensors", "log.csv", "metrics.json", "report.json"])
 def test_a_run_is_not_overwritten(data_root, tmp_path, whole, left):
     (tmp_path / "run").mkdir()
     shutil.copy(whole / left, tmp_path / "run")
     before = files_of(tmp_path / "run")
-    with pytest.raises(FileExistsError, match=f"a new run, got .* with {left}. Add --resume or choose another"):
+    advice = "Add --resume or choose another" if left.startswith("checkpoint") else "Choose another"
+    with pytest.raises(FileExistsError, match=f"a new run, got .* with {left}. {advice}"):
         train(config(data_root, tmp_path / "run"))
     assert files_of(tmp_path / "run") == before
     (tmp_path / "file").write_text("mine")
@@ -407,7 +426,10 @@ def test_a_run_is_not_overwritten(data_root, tmp_path, whole, left):
 @pytest.mark.parametrize("content", ["", "[]", '{"accuracy": "high"}'])
 def test_a_baseline_without_figures_is_one_sentence(data_root, tmp_path, content):
     (tmp_path / "metrics.json").write_text(content)
-    with pytest.raises(ValueError, match=r"baseline must be a finished run, got .* which holds no figures"):
+    with pytest.raises(FileNotFoundError, match=r"baseline must be a finished run, got .* without config.json"):
+        train(config(data_root, tmp_path / "run", baseline=str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"optimizer": {"name": "adam"}, "data": "mnist", "epochs": 1}')
+    with pytest.raises(ValueError, match=r"a finished run, got .* whose metrics.json or config.json is damaged"):
         train(config(data_root, tmp_path / "run", baseline=str(tmp_path)))
 
 

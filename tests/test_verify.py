@@ -14,7 +14,7 @@ from recipes.classification import train
 from recipes.cli import main
 from recipes.configuration import Config, Evaluation
 from recipes.data import Split
-from recipes.slices import SLICES, load_slice, write_slice
+from recipes.slices import SLICES, Points, load_slice, save_slice, write_slice
 from recipes.verify import MAX_SAMPLES, Check, _draw_blocks, _pool, measure, record, verify
 
 NAME = "mlp-mnist"  # the faster of the two
@@ -197,6 +197,22 @@ def test_recording_keeps_the_weights_and_everything_else_of_the_card(tmp_path):
     assert (after.name, after.metrics, after.notes) == (before.name, before.metrics, before.notes)
     assert after.verification["test_examples"] == 300 and after.verification["num_samples"] == 4
     assert all(check.ok for check in verify(tmp_path / "copy"))
+
+
+def test_a_posterior_of_one_draw_is_recorded_with_more(tmp_path):
+    model = zoo.load(NAME)
+    bl.save_posterior(model, tmp_path / "copy", name=NAME, verification={}, metrics={"nll": 0.05, "num_samples": 1})
+    assert record(tmp_path / "copy").verification["num_samples"] == 64
+    assert all(check.ok for check in verify(tmp_path / "copy"))
+
+
+def test_a_slice_has_no_more_examples_and_classes_than_it_can_hold(data_root, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.slices.SLICES", tmp_path)
+    with pytest.raises(ValueError, match="count must be from 1 to the 100 examples of mnist, got 300"):
+        write_slice("mnist", data_root)
+    with pytest.raises(ValueError, match=r"labels must be < 256 for a slice, .* got 256"):
+        save_slice("many", Points(torch.rand(2, 1), torch.tensor([0, 256])))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_strangers_that_nobody_has_are_not_measured(trained, data_root, tmp_path):

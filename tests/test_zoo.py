@@ -16,6 +16,7 @@ from torch.testing import assert_close
 import bayeslayers as bl
 import zoo
 from bayeslayers.checkpoint import read_card
+from recipes.data import load_split
 from recipes.demo import ASSETS
 from zoo.inputs import Normalise
 from zoo.registry import describe, register
@@ -182,6 +183,17 @@ def test_transforms_takes_the_middle_where_the_card_says_so():
     x = torch.arange(36.0).reshape(1, 6, 6) / 36
     describe(model, dataclasses.replace(zoo.card_of(model), resize=6))
     assert_close(zoo.transforms(model)(x), x[:, 2:4, 1:4])
+
+
+def test_transforms_takes_the_middle_of_other_proportions_as_training_does(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    model = zoo.create("mlp", input_size=[3, 20, 20], widths=[2])
+    found = zoo.transforms(model)(picture)
+    assert_close(found, zoo.transforms(model)(picture.crop((10, 0, 50, 40))))
+    (tmp_path / "a").mkdir()
+    picture.save(tmp_path / "a/0.png")
+    trained_on = load_split(f"imagefolder:{tmp_path}", None, train=True, size=[3, 20, 20]).inputs(slice(None))[0]
+    assert (found - trained_on).abs().max() < 0.01  # of bytes, whose rounding is the rest
 
 
 def test_transforms_gives_digits_back_as_they_are():

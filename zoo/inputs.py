@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from bayeslayers.checks import at_least_one
 
+_LARGEST_RESIZE = 8  # for a card from elsewhere is not to be trusted with memory
+
 
 def image_size(size: Sequence[int], minimum: int = 1) -> tuple[int, int, int]:
     """Return `input_size` as `(c, h, w)`.
@@ -21,6 +23,15 @@ def image_size(size: Sequence[int], minimum: int = 1) -> tuple[int, int, int]:
     if len(numbers) != 3 or not all(type(n) is int for n in numbers) or numbers[0] < 1 or min(numbers[1:]) < minimum:
         raise ValueError(f"input_size must be (c, h, w), integers with c >= 1 and h, w >= {minimum}, got {size!r}.")
     return numbers
+
+
+def check_resize(name: str, resize: int, size: Sequence[int]) -> None:
+    """Refuse a side to resize images to that is below that of inputs of `size`, or far above it."""
+    side = max(size[1:]) if len(size) == 3 else 0
+    if not side <= at_least_one(name, resize) <= _LARGEST_RESIZE * side:
+        raise ValueError(
+            f"{name} must be from 1 to {_LARGEST_RESIZE} times the side of an input {tuple(size)}, got {resize}."
+        )
 
 
 class Normalise(nn.Module):

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from bayeslayers.card import Card, PosteriorError
 from bayeslayers.weights import Weights
+from zoo.inputs import check_resize
 from zoo.registry import card_of, describe, rebuild
 
 # Our networks and those of torchvision, timm and smp take up to 10 calls per tensor; four times as many where
@@ -61,6 +62,8 @@ def build(card: Card, source: str) -> nn.Module:
         size = card_of(model).input_size
         if size != card.input_size:
             raise ValueError(f"input_size must be {size}, as its network's, got {card.input_size}.")
+        if card.resize is not None:
+            check_resize("resize", card.resize, size)
         return describe(model, card)
     except Exception as error:  # of arguments that may be anything
         reason = str(error).partition("\n")[0] or type(error).__name__

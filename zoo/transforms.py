@@ -21,7 +21,8 @@ def transforms(model: nn.Module) -> Callable[[Any], Tensor]:
     of bytes, 16-bit integers, booleans or floats in [0, 1], grey or RGB; what is transparent becomes
     white. Normalisation is the model's own.
 
-    Where the card says that images are resized to more than that, the middle is the input.
+    Of an image of other proportions the middle is taken, not squashed. Where the card says that images are
+    resized to more than that size, the middle is the input.
 
     Args:
         model: A model that `zoo.create` or `zoo.load` returned, for images.
@@ -34,9 +35,17 @@ def transforms(model: nn.Module) -> Callable[[Any], Tensor]:
         raise ValueError(f"model must take grey or RGB images, got one for inputs of shape {tuple(size)}.")
     colours = v2.Grayscale() if size[0] == 1 else v2.RGB()
     sides = size[1:] if card.resize is None else [card.resize] * 2
-    convert = v2.Compose([colours, v2.Resize(sides, antialias=True)])
+    return lambda image: middle(fitted(colours(_opaque(_unit_floats(_pixels(image)))), sides), size[1:])
+
+
+def fitted(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Return the middle of images `(*, h, w)` in [0, 1], of the proportions of `size`, resized to it."""
+    from torchvision.transforms.v2.functional import resize
+
+    scale = min(extent / side for extent, side in zip(x.shape[-2:], size, strict=True))
+    x = middle(x, [max(1, round(side * scale)) for side in size])
     # Resizing averages, but its weights sum to 1 only within rounding.
-    return lambda image: middle(convert(_opaque(_unit_floats(_pixels(image)))).clamp(0, 1), size[1:])
+    return resize(x, list(size), antialias=True).clamp(0, 1)
 
 
 def middle(x: Tensor, size: Sequence[int]) -> Tensor:
