@@ -35,13 +35,13 @@ def test_paths_are_told_apart_by_their_ends():
 @pytest.mark.parametrize(
     ("word", "shown"),
     [
-        ("/home/alice/run.yaml", "run.yaml"),
+        ("/Users/alice/run.yaml", "run.yaml"),
         ("../../alice/run.yaml", "run.yaml"),
         ("configs/run.yaml", "configs/run.yaml"),
-        ("--config=/home/alice/run.yaml", "--config=run.yaml"),
-        ("--data=npz:/home/alice/x_{split}.npz", "--data=npz:x_{split}.npz"),
-        ("npz:/home/o'brien/x, y.npz", "npz:x, y.npz"),
-        ("imagefolder:/home/alice/pets/", "imagefolder:pets"),
+        ("--config=/Users/alice/run.yaml", "--config=run.yaml"),
+        ("--data=npz:/Users/alice/x_{split}.npz", "--data=npz:x_{split}.npz"),
+        ("npz:/Users/o'brien/x, y.npz", "npz:x, y.npz"),
+        ("imagefolder:/Users/alice/pets/", "imagefolder:pets"),
         ('["npz:/a/x.npz","svhn","imagefolder:/b/y/"]', '["npz:x.npz","svhn","imagefolder:y"]'),
         ("--optimizer.lr=0.2", "--optimizer.lr=0.2"),
         ("svhn", "svhn"),

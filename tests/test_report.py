@@ -129,7 +129,7 @@ def test_the_command_names_what_was_asked_and_no_place():
         "bayeslayers evaluate 'my net' --data mnist --ood svhn --ood 'a b' --num-samples 8 --seed 1 --method mean "
         "--limit 5 --batch-size 50"
     )
-    placed = Question("/home/alice/runs/net", "npz:/home/alice/x.npz", ["imagefolder:/home/alice/pets/"])
+    placed = Question("/Users/alice/runs/net", "npz:/Users/alice/x.npz", ["imagefolder:/Users/alice/pets/"])
     assert placed.command() == "bayeslayers evaluate net --data npz:x.npz --ood imagefolder:pets"
 
 

@@ -193,7 +193,8 @@ def test_transforms_takes_the_middle_of_other_proportions_as_training_does(tmp_p
     (tmp_path / "a").mkdir()
     picture.save(tmp_path / "a/0.png")
     trained_on = load_split(f"imagefolder:{tmp_path}", None, train=True, size=[3, 20, 20]).inputs(slice(None))[0]
-    assert (found - trained_on).abs().max() < 0.01  # of bytes, whose rounding is the rest
+    # Inside the edges, where Pillow also sees what is cut off; the rest is the rounding of bytes.
+    assert (found - trained_on)[:, :, 1:-1].abs().max() < 0.01
 
 
 def test_transforms_gives_digits_back_as_they_are():
