@@ -22,10 +22,10 @@ from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.plots import training_curves
 from recipes.configuration import Config, check, device_of
 from recipes.data import Split, load_split, num_batches
-from recipes.evaluate import Answer, Question, evaluated, measured, write_report
+from recipes.evaluate import Answer, Question, evaluated, measured, versions, write_report
 from recipes.methods import make_optimizer, method_of
 from recipes.names import by_short_name, short_name
-from recipes.run_folder import CONFIG, LOG, METRICS, OOD, POSTERIOR, REPORT, plan_of
+from recipes.run_folder import CONFIG, LOG, METRICS, OOD, POSTERIOR, REPORT, check_folder, plan_of
 from recipes.schedules import make_schedulers
 from recipes.training import CHECKPOINT, Training
 
@@ -72,8 +72,7 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
 def folder_of(config: Config, resume: bool) -> Path:
     """Return the folder of a run, and refuse to write over another run."""
     folder = Path(config.output or f"runs/{config.name}")
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"output must be a folder, got {folder}, which is a file.")
+    check_folder("output", folder)
     there = [] if resume else [name for name in _OUTPUTS if (folder / name).exists()]
     if there:
         advice = "Add --resume or choose another" if CHECKPOINT in there else "Choose another"
@@ -228,8 +227,6 @@ class Experiment:
 
     def _save(self, name: str, row: Mapping[str, float], metrics: Mapping[str, float], notes: str) -> None:
         """Save the posterior of the log's `row` with its card, where training leaves one."""
-        import torchvision
-
         config, optimizer = self.config, self.config.optimizer
         if not config.laplace and method_of(optimizer).predict == "mean":
             return
@@ -247,11 +244,7 @@ class Experiment:
             | {"batch_size": config.batch_size, "epochs": config.epochs}
             | ({"laplace": dataclasses.asdict(config.laplace)} if config.laplace else {}),
             recipe=self.command,
-            versions={
-                "bayeslayers": bl.__version__,
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-            },
+            versions=versions("torchvision"),
             method=self._method(trained=True),
             metrics={name: round(value, 5) for name, value in metrics.items()},
             baseline=self.baseline,

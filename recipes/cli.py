@@ -266,9 +266,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """Measure a posterior on data, and how well it tells strangers from it."""
     from recipes.evaluate import Question, write_report
     from recipes.evaluate import evaluate as run
+    from recipes.run_folder import check_folder
 
-    if (folder := arguments.report) is not None and folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"report must be a folder, got {folder}, which is a file.")
+    if (folder := arguments.report) is not None:
+        check_folder("report", folder)
     options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Question)}
     answer = run(Question(**options), arguments.data_root, progress=not arguments.json and sys.stdout.isatty())
     if folder is not None:

@@ -129,7 +129,7 @@ def load_split(
         root: Folder of torchvision's data already there, as it lays it out. None: the folder `data`,
             where the set is downloaded to if need be.
         train: The training split, else the test split.
-        size: `(c, h, w)` of the inputs; None for that of the images.
+        size: `(c, h, w)` of the inputs; None, or of another number of dimensions, for that of the images.
         resize: Side that images are resized to before `size` is cropped from them; None for that of `size`.
 
     Raises:
@@ -158,8 +158,11 @@ def load_split(
 
 
 def sides(size: Sequence[int] | None, resize: int | None) -> tuple[tuple[int, int, int] | None, tuple[int, int] | None]:
-    """Return the shape `(c, h, w)` to resize to and the height and width of the middle to take, as of a `Split`."""
-    if size is None:
+    """Return the shape `(c, h, w)` to resize to and the height and width of the middle to take, as of a `Split`.
+
+    Both are None where nothing is asked for, or inputs are no images.
+    """
+    if size is None or len(size) != 3:
         return None, None
     channels, height, width = size
     return ((channels, height, width), None) if resize is None else ((channels, resize, resize), (height, width))

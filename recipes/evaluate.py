@@ -8,6 +8,7 @@ import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def measured(
         progress: Whether to show a progress bar.
     """
     evaluation = evaluated(model, question, data, strangers, progress)
-    return Answer(question, evaluation, _mistakes(model, data, evaluation, question), _versions(), command)
+    return Answer(question, evaluation, _mistakes(model, data, evaluation, question), versions(), command)
 
 
 def evaluated(
@@ -176,6 +177,12 @@ def evaluated(
         method=question.method,
         progress=progress,
     )
+
+
+def versions(*others: str) -> dict[str, str]:
+    """Return the versions of Python, of the libraries that every figure depends on, and of other packages."""
+    found = {"bayeslayers": bl.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return found | {name: metadata.version(name) for name in others}
 
 
 def write_report(answer: Answer, folder: str | Path) -> None:
@@ -222,7 +229,3 @@ def _mistakes(model: nn.Module, data: Split, evaluation: bl.Evaluation, question
             true, guess = (data.classes[k] if k < len(data.classes) else str(k) for k in (label, predicted))
             found.append(Mistake(images[number], true, guess, float(prediction.confidence[number])))
     return sorted(found, key=lambda mistake: -mistake.confidence)
-
-
-def _versions() -> dict[str, str]:
-    return {"bayeslayers": bl.__version__, "torch": torch.__version__, "python": platform.python_version()}

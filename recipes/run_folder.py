@@ -71,6 +71,12 @@ class Run:
         return statistics.median([x for x in self.curves["seconds"] if not math.isnan(x)] or [math.nan])
 
 
+def check_folder(name: str, folder: Path) -> None:
+    """Refuse a file where a folder is to be written."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{name} must be a folder, got {folder}, which is a file.")
+
+
 def log_text(rows: Sequence[Mapping[str, float]]) -> str:
     """Return the text of a log: the columns of its first row, a line for each epoch."""
     text = io.StringIO()

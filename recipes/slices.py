@@ -42,12 +42,12 @@ def sliced() -> list[str]:
     return sorted(path.stem for path in SLICES.glob("*.safetensors"))
 
 
-def load_slice(name: str, size: Sequence[int] = (), resize: int | None = None) -> Split | Points:
+def load_slice(name: str, size: Sequence[int] | None = None, resize: int | None = None) -> Split | Points:
     """Return the bundled examples of a data set's test split.
 
     Args:
         name: Data set.
-        size: `(c, h, w)` of the inputs, if these are images; their own if not.
+        size: As for `load_split`.
         resize: As for `load_split`.
 
     Raises:
@@ -61,7 +61,7 @@ def load_slice(name: str, size: Sequence[int] = (), resize: int | None = None) -
     labels = tensors["labels"].long()
     if "images" not in tensors:
         return Points(tensors["x"], labels)
-    whole, crop = sides(size if len(size) == 3 else None, resize)
+    whole, crop = sides(size, resize)
     return Split(tensors["images"], labels, [], whole and whole[1:], crop)
 
 

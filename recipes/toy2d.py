@@ -30,8 +30,9 @@ from bayeslayers.plots import decision_boundary, training_gif
 from bayeslayers.plots.canvas import finish
 from recipes.blobs import CLASSES, STRANGERS, Blobs
 from recipes.cli import main
+from recipes.evaluate import versions
 from recipes.methods import make_optimizer
-from recipes.run_folder import LOG, METRICS, POSTERIOR, log_text
+from recipes.run_folder import LOG, METRICS, POSTERIOR, check_folder, log_text
 from recipes.verify import figures
 from zoo.registry import describe
 
@@ -148,8 +149,7 @@ def check(config: Config, folder: Path) -> None:
     fraction("temperature_start", config.temperature_start, one=True)
     if not 2 <= config.data.centres <= min(config.data.examples, config.data.test_examples):
         raise ValueError(f"data.centres must be from 2 to the number of examples, got {config.data.centres}.")
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"output must be a folder, got {folder}, which is a file.")
+    check_folder("output", folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"output must be a new folder, got {folder}, which holds something. Choose another.")
 
@@ -252,8 +252,6 @@ class Both:
 
 def save(both: Both, found: Mapping[str, dict[str, float]], folder: Path, command: str) -> None:
     """Save VOGN's posterior with its card; Adam's figures stand beside its own."""
-    import sklearn
-
     config = both.config
     counts = {"test_examples": len(both.test), "seed": config.seed}
     rounded = {name: {key: round(value, 5) for key, value in found[name].items()} | counts for name in NAMES}
@@ -269,7 +267,7 @@ def save(both: Both, found: Mapping[str, dict[str, float]], folder: Path, comman
         | config.vogn
         | {key: getattr(config, key) for key in ("temperature_steps", "temperature_start", "batch_size", "epochs")},
         recipe=command,
-        versions={"bayeslayers": bl.__version__, "torch": torch.__version__, "scikit-learn": sklearn.__version__},
+        versions=versions("scikit-learn"),
         metrics=rounded["vogn"] | {"num_samples": config.num_samples},
         baseline={"optimizer": "adam"} | rounded["adam"] | {"num_samples": 1},
         notes=config.notes,

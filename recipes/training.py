@@ -147,12 +147,8 @@ class Training:
         if row[self.chosen_by] <= min((past[self.chosen_by] for past in self.rows), default=math.inf):
             self.on_best(row)
         self.rows.append(row)
-        self.epoch, self.step, self.sums, self.bins = (
-            self.epoch + 1,
-            0,
-            dict.fromkeys(self.sums, 0.0),
-            CalibrationBins(),
-        )
+        self.epoch, self.step = self.epoch + 1, 0
+        self.sums, self.bins = dict.fromkeys(self.sums, 0.0), CalibrationBins()
         write(row)
         self.save()
 

@@ -72,10 +72,8 @@ def verify(name: str | Path, data_root: str | Path | None = None, seed: int | No
         raise ValueError(f"card of {card.name!r} must claim figures, got none.")
     checks = []
     if card.verification:
-        known, strangers = (
-            _slice(_dataset(card), card),
-            {ood: _slice(ood, card) for ood in _strangers(card.verification)},
-        )
+        known = _slice(_dataset(card), card)
+        strangers = {ood: _slice(ood, card) for ood in _strangers(card.verification)}
         checks += compare(model, card.verification, known, strangers, f"{_dataset(card)} slice", seed)
     if data_root is not None or not card.verification:
         known = _test_split(_dataset(card), data_root, card)
@@ -278,8 +276,7 @@ def _test_split(name: str, data_root: str | Path | None, card: bl.Card) -> Split
     """Return a test split as a posterior takes it; that of a data set that nothing but its slice is of, the slice."""
     if name in sliced() and name not in NAMES:
         return _slice(name, card)
-    size = card.input_size if len(card.input_size) == 3 else None
-    return load_split(name, data_root, train=False, size=size, resize=card.resize)
+    return load_split(name, data_root, train=False, size=card.input_size, resize=card.resize)
 
 
 def _slice(name: str, card: bl.Card) -> Split | Points:
