@@ -1,0 +1,59 @@
+"""The torch.nn layers with a Gaussian posterior: each parameter is the mean, its precision a buffer beside it.
+
+A plain call uses the means. Inside `sampled(model)` it uses the weights drawn for that scope, and
+inside `tracked(model)` the backward pass also sums squared per-example gradients.
+"""
+
+from bayeslayers.layers.base import (
+    DEFAULT_INIT_PRECISION,
+    DEFAULT_PRIOR_PRECISION,
+    POSTERIOR_SUFFIXES,
+    ROOTS,
+    BayesianLayer,
+    attach_posterior,
+)
+from bayeslayers.layers.linear import (
+    BayesConv1d,
+    BayesConv2d,
+    BayesConv3d,
+    BayesConvTranspose1d,
+    BayesConvTranspose2d,
+    BayesConvTranspose3d,
+    BayesEmbedding,
+    BayesLinear,
+    can_draw_output,
+)
+from bayeslayers.layers.norms import (
+    BayesBatchNorm1d,
+    BayesBatchNorm2d,
+    BayesBatchNorm3d,
+    BayesFilterResponseNorm2d,
+    BayesGroupNorm,
+    BayesLayerNorm,
+    FilterResponseNorm2d,
+)
+
+__all__ = [
+    "BayesBatchNorm1d",
+    "BayesBatchNorm2d",
+    "BayesBatchNorm3d",
+    "BayesConv1d",
+    "BayesConv2d",
+    "BayesConv3d",
+    "BayesConvTranspose1d",
+    "BayesConvTranspose2d",
+    "BayesConvTranspose3d",
+    "BayesEmbedding",
+    "BayesFilterResponseNorm2d",
+    "BayesGroupNorm",
+    "BayesLayerNorm",
+    "BayesLinear",
+    "BayesianLayer",
+    "DEFAULT_INIT_PRECISION",
+    "DEFAULT_PRIOR_PRECISION",
+    "FilterResponseNorm2d",
+    "POSTERIOR_SUFFIXES",
+    "ROOTS",
+    "attach_posterior",
+    "can_draw_output",
+]

@@ -1,0 +1,182 @@
+"""What every Bayesian layer shares: its parameters are the means, precisions and priors are buffers beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from bayeslayers.checks import positive
+from bayeslayers.curvature.accumulate import Leaves
+from bayeslayers.curvature.kronecker import KroneckerLeaves
+from bayeslayers.perturbation import Op, Perturbation
+
+DEFAULT_PRIOR_PRECISION = 50.0  # a standard deviation of 0.14, the usual initial one of a unit with 50 inputs
+DEFAULT_INIT_PRECISION = 1e3  # a standard deviation of 0.03, small beside it
+
+POSTERIOR_SUFFIXES = ("_precision", "_prior_mean", "_prior_precision")
+ROOTS = ("weight_input_root", "weight_output_root")
+
+
+def attach_posterior(
+    module: nn.Module, prior_precision: float, init_precision: float, keys: Iterable[str] | None = None
+) -> None:
+    """Give parameters of any module, not those of modules inside it, a precision and a prior, as new buffers.
+
+    The prior's mean is 0, and 1 for the scale of a Bayesian normalisation layer.
+
+    Args:
+        module: Module that owns the parameters.
+        prior_precision: Precision of the prior, > 0.
+        init_precision: Precision of the posterior, > 0.
+        keys: Names that the parameters have in the module; None for all of them.
+
+    Raises:
+        TypeError: If a parameter is not of real numbers.
+    """
+    means = module.prior_means if isinstance(module, BayesianLayer) else {}
+    for key in [name for name, _ in module.named_parameters(recurse=False)] if keys is None else keys:
+        parameter: Any = module._parameters[key]
+        if not parameter.is_floating_point():
+            raise TypeError(f"parameter '{key}' must be of real numbers, got {parameter.dtype}.")
+        values = (init_precision, means.get(key, 0.0), prior_precision)
+        for suffix, value, shape in zip(POSTERIOR_SUFFIXES, values, (parameter.shape, (), ()), strict=True):
+            module.register_buffer(key + suffix, parameter.new_full(shape, value, requires_grad=False))
+
+
+class BayesianLayer(nn.Module):
+    """What every Bayesian layer adds to its torch.nn layer: a precision and a prior per parameter.
+
+    For a parameter `weight` (the posterior's mean) there are the buffers `weight_precision` (the
+    shape of `weight`), `weight_prior_mean` and `weight_prior_precision` (scalars, or the shape of
+    `weight` once a posterior has become a prior). An ordinary checkpoint, which has none of the
+    three, loads as means and leaves them as they are.
+
+    A layer may have a matrix-variate posterior, by two buffers more: `weight_input_root` and
+    `weight_output_root`, from which its weight is drawn as in `matrix_gaussian`, jointly with the
+    bias if the first is one larger than a row of the weight. The precisions are then those of each
+    entry by itself. Optimisers of a diagonal posterior go on from these and drop the roots.
+
+    Args:
+        prior_precision: Precision of the prior N(prior_mean, 1/prior_precision), > 0.
+        init_precision: Precision of the posterior at the start, > 0.
+
+    Other arguments are those of the torch.nn layer.
+    """
+
+    prior_means: ClassVar[Mapping[str, float]] = {}
+    drawn: dict[str, Tensor]
+    leaves: Leaves | KroneckerLeaves | None
+    perturbation: Perturbation | None = None  # how a scope draws the output, where it draws no weight
+    recomputed_in: int = -1  # the backward pass that ran the last forward, to recompute it; -1 if none did
+
+    def __init__(
+        self,
+        *args: Any,
+        prior_precision: float = DEFAULT_PRIOR_PRECISION,
+        init_precision: float = DEFAULT_INIT_PRECISION,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        positive("prior_precision", prior_precision)
+        positive("init_precision", init_precision)
+        self.attach_posterior(prior_precision, init_precision)
+
+    def attach_posterior(self, prior_precision: float, init_precision: float) -> None:
+        """Give each parameter that has none its precision and prior, as new buffers; the layer is outside any scope."""
+        self.drawn = {}
+        self.leaves = self.perturbation = None
+        names = [name for name, _ in self.named_parameters(recurse=False) if f"{name}_precision" not in self._buffers]
+        attach_posterior(self, prior_precision, init_precision, names)
+
+    def value(self, name: str) -> Any:
+        """Return the tensor to compute with: the scope's draw, the mean outside one, None if there is no such."""
+        draw = self.drawn.get(name)
+        return getattr(self, name) if draw is None else draw
+
+    def active_leaves(self) -> Any:
+        """Return the leaves to fill, of a kind that the layer's rule takes, or None where no gradient will flow."""
+        if self.leaves is None or not torch.is_grad_enabled():
+            return None
+        self.recomputed_in = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+        return self.leaves
+
+    def _perturbed(self, perturbation: Perturbation, op: Op, input: Tensor) -> Tensor:
+        """Return a drawn output of the layer, whose op is given."""
+        if self.active_leaves() is not None:
+            raise RuntimeError(
+                f"curvature must be tracked under how='weights', got how={perturbation.how!r}: it squares per-example "
+                "gradients at one draw of the weights."
+            )
+        return perturbation(op, input, self.value("weight"), self.value("bias"))  # the means: no weight is drawn
+
+    def factor_sizes(self) -> tuple[int, int] | None:
+        """Return the sizes (i, o) of the Kronecker factors of the weight's curvature, None if it has no such form."""
+        layer: Any = self
+        if isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and not layer.transposed and layer.groups == 1):
+            return layer.weight.shape[1:].numel(), len(layer.weight)
+        return None
+
+    def root_shapes(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """Return the shapes that the roots of a matrix-variate posterior may have, those with the bias first."""
+        if (sizes := self.factor_sizes()) is None:
+            return []
+        i, o = sizes
+        return [((n, n), (o, o)) for n in ([i + 1, i] if self._parameters.get("bias") is not None else [i])]
+
+    @property
+    def roots(self) -> tuple[Tensor, Tensor] | None:
+        """The roots of a matrix-variate posterior, None where it is diagonal."""
+        found = [self._buffers.get(name) for name in ROOTS]
+        return None if found[0] is None or found[1] is None else (found[0], found[1])
+
+    def set_roots(self, input_root: Tensor, output_root: Tensor) -> None:
+        """Give the layer a matrix-variate posterior."""
+        for name, root in zip(ROOTS, (input_root, output_root), strict=True):
+            self.register_buffer(name, root)
+
+    def drop_roots(self) -> None:
+        """Leave the layer the diagonal posterior of its precisions."""
+        for name in ROOTS:
+            self._buffers.pop(name, None)
+
+    def _fit_roots(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Make room for the roots of a posterior to load, or none if it is a diagonal one."""
+        found = [state_dict.get(prefix + name) for name in ROOTS]
+        shapes = tuple(tuple(root.shape) if isinstance(root, Tensor) else () for root in found)
+        if shapes in self.root_shapes():
+            weight = self.get_parameter("weight").detach()
+            self.set_roots(*(weight.new_empty(shape) for shape in shapes))
+        elif found == [None, None] and prefix + "weight_precision" in state_dict:
+            self.drop_roots()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self._fit_roots(state_dict, prefix)
+        own = [name for name in self._buffers if name.endswith(POSTERIOR_SUFFIXES) or name in ROOTS]
+        for name in own:
+            self._fit_prior(name, state_dict.get(prefix + name))
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        if not any(prefix + name in state_dict for name in own):  # an ordinary checkpoint
+            missing = [key for key in missing if key.removeprefix(prefix) not in own]
+        missing_keys.extend(missing)
+
+    def _fit_prior(self, name: str, loaded: object) -> None:
+        """Give a prior's buffer the loaded shape, where that is a scalar or the parameter's."""
+        if not isinstance(loaded, Tensor) or "_prior_" not in name:
+            return
+        buffer, parameter = self.get_buffer(name), self.get_parameter(name.partition("_prior_")[0])
+        if loaded.shape != buffer.shape and loaded.shape in ((), parameter.shape):
+            setattr(self, name, buffer.new_empty(loaded.shape))

@@ -1,0 +1,150 @@
+"""Layers whose output is linear in their weight: linear maps, convolutions and embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from bayeslayers import curvature
+from bayeslayers.curvature.conv import Settings
+from bayeslayers.layers.base import BayesianLayer
+
+
+class BayesLinear(BayesianLayer, nn.Linear):
+    """`nn.Linear` with a Gaussian posterior; takes `(*, in_features)`, dimension 0 running over examples."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.perturbation is not None:
+            return self._perturbed(self.perturbation, F.linear, input)
+        weight, bias, leaves = self.value("weight"), self.value("bias"), self.active_leaves()
+        if leaves is None:
+            return F.linear(input, weight, bias)
+        return curvature.linear(input, weight, bias, leaves)
+
+
+class _BayesConv(BayesianLayer, _ConvNd):
+    """A convolution: the op itself is torch's, with the drawn weight in place of the mean."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.perturbation is not None:
+            return self._perturbed(self.perturbation, self._conv_forward, input)
+        weight, bias, leaves = self.value("weight"), self.value("bias"), self.active_leaves()
+        if leaves is None:
+            return self._conv_forward(input, weight, bias)
+        input, padding = self._zero_padded(input)
+        settings = Settings(self.stride, padding, self.dilation, False, (0,) * len(padding), self.groups)
+        return curvature.convolution(input, weight, bias, leaves, settings)
+
+    def _zero_padded(self, input: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Return the input and the symmetric zero padding still to do, having done any other padding."""
+        sides = self._reversed_padding_repeated_twice  # last dimension first, (before, after) each
+        before, after = tuple(sides[-2::-2]), tuple(sides[::-2])
+        if self.padding_mode != "zeros":
+            return F.pad(input, sides, mode=self.padding_mode), (0,) * len(before)
+        if not isinstance(self.padding, str):  # as it is now: some networks change it once built
+            return input, self.padding
+        if before != after:  # padding="same" with an even kernel
+            return F.pad(input, sides), (0,) * len(before)
+        return input, before
+
+
+class BayesConv1d(_BayesConv, nn.Conv1d):
+    """`nn.Conv1d` with a Gaussian posterior."""
+
+
+class BayesConv2d(_BayesConv, nn.Conv2d):
+    """`nn.Conv2d` with a Gaussian posterior."""
+
+
+class BayesConv3d(_BayesConv, nn.Conv3d):
+    """`nn.Conv3d` with a Gaussian posterior."""
+
+
+class _BayesConvTranspose(BayesianLayer, _ConvTransposeNd):
+    padding: tuple[int, ...]  # never a string here
+    function: ClassVar[Callable[..., Tensor]]
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        weight, bias, leaves = self.value("weight"), self.value("bias"), self.active_leaves()
+        extra = self._output_padding(
+            input,
+            output_size,
+            list(self.stride),
+            list(self.padding),
+            list(self.kernel_size),
+            weight.dim() - 2,
+            list(self.dilation),
+        )
+
+        def op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return self.function(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
+
+        if self.perturbation is not None:
+            return self._perturbed(self.perturbation, op, input)
+        if leaves is None:
+            return op(input, weight, bias)
+        settings = Settings(self.stride, self.padding, self.dilation, True, tuple(extra), self.groups)
+        return curvature.convolution(input, weight, bias, leaves, settings)
+
+
+class BayesConvTranspose1d(_BayesConvTranspose, nn.ConvTranspose1d):
+    """`nn.ConvTranspose1d` with a Gaussian posterior."""
+
+    function = staticmethod(F.conv_transpose1d)
+
+
+class BayesConvTranspose2d(_BayesConvTranspose, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d` with a Gaussian posterior."""
+
+    function = staticmethod(F.conv_transpose2d)
+
+
+class BayesConvTranspose3d(_BayesConvTranspose, nn.ConvTranspose3d):
+    """`nn.ConvTranspose3d` with a Gaussian posterior."""
+
+    function = staticmethod(F.conv_transpose3d)
+
+
+class BayesEmbedding(BayesianLayer, nn.Embedding):
+    """`nn.Embedding` with a Gaussian posterior; takes ids `(n, *)`, dimension 0 running over examples.
+
+    Raises:
+        ValueError: With `max_norm`, `scale_grad_by_freq` or `sparse`, which rewrite the table or its
+            gradient in ways that no posterior has a meaning for.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(self, option):
+                raise ValueError(f"{option} must be off in BayesEmbedding, got {getattr(self, option)}.")
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, leaves = self.value("weight"), self.active_leaves()
+        if leaves is None:
+            output = F.embedding(input, weight, self.padding_idx)
+        else:
+            output = curvature.embedding(input, weight, self.padding_idx, leaves)
+        if self.padding_idx is None or not self.drawn:
+            return output
+        # Padding stands for nothing, of which there is no uncertainty: its row is not drawn.
+        padding = (input == self.padding_idx).unsqueeze(-1)
+        return torch.where(padding, self.weight[self.padding_idx].detach(), output)
+
+
+# A subclass with a forward of its own may do something else with its weight, which is therefore drawn.
+_DRAW_THEIR_OUTPUT = (BayesLinear.forward, _BayesConv.forward, _BayesConvTranspose.forward)
+
+
+def can_draw_output(layer: BayesianLayer) -> bool:
+    """Return whether a layer can draw its output in place of its weight: not under a matrix-variate posterior.
+
+    Args:
+        layer: Layer in question.
+    """
+    return type(layer).forward in _DRAW_THEIR_OUTPUT and layer.roots is None

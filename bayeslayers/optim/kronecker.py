@@ -1,0 +1,314 @@
+"""The step with Kronecker factors of the Fisher: it moves a layer's matrix, and leaves a matrix-variate posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bayeslayers.checks import at_least_one, fraction, non_negative, positive
+from bayeslayers.curvature.accumulate import full_precision, wide
+from bayeslayers.gaussian import natural_gradient_step_
+from bayeslayers.layers import BayesianLayer
+from bayeslayers.likelihoods import Likelihood, likelihood_of
+from bayeslayers.matrix_gaussian import as_matrix, damp, inverse, inverse_root, marginal_precision
+from bayeslayers.optim.adam import corrected_weight, momentum_average
+from bayeslayers.optim.base import Recorded, VariationalOptimizer
+from bayeslayers.optim.fisher import check_likelihood, sampled_loss
+from bayeslayers.optim.groups import first_precision, listed
+from bayeslayers.sampling import Site, Tracker, layers_with_curvature
+
+Fisher = Literal["sampled", "empirical"]
+Schedule = Callable[[int], int]
+
+_RULES = {
+    "lr": non_negative,
+    "beta1": fraction,
+    "factor_lr": partial(fraction, one=True),
+    "temperature": positive,
+    "damping": non_negative,
+}
+_INPUT, _OUTPUT = "_input_factor", "_output_factor"  # behind a weight's name, the names of its statistics
+
+
+class KroneckerFactored(VariationalOptimizer):
+    """The step that K-FAC and Noisy K-FAC share."""
+
+    _keeps_roots: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset_size: int,
+        defaults: Mapping[str, Any],
+        *,
+        init_precision: float | Literal["curvature"] | None,
+        update_every: int,
+        inverse_every: int | Schedule,
+        fisher: Fisher,
+        likelihood: Likelihood | None,
+        **options: Any,
+    ):
+        if fisher not in ("sampled", "empirical"):
+            raise ValueError(f"fisher must be 'sampled' or 'empirical', got {fisher!r}.")
+        self.update_every = at_least_one("update_every", update_every)
+        if not callable(inverse_every):
+            at_least_one("inverse_every", inverse_every)
+        self.inverse_every = inverse_every
+        self.fisher, self.likelihood = fisher, likelihood or likelihood_of(model)
+        if fisher == "sampled":
+            check_likelihood(self.likelihood)
+        value, self._from_curvature = first_precision(init_precision)
+        super().__init__(model, dataset_size, _RULES, defaults, init_precision=value, **options)
+
+    def _bind(self) -> None:
+        super()._bind()
+        self._tracker = Tracker(layers_with_curvature(self._sites.values()), kronecker=True)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the model; see `VariationalOptimizer.add_param_group`.
+
+        Args:
+            param_group: `params`, and any hyperparameter of their own. Weight and bias of a layer whose
+                curvature has Kronecker factors belong together.
+
+        Raises:
+            ValueError: If they are in groups apart, and as there.
+        """
+        params = param_group["params"]
+        group = {**param_group, "params": listed(params)}
+        members = set(group["params"])
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, BayesianLayer) and layer.factor_sizes() is not None:
+                if {parameter in members for parameter in layer.parameters(recurse=False)} == {True, False}:
+                    raise ValueError(
+                        f"params must hold weight and bias of layer '{name}' or neither, got one of them: their "
+                        "curvature is one matrix."
+                    )
+        super().add_param_group(group)
+
+    # What a scope records.
+
+    @contextmanager
+    def _scope(self, noise: Mapping[str, Tensor] | None) -> Iterator[None]:
+        steps = max((state.get("step", 0) for state in self.state.values()), default=0)
+        self._tracks = steps % self.update_every == 0
+        self._sums: dict[str, Tensor] = {}
+        self._examples = 0
+        with self._draw(noise):
+            if not self._tracks:
+                yield
+                return
+            samples = self.fisher == "sampled"
+            hook = self.model.register_forward_hook(self._sample_labels) if samples else nullcontext()
+            with hook, self._tracker.track():
+                yield
+
+    def _sample_labels(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        """Add the factors at labels drawn given the output of a forward pass, before the pass of the user's loss."""
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"the model's output must be a tensor under fisher='sampled', got {type(output).__name__}. Use "
+                "fisher='empirical'."
+            )
+        if not output.requires_grad or not torch.is_grad_enabled():
+            return
+        with full_precision(output.device.type):
+            sums, examples = self._tracker.sums_of(sampled_loss(self.likelihood, output, self._generator))
+        self._examples += examples
+        for name, value in sums.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def _clear_record(self) -> None:
+        # Sampled factors stay: those of a forward pass whose backward is still to come are among them, and
+        # none of them depends on the loss.
+        if self.fisher == "empirical":
+            self._tracker.clear()
+
+    def _record(self) -> Recorded | None:
+        if all(parameter.grad is None for parameter in self._names):
+            return None
+        if not self._tracks:
+            return Recorded({})
+        if self.fisher == "sampled":
+            sums, examples, unit = self._sums, self._examples, 1
+            if examples == 0:
+                raise RuntimeError(
+                    "the model must be called as a whole, not compiled, under fisher='sampled', for labels are drawn "
+                    "from its output, got a gradient without. Use fisher='empirical'."
+                )
+        else:
+            sums = {name: leaf.grad for name, leaf in self._tracker.leaves.items() if leaf.grad is not None}
+            examples = self._tracker.examples
+            unit = examples**2  # gradients of a mean over examples are this much smaller, squared
+        for parameter, site in self._sites.items():
+            if parameter.grad is not None and not {site.name, self._weight_name(site) + _INPUT} & sums.keys():
+                raise self._past_its_layer(site)
+        scales = {name: (1 if name.endswith(_INPUT) else unit) / examples for name in sums}
+        return Recorded({name: value * scales[name] for name, value in sums.items()})
+
+    @staticmethod
+    def _weight_name(site: Site) -> str:
+        return f"{site.name.removesuffix(site.key)}weight"
+
+    def _rescale(self, loss_scale: float) -> None:
+        """Take the loss scale out of what is squared from gradients of the user's loss."""
+        if self.fisher == "empirical":
+            for name, value in self._statistics.items():
+                if not name.endswith(_INPUT):
+                    self._statistics[name] = value / loss_scale**self._loss_power
+
+    # The step.
+
+    def _refuse_bad_step(self) -> None:
+        super()._refuse_bad_step()
+        try:
+            self._curvatures = {
+                parameter: self._curvature(self._sites[parameter], group)
+                for group in self.param_groups
+                if group["kind"] == "bayesian"
+                for parameter in group["params"]
+                if parameter.grad is not None and self._is_weight_with_factors(parameter)
+            }
+        except FloatingPointError:
+            self._forget()
+            raise
+
+    def _is_weight_with_factors(self, parameter: nn.Parameter) -> bool:
+        return self._sites[parameter].key == "weight" and self._has_factors(self._sites[parameter])
+
+    @staticmethod
+    def _has_factors(site: Site) -> bool:
+        """Whether a tensor's curvature is in the factors of its layer's weight, which are not those of a frozen one."""
+        layer: Any = site.module
+        return layer.factor_sizes() is not None and layer.weight.requires_grad
+
+    def _curvature(self, site: Site, group: dict[str, Any]) -> dict[str, Any]:
+        """Return what this step changes in the state of a weight's factors, with the roots of the posterior.
+
+        Nothing is changed yet: a factor without an inverse refuses the step of all layers.
+        """
+        state = self.state.get(site.mean, {})
+        new: dict[str, Any] = {key: state[key] for key in ("updates", "input", "output", "start") if key in state}
+        if site.name + _INPUT in self._statistics:
+            factors = self._statistics[site.name + _INPUT], self._statistics[site.name + _OUTPUT]
+            new = self._averaged(new, site, group, *factors)
+        if "input" in new and self._is_due(state, new["input"]):
+            ess = self._ess(group)
+            prior = _mean_over_matrix(site.module, "prior_precision", len(new["input"])) / ess
+            rest = new["start"] * (1 - group["factor_lr"]) ** new["updates"]
+            factors = new["input"], new["output"] + rest * torch.eye(len(new["output"])).to(new["output"])
+            of_posterior, of_step = damp(*factors, prior), damp(*factors, prior + group["damping"])
+            new |= {"input_inverse": inverse(of_step[0]), "output_inverse": inverse(of_step[1])}
+            new["roots"] = inverse_root(of_posterior[0]), inverse_root(of_posterior[1]) * ess**-0.5
+            new["inverse_step"] = state.get("step", 0) + 1
+        return new
+
+    def _averaged(self, old: dict[str, Any], site: Site, group: Mapping[str, Any], *found: Tensor) -> dict[str, Any]:
+        """Return the averages with new factors in them, begun anew where a frozen or freed bias changes their size."""
+        if "input" not in old or old["input"].shape != found[0].shape:
+            start = 0.0 if self._from_curvature else self._start(site, found[0], self._ess(group))
+            return {"updates": 1, "input": found[0], "output": found[1], "start": start}
+        weight = corrected_weight(group["factor_lr"], old["updates"] + 1)
+        averages = {key: wide(old[key]).lerp(new, weight) for key, new in zip(("input", "output"), found, strict=True)}
+        return {**old, **averages, "updates": old["updates"] + 1}
+
+    @staticmethod
+    def _start(site: Site, input_factor: Tensor, ess: float) -> float:
+        """Return the multiple of I that makes up a layer's precision as G, in the mean over the diagonal of A."""
+        inputs, mean_input = len(input_factor), float(input_factor.diagonal().mean())
+        precision, prior = (_mean_over_matrix(site.module, name, inputs) for name in ("precision", "prior_precision"))
+        return (precision - prior) / ess / mean_input if precision > prior and mean_input > 0 else 0.0
+
+    def _is_due(self, state: Mapping[str, Any], input_factor: Tensor) -> bool:
+        """Whether inverses are to be computed in the coming step of a layer."""
+        if "inverse_step" not in state or state["input_inverse"].shape != input_factor.shape:
+            return True
+        step = state["step"] + 1
+        return step - state["inverse_step"] >= at_least_one(f"inverse_every({step})", self._interval(step))
+
+    def _interval(self, step: int) -> int:
+        if callable(self.inverse_every):
+            return self.inverse_every(step)
+        # The first factors are those of few examples: held for long, their inverse makes the steps diverge.
+        return 1 if step <= self.inverse_every else self.inverse_every
+
+    def _update(self, group: dict[str, Any]) -> None:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            site = self._sites[parameter]
+            if not self._has_factors(site):
+                self._update_diagonal(site, group)
+            elif site.key == "weight":
+                self._update_matrix(site, group)
+
+    def _update_matrix(self, site: Site, group: dict[str, Any]) -> None:
+        """Move a layer's matrix by its gradient, the prior's in it, between the inverse factors."""
+        layer: Any = site.module
+        state = self.state[site.mean]
+        new = self._curvatures.pop(site.mean)
+        roots = new.pop("roots", None)
+        state.update(new)
+        if "input_inverse" not in state:  # the layer's first statistics are still to come
+            return
+        columns = site.mean.shape[1:].numel()
+        sites = [site, self._sites[layer.bias]] if len(state["input"]) > columns else [site]
+        matrix = as_matrix(*(wide(self._gradient(each, group)) for each in sites))
+        step = wide(state["output_inverse"]) @ matrix @ wide(state["input_inverse"])
+        precision = None if roots is None else marginal_precision(*roots)
+        for each, part in zip(sites, (slice(columns), slice(columns, None)), strict=False):
+            each.mean.sub_(step[:, part].reshape(each.mean.shape), alpha=group["lr"])
+            if precision is not None:
+                each.precision.copy_(precision[:, part].reshape(each.mean.shape))
+        if roots is not None:
+            layer.set_roots(*(root.to(site.mean.dtype) for root in roots))
+
+    def _gradient(self, site: Site, group: dict[str, Any]) -> Tensor:
+        """Return the momentum average of the loss's gradient, and the prior's."""
+        state = self.state[site.mean]
+        state["step"] = state.get("step", 0) + 1
+        grad = torch.zeros_like(site.mean) if site.mean.grad is None else site.mean.grad
+        prior = site.prior_precision / self._ess(group) * (site.mean - site.prior_mean)
+        return momentum_average(state, grad, group["beta1"]) + prior
+
+    def _update_diagonal(self, site: Site, group: dict[str, Any]) -> None:
+        """Move a tensor without factors as VOGN does, its curvature averaged as factors are."""
+        state, squares, ess = self.state[site.mean], self._statistics.get(site.name), self._ess(group)
+        grad: Any = site.mean.grad
+        if squares is not None:
+            if "updates" not in state:
+                start = site.prior_precision.expand_as(site.mean) if self._from_curvature else site.precision
+                state |= {"updates": 0, "curvature": torch.zeros_like(squares), "start": start - site.prior_precision}
+            state["updates"] += 1
+            state["curvature"].lerp_(squares, corrected_weight(group["factor_lr"], state["updates"]))
+            rest = state["start"] * (1 - group["factor_lr"]) ** state["updates"]
+            site.precision.copy_(ess * state["curvature"] + site.prior_precision + rest)
+        elif "updates" not in state:
+            return
+        state["step"] = state.get("step", 0) + 1
+        natural_gradient_step_(
+            site.mean,
+            site.precision,
+            momentum_average(state, grad, group["beta1"]),
+            torch.zeros_like(site.mean),
+            prior_mean=site.prior_mean,
+            prior_precision=site.prior_precision,
+            ess=ess,
+            lr=group["lr"],
+            precision_lr=0.0,  # it has moved
+            damping=group["damping"],
+        )
+
+
+def _mean_over_matrix(layer: Any, name: str, inputs: int) -> float:
+    """Return the mean of a buffer over a layer's matrix of so many columns: factors have room for one number."""
+    columns = layer.weight.shape[1:].numel()
+    total = float(getattr(layer, f"weight_{name}").mean()) * columns
+    if inputs > columns:
+        total += float(getattr(layer, f"bias_{name}").mean())
+    return total / inputs
