@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 import bayeslayers as bl
 import zoo
-from bayeslayers.prediction.moments import RULES, Moments, maximum, propagate, standard_points
+from bayeslayers.prediction.moment_rules import RULES, Moments, maximum
+from bayeslayers.prediction.moments import propagate, standard_points
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
