@@ -1,22 +1,14 @@
-"""The command line: `bayeslayers COMMAND`. Nothing heavy is imported before a command needs it."""
+"""The command line, `bayeslayers COMMAND`: words and errors. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import itertools
-import json
-import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from recipes import hub_commands, train_command
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from recipes import commands, hub_commands, train_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,26 +37,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bayeslayers", description="Bayesian layers and a zoo of trained posteriors.")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    added = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(command: Callable[[argparse.Namespace], int], *, parse_help: bool = True) -> argparse.ArgumentParser:
         doc = (command.__doc__ or "").strip()
-        own = commands.add_parser(command.__name__, help=doc, description=doc, add_help=parse_help)
+        own = added.add_parser(command.__name__, help=doc, description=doc, add_help=parse_help)
         own.set_defaults(command=command)
         return own
 
-    own = add(demo)
+    own = add(commands.demo)
     own.add_argument("--output", type=Path, default=Path("demo.png"), help="picture to write (%(default)s)")
     _add_draws(own)
 
-    own = add(list_)
+    own = add(commands.list_)
     _add_json(own)
 
-    own = add(info)
+    own = add(commands.info)
     own.add_argument("posterior", help="a bundled name, a folder, or OWNER/REPO[@REVISION]")
     _add_json(own)
 
-    own = add(predict)
+    own = add(commands.predict)
     own.add_argument("posterior", help="a bundled name, a folder, or OWNER/REPO[@REVISION]")
     own.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files of any size, grey or RGB")
     own.add_argument("--invert", action="store_true", help="swap black and white first (MNIST is white on black)")
@@ -87,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("query", nargs="?", default="", help="part of the name")
     _add_json(own)
 
-    own = add(verify)
+    own = add(commands.verify)
     which = own.add_mutually_exclusive_group(required=True)
     which.add_argument("posterior", nargs="?", help="a bundled name, a folder, or OWNER/REPO[@REVISION]")
     which.add_argument("--all", action="store_true", help="every bundled posterior")
@@ -95,14 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--record", action="store_true", help="measure on the bundled slice, and write to the card")
     _add_json(own)
 
-    own = add(compare)
+    own = add(commands.compare)
     own.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a training run")
     own.add_argument("--output", type=Path, metavar="PICTURE", help="draw the curves, as .png, .svg or .pdf")
     form = own.add_mutually_exclusive_group()
     _add_json(form)
     form.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
-    own = add(evaluate)
+    own = add(commands.evaluate)
     own.add_argument("posterior", metavar="MODEL", help="a bundled name, a folder, or OWNER/REPO[@REVISION]")
     own.add_argument("--data", metavar="NAME", help="mnist, cifar10, npz:PATH, imagefolder:PATH, ... (the card's)")
     own.add_argument("--data-root", type=Path, metavar="PATH", help="folder of data already there (downloaded to data)")
@@ -114,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_draws(own)
     _add_json(own)
 
-    own = add(benchmark)
+    own = add(commands.benchmark)
     own.add_argument(
         "what",
         choices=["step", "load", "predict"],
@@ -140,195 +132,6 @@ def _add_json(parser: argparse._ActionsContainer) -> None:
 def _add_draws(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-samples", type=int, default=64, help="draws of the weights (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws (%(default)s)")
-
-
-def demo(arguments: argparse.Namespace) -> int:
-    """Show what bundled posteriors know and do not know, as a table and a picture."""
-    from recipes.demo import demo as run
-
-    run(arguments.output, arguments.num_samples, arguments.seed)
-    return 0
-
-
-def list_(arguments: argparse.Namespace) -> int:
-    """List the zoo's models and the bundled posteriors."""
-    import zoo
-    from bayeslayers.checkpoint import read_card
-
-    cards = {name: read_card(zoo.resolve(name)) for name in zoo.list_posteriors()}
-    if arguments.json:
-        print(json.dumps({"models": zoo.list_models(), "posteriors": list(cards)}))
-        return 0
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="posteriors", title_justify="left")
-    for column in ("name", "model", "data", "accuracy", "NLL", "ECE"):
-        table.add_column(column)
-    for name, card in cards.items():
-        figures = [f"{card.metrics[key]:.4f}" if key in card.metrics else "" for key in ("accuracy", "nll", "ece")]
-        table.add_row(name, card.builder or "", card.dataset, *figures)
-    Console().print("models:", ", ".join(zoo.list_models()))
-    Console().print(table)
-    return 0
-
-
-list_.__name__ = "list"
-
-
-def info(arguments: argparse.Namespace) -> int:
-    """Show the card of a posterior."""
-    import zoo
-    from bayeslayers.card import model_card
-    from bayeslayers.checkpoint import read_card
-
-    card = read_card(zoo.resolve(arguments.posterior))
-    if arguments.json:
-        print(card.to_json(), end="")
-        return 0
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    Console().print(Markdown(model_card(card).split("---\n", 2)[2]))
-    return 0
-
-
-def predict(arguments: argparse.Namespace) -> int:
-    """Predict the class of images, with its uncertainty."""
-    import torch
-
-    import bayeslayers as bl
-    import zoo
-
-    model = zoo.load(arguments.posterior)
-    convert = zoo.transforms(model)
-    x = torch.stack([_input(path, convert) for path in arguments.images])
-    generator = torch.Generator().manual_seed(arguments.seed)
-    x = 1 - x if arguments.invert else x
-    prediction = bl.predict(model, x, arguments.num_samples, generator=generator, batch_size=256)
-    if prediction.likelihood.name != "categorical" or prediction.mean.dim() != 2:
-        raise ValueError(f"posterior must be one of classes, got a {prediction.likelihood.name} one.")
-    classes = prediction.probs.shape[1]
-    names = zoo.card_of(model).class_names or [str(k) for k in range(classes)]
-    if len(names) != classes:
-        raise ValueError(f"posterior's card must name all {classes} classes, got {len(names)} names.")
-    keys = ("confidence", "total", "aleatoric", "epistemic")
-    rows = [
-        {"image": str(path), "label": names[int(prediction.labels[i])]}
-        | {key: round(float(getattr(prediction, key)[i]), 6) for key in keys}
-        | {"probs": {name: round(float(p), 6) for name, p in zip(names, prediction.probs[i], strict=True)}}
-        for i, path in enumerate(arguments.images)
-    ]
-    if arguments.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        _print_table(rows, ("image", "label", *keys))
-    return 0
-
-
-def _input(path: Path, convert: Callable[[object], Tensor]) -> Tensor:
-    from PIL import Image, ImageOps
-
-    if not path.is_file():
-        raise FileNotFoundError(f"image must be a file, got {path}, which is none.")
-    try:
-        with Image.open(path) as image:
-            return convert(ImageOps.exif_transpose(image))  # upright, as viewers show it
-    except Exception as error:  # Pillow's formats raise what they will for a damaged file
-        reason = str(error).rstrip(".")
-        raise ValueError(f"image must be a picture that Pillow reads, got {path}: {reason}.") from None
-
-
-def verify(arguments: argparse.Namespace) -> int:
-    """Measure posteriors anew beside what their cards claim; status 1 if a figure is another."""
-    import zoo
-    from recipes.verify import record
-    from recipes.verify import verify as run
-
-    names = zoo.list_posteriors() if arguments.all else [arguments.posterior]
-    if arguments.record:
-        for name in names:
-            record(name)
-    checks = [check for name in names for check in run(name, arguments.data_root)]
-    rows = [dataclasses.asdict(check) | {"ok": check.ok} for check in checks]
-    if arguments.json:
-        plain = [{key: _finite(value) for key, value in row.items()} for row in rows]
-        print(json.dumps(plain, indent=2, allow_nan=False))
-    else:
-        for (name, data), group in itertools.groupby(rows, lambda row: (row["posterior"], row["data"])):
-            print(f"{name} on {data}")
-            lines = [{key: f"{x:.5f}" if type(x) is float else x for key, x in row.items()} for row in group]
-            _print_table(lines, ("figure", "claimed", "measured", "tolerance", "ok"))
-    return 0 if all(check.ok for check in checks) else 1
-
-
-def evaluate(arguments: argparse.Namespace) -> int:
-    """Measure a posterior on data, and how well it tells strangers from it."""
-    from recipes.evaluate import Question, write_report
-    from recipes.evaluate import evaluate as run
-    from recipes.run_folder import check_folder
-
-    if (folder := arguments.report) is not None:
-        check_folder("report", folder)
-    options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Question)}
-    answer = run(Question(**options), arguments.data_root, progress=not arguments.json and sys.stdout.isatty())
-    if folder is not None:
-        write_report(answer, folder)
-    if arguments.json:
-        print(answer.to_json(), end="")
-        return 0
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console()
-    console.print(f"{escape(answer.question.posterior)} on {escape(str(answer.question.data))}", highlight=False)
-    console.print(answer.evaluation)
-    if folder is not None:
-        console.print(
-            f"written to {escape(str(folder / 'report.html'))} and report.json", highlight=False, soft_wrap=True
-        )
-    return 0
-
-
-def compare(arguments: argparse.Namespace) -> int:
-    """Lay training runs side by side, as a table and a picture."""
-    from recipes.compare import show
-
-    return show(arguments)
-
-
-def benchmark(arguments: argparse.Namespace) -> int:
-    """Measure costs as ratios, side by side in one process."""
-    from recipes.benchmark import benchmark_load, benchmark_predict, benchmark_step
-
-    if arguments.what == "step":
-        measured = benchmark_step(arguments.rounds, optimizers=arguments.optimizers)
-    else:
-        measured = {"load": benchmark_load, "predict": benchmark_predict}[arguments.what](arguments.rounds)
-    rows = [dataclasses.asdict(row) for row in measured]
-    if arguments.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        _print_table(rows, tuple(rows[0]))
-    return 0
-
-
-def _finite(value: object) -> object:
-    """Return the value, or None for a number that JSON has not."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _print_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table()
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(f"{row[c]:.4f}" if isinstance(row[c], float) else escape(str(row[c])) for c in columns))
-    Console().print(table)
 
 
 if __name__ == "__main__":
