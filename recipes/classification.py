@@ -17,14 +17,14 @@ from torch import nn
 
 import bayeslayers as bl
 import zoo
-from bayeslayers.checkpoint import write_atomically
+from bayeslayers.checkpoint import load_checkpoint, write_atomically
 from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.plots import training_curves
 from recipes.configuration import Config, check, device_of
 from recipes.data import Split, load_split, num_batches
 from recipes.evaluate import Answer, Question, evaluated, measured, versions, write_report
 from recipes.methods import make_optimizer, method_of
-from recipes.names import by_short_name, short_name
+from recipes.names import by_short_name, short_name, without_folders
 from recipes.run_folder import CONFIG, LOG, METRICS, OOD, POSTERIOR, REPORT, check_folder, plan_of
 from recipes.schedules import make_schedulers
 from recipes.training import CHECKPOINT, Training
@@ -51,6 +51,8 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
     model = zoo.create(**config.model).to(device_of(config))
     sets = read_sets(config, zoo.card_of(model).input_size)
     check_classes(model, sets)
+    if config.start is not None and not resume:
+        go_on_from(config.start, model)
     experiment = Experiment(config, folder, model, sets, baseline, command)
     run = experiment.training()
     if resume:
@@ -67,6 +69,19 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
     console.print_json(json.dumps(metrics))
     console.print(f"written to {escape(str(folder))}, with {CURVES} and report.html")
     return metrics
+
+
+def go_on_from(start: str, model: nn.Module) -> None:
+    """Give a network the state of a run's, or of a posterior."""
+    run = Path(start) / CHECKPOINT
+    state = load_checkpoint(run)["model"] if run.is_file() else zoo.load(start).state_dict()
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[2].strip().partition("\n")[0].rstrip(". ")
+        raise ValueError(
+            f"start must be of the run's model, {zoo.card_of(model).name}, got {start}: {reason}."
+        ) from None
 
 
 def folder_of(config: Config, resume: bool) -> Path:
@@ -242,6 +257,7 @@ class Experiment:
             temperature=config.laplace.temperature if config.laplace else row.get("temperature", 1.0),
             optimizer=optimizer
             | {"batch_size": config.batch_size, "epochs": config.epochs}
+            | ({"start": without_folders(config.start)} if config.start else {})
             | ({"laplace": dataclasses.asdict(config.laplace)} if config.laplace else {}),
             recipe=self.command,
             versions=versions("torchvision"),

@@ -68,6 +68,8 @@ class Config:
         seed: Of initial weights, order of the data, and draws.
         laplace: Fit a Laplace approximation after a point estimate is trained; None for none.
         evaluation: How the result is measured.
+        start: Run folder, or posterior as for `zoo.load`, whose network the run goes on from, with its precisions where
+            the optimizer keeps them; None for a network that has learned nothing.
         baseline: Run folder of a twin, whose figures go into the card beside ours.
         output: Run folder; `runs/NAME` if None.
         data_root: Folder of data already there; downloaded to `data` if None.
@@ -92,6 +94,7 @@ class Config:
     seed: int = 0
     laplace: Laplace | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
+    start: str | None = None
     baseline: str | None = None
     output: str | None = None
     data_root: str | None = None

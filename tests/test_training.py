@@ -251,6 +251,35 @@ def test_the_card_says_the_temperature_that_a_warm_up_has_reached(data_root, tmp
     assert read_card(tmp_path / "run/posterior").temperature == pytest.approx(0.1 * (0.1 + 0.9 * 8 / 18))
 
 
+def test_a_run_goes_on_from_another_one_and_from_a_posterior(whole, data_root, tmp_path):
+    still = {"name": "adam", "lr": 0.0}
+    train(config(data_root, tmp_path / "run", start=str(whole), optimizer=still, epochs=1))
+    state, first = (load_checkpoint(folder / "checkpoint.safetensors")["model"] for folder in (tmp_path / "run", whole))
+    assert all(torch.equal(value, first[key]) for key, value in state.items())
+    still = VOGN | {"lr": 0.0}
+    train(config(data_root, tmp_path / "next", start=str(whole / "posterior"), optimizer=still, epochs=1))
+    assert read_card(tmp_path / "next/posterior").optimizer["start"] == "posterior"  # no path of the machine
+    state = load_checkpoint(tmp_path / "next/checkpoint.safetensors")["model"]
+    assert all(torch.equal(state[key], first[key]) for key in state if key.endswith(("weight", "bias")))
+
+
+def test_a_run_resumes_without_what_it_started_from(data_root, tmp_path, monkeypatch):
+    adam = config(data_root, tmp_path / "first", optimizer={"name": "adam"}, epochs=1)
+    train(adam)
+    second = dataclasses.replace(adam, start=str(tmp_path / "first"), output=str(tmp_path / "second"))
+    interrupt_after(monkeypatch, 4)
+    assert train(second) is None
+    shutil.rmtree(tmp_path / "first")
+    assert train(second, resume=True)
+
+
+@pytest.mark.parametrize("start", ["lenet5-mnist", "nowhere"])
+def test_what_a_run_cannot_go_on_from_is_refused(start, data_root, tmp_path):
+    with pytest.raises((ValueError, OSError), match=r"start must be of the run's model, mlp|nowhere"):
+        train(config(data_root, tmp_path / "run", start=start))
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_card_of_a_laplace_approximation_says_so(data_root, tmp_path):
     laplace = Laplace(prior_precision=3.0, temperature=0.5)
     adam = {"name": "adam", "lr": 0.01}
