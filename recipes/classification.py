@@ -49,10 +49,10 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
     baseline = read_baseline(config.baseline)
     torch.manual_seed(config.seed)
     model = zoo.create(**config.model).to(device_of(config))
-    sets = read_sets(config, zoo.card_of(model).input_size)
-    check_classes(model, sets)
     if config.start is not None and not resume:
         go_on_from(config.start, model)
+    sets = read_sets(config, zoo.card_of(model).input_size)
+    check_classes(model, sets)
     experiment = Experiment(config, folder, model, sets, baseline, command)
     run = experiment.training()
     if resume:
