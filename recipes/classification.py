@@ -74,7 +74,13 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
 def go_on_from(start: str, model: nn.Module) -> None:
     """Give a network the state of a run's, or of a posterior."""
     run = Path(start) / CHECKPOINT
-    state = load_checkpoint(run)["model"] if run.is_file() else zoo.load(start).state_dict()
+    try:
+        state = load_checkpoint(run)["model"] if run.is_file() else zoo.load(start).state_dict()
+    except (OSError, ValueError) as error:
+        if Path(start).exists():
+            raise
+        reason = f"no folder has this name, and {error}"
+        raise FileNotFoundError(f"start must be a run's folder, or a posterior, got {start}: {reason}") from None
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -46,7 +46,7 @@ WANTED = {
     "cifar10/alexnet": "adam sgd kfac noisykfac vogn ivon",
     "cifar10/vgg19": "adam vogn ivon",
     "cifar10/resnet18": "adam sgd vogn ivon",
-    "cifar10/resnet20": "sgd vogn ivon",
+    "cifar10/resnet20": "sgd vogn ivon sgd_ivon",
     "cifar10/wrn28_10": "sgd vogn ivon",
     "cifar100/alexnet": "adam sgd vogn ivon",
     "cifar100/resnet18": "adam sgd vogn ivon",
@@ -116,6 +116,9 @@ def take_two_steps(name, data, folder, monkeypatch):
     make_optimizer(config.optimizer, model, 4, config.seed)  # it sets precisions
     start = model.state_dict()
     options = f"--limit 4 --batch_size 2 --epochs 1 --compile false --output {folder} --data {data[name.split('/')[0]]}"
+    if config.start is not None:  # a run that is not there
+        bl.save_posterior(model, folder.with_name("start"))
+        options += f" --start {folder.with_name('start')}"
     measure = "--evaluation.num_samples 2 --evaluation.epoch_samples 1 --evaluation.ood [] --evaluation.batch_size 4"
     assert main(["train", name, *options.split(), *measure.split()]) == 0
     state = load_checkpoint(folder / "checkpoint.safetensors")

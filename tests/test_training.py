@@ -273,9 +273,16 @@ def test_a_run_resumes_without_what_it_started_from(data_root, tmp_path, monkeyp
     assert train(second, resume=True)
 
 
-@pytest.mark.parametrize("start", ["lenet5-mnist", "nowhere"])
-def test_what_a_run_cannot_go_on_from_is_refused(start, data_root, tmp_path):
-    with pytest.raises((ValueError, OSError), match=r"start must be of the run's model, mlp|nowhere"):
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ("lenet5-mnist", "start must be of the run's model, mlp, got lenet5-mnist: "),
+        ("nowhere", "start must be a run's folder, or a posterior, got nowhere: no folder has this name, and "),
+        ("runs/a/b", "start must be a run's folder, or a posterior, got runs/a/b: no folder has this name, and "),
+    ],
+)
+def test_what_a_run_cannot_go_on_from_is_refused(start, message, data_root, tmp_path):
+    with pytest.raises((ValueError, OSError), match=f"^{message}"):
         train(config(data_root, tmp_path / "run", start=start))
     assert not (tmp_path / "run").exists()
 
