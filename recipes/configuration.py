@@ -33,7 +33,7 @@ class Evaluation:
     seed: int = 0
     method: str | None = None
     ood: list[str] = field(default_factory=list)
-    batch_size: int = 1000
+    batch_size: int = 250
 
 
 @dataclass
