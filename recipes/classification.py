@@ -207,16 +207,18 @@ class Experiment:
             self.model = fit_laplace(self.model, config, self.sets.train)
         question = self._question(config.evaluation.num_samples, trained=True)
         answer = measured(self.model, question, self.sets.test, self.sets.strangers, self.command, progress)
-        write_report(dataclasses.replace(answer, log=rows), self.folder)
+        write_report(dataclasses.replace(answer, log=rows, log_question=self._epoch_question()), self.folder)
         metrics = figures_of(answer)
         write_atomically(self.folder / METRICS, json.dumps(metrics, indent=2).encode())
         self._save(POSTERIOR, rows[-1], metrics, config.notes)
         return metrics
 
     def _measure(self) -> dict[str, float]:
-        question = self._question(self.config.evaluation.epoch_samples)
-        found = evaluated(self.model, question, self.sets.held_out).metrics
+        found = evaluated(self.model, self._epoch_question(), self.sets.held_out).metrics
         return {f"{self.sets.part}_{name}": found[name] for name in LOGGED}
+
+    def _epoch_question(self) -> Question:
+        return self._question(self.config.evaluation.epoch_samples)
 
     def _question(self, num_samples: int, trained: bool = False) -> Question:
         config, how = self.config, self.config.evaluation

@@ -81,6 +81,7 @@ class Answer:
         versions: Of the libraries.
         command: What was typed.
         log: Rows of the training's log, where it has just been trained.
+        log_question: What was asked after each epoch, for the log.
     """
 
     question: Question
@@ -89,6 +90,7 @@ class Answer:
     versions: dict[str, str]
     command: str
     log: Sequence[Mapping[str, float]] = ()
+    log_question: Question | None = None
 
     def to_json(self) -> str:
         """Return the text of `report.json`."""

@@ -90,15 +90,13 @@ def report_html(answer: Answer) -> str:
     """
     question, evaluation = answer.question, answer.evaluation
     metrics = evaluation.metrics
+    weights = _weights(question.method, evaluation.num_samples)
     headline = {key: value for key, value in metrics.items() if _HEADLINE.fullmatch(key)}
-    draws = (
-        "the means of the weights" if question.method == "mean" else f"{evaluation.num_samples} draws of the weights"
-    )
     title = f"{question.posterior} on {question.data}"
     versions = ", ".join(f"{name} {version}" for name, version in answer.versions.items())
     sections = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="soft">{evaluation.num_examples:,} examples, predicted by {draws}, seed {question.seed}.</p>',
+        f'<p class="soft">{evaluation.num_examples:,} examples, predicted by {weights}, seed {question.seed}.</p>',
         _table(headline),
         f"<details><summary>All {len(metrics)} figures</summary>{_table(metrics)}</details>",
         "<h2>Figures</h2>",
@@ -173,8 +171,15 @@ def _training(answer: Answer) -> str:
     if not answer.log:
         return ""
     text = "Figures of the training data are means over an epoch, while the weights moved."
+    if (asked := answer.log_question) is not None:
+        text += f" The others were measured after each epoch, by {_weights(asked.method, asked.num_samples)}."
     figure = _figure(plots.training_curves(answer.log), "Training curves", text)
     return f'<h2>Training</h2><div class="wide">{figure}</div>'
+
+
+def _weights(method: str, draws: int) -> str:
+    """Return by which weights was predicted."""
+    return "the means of the weights" if method == "mean" else f"{draws} draw{'s' * (draws > 1)} of the weights"
 
 
 def _figure(figure: Figure, title: str, text: str) -> str:

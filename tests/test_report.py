@@ -98,6 +98,10 @@ def test_a_report_without_mistakes_says_so_and_without_strangers_draws_none():
 def test_a_report_of_a_training_shows_its_curves_and_its_command():
     rows = [{"epoch": number, "train_loss": 1 / number, "test_nll": 2 / number} for number in (1, 2, 3)]
     answer = dataclasses.replace(an_answer(), log=rows, command="bayeslayers train tiny")
+    asked = [dataclasses.replace(answer.question, num_samples=1), dataclasses.replace(answer.question, method="mean")]
+    for question, weights in zip(asked, ("1 draw of the weights", "the means of the weights"), strict=True):
+        text = Reader(report_html(dataclasses.replace(answer, log_question=question))).text
+        assert f"The others were measured after each epoch, by {weights}." in text
     page = Reader(report_html(answer))
     assert [a["alt"] for tag, a in page.elements if tag == "img"][-1] == "Training curves"
     assert "bayeslayers train tiny" in page.text and "bayeslayers evaluate" not in page.text

@@ -122,7 +122,7 @@ def test_a_run_leaves_its_configuration_curves_and_a_report(whole):
     assert (found["accuracy"], found["nll"]) == (metrics["accuracy"], metrics["nll"])
     assert found["misclassification_auroc_confidence"] == metrics["misclassification_auroc_confidence"]
     assert found["fashion-mnist/auroc_entropy"] == metrics["ood_auroc_fashion-mnist"]
-    assert "Training curves" in (whole / "report.html").read_text()
+    assert "measured after each epoch, by 2 draws of the weights" in (whole / "report.html").read_text()
 
 
 def test_the_best_epoch_is_kept_beside_the_last(data_root, tmp_path):
