@@ -54,14 +54,18 @@ def benchmark_step(
         rounds: Steps of each, after a tenth as many to warm up.
         seed: Of weights and data.
         optimizers: Names of `recipes.methods`, each with its defaults but for the learning rate.
-        models: Names of the zoo.
+        models: Names of the zoo, of classifiers.
+
+    Raises:
+        ValueError: If a model or an optimizer is not known, or a model is no classifier.
     """
     at_least_one("rounds", rounds)
     rows, turn = [], min(rounds, TURN)
     for name in models:
         torch.manual_seed(seed)
         model = zoo.create(name)
-        x, y = torch.rand(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
+        x = torch.rand(BATCH, *zoo.card_of(model).input_size)
+        y = torch.randint(_classes(name, model, x[:1]), (BATCH,))
         turns = {"adam": _steps(*_trained(model, "adam", foreach=True), x, y, turn)}
         turns |= {optimizer: _steps(*_trained(model, optimizer), x, y, turn) for optimizer in optimizers}
         medians = interleaved_medians(turns, rounds // turn)
@@ -70,6 +74,15 @@ def benchmark_step(
             for optimizer, median in medians.items()
         ]
     return rows
+
+
+@torch.no_grad()
+def _classes(name: str, model: nn.Module, x: Tensor) -> int:
+    """Return how many classes a network tells apart."""
+    shape = bl.to_deterministic(model).eval()(x).shape
+    if len(shape) != 2:
+        raise ValueError(f"models must be classifiers, got {name}, whose output for one example is {tuple(shape)}.")
+    return shape[1]
 
 
 def _trained(model: nn.Module, name: str, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -171,9 +184,9 @@ def benchmark_predict(
     for name in models:
         torch.manual_seed(seed)
         model = zoo.create(name).eval()
-        twin, size = bl.to_deterministic(model).eval(), model.get_submodule("normalise").size
+        twin, size = bl.to_deterministic(model).eval(), zoo.card_of(model).input_size
         for batch in batches:
-            x = torch.rand(batch, *size)  # pyright: ignore[reportGeneralTypeIssues]
+            x = torch.rand(batch, *size)
             options = {"sample": {}, "sample, antithetic": {"antithetic": True}, "local": {"method": "local"}}
             methods: dict[str, Callable[[], object]] = {
                 method: partial(bl.predict, model, x, num_samples, **own) for method, own in options.items()

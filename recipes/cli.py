@@ -121,6 +121,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="step: beside Adam, by their recipes' names (vogn)",
     )
+    own.add_argument(
+        "--models",
+        nargs="+",
+        default=["mlp", "lenet5"],
+        metavar="NAME",
+        help="step: classifiers of the zoo, on batches of 128 (mlp lenet5)",
+    )
     _add_json(own)
     return parser
 

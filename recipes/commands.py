@@ -176,7 +176,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
     from recipes.benchmark import benchmark_load, benchmark_predict, benchmark_step
 
     if arguments.what == "step":
-        measured = benchmark_step(arguments.rounds, optimizers=arguments.optimizers)
+        measured = benchmark_step(arguments.rounds, optimizers=arguments.optimizers, models=arguments.models)
     else:
         measured = {"load": benchmark_load, "predict": benchmark_predict}[arguments.what](arguments.rounds)
     rows = [dataclasses.asdict(row) for row in measured]

@@ -63,11 +63,14 @@ def test_the_step_benchmark_takes_every_method(capsys):
     )
     assert [row.optimizer for row in rows] == ["adam", *(name for name in methods.METHODS if name != "adam")]
     assert [row.ratio_to_adam == 1 for row in rows][:2] == [True, False]
-    assert main(["benchmark", "step", "--rounds", "1", "--optimizers", "sgd", "--json"]) == 0
+    words = ["--optimizers", "sgd", "--models", "mlp", "alexnet"]
+    assert main(["benchmark", "step", "--rounds", "1", *words, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["model"], row["optimizer"]) for row in rows] == [
-        (model, optimizer) for model in ("mlp", "lenet5") for optimizer in ("adam", "sgd")
+        (model, optimizer) for model in ("mlp", "alexnet") for optimizer in ("adam", "sgd")
     ]
+    with pytest.raises(ValueError, match=r"models must be classifiers, got smp:Unet/resnet18, .* \(1, 2, 224, 224\)"):
+        benchmark.benchmark_step(1, models=["smp:Unet/resnet18"])
     torch.random.set_rng_state(before)
 
 

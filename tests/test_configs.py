@@ -40,7 +40,7 @@ WANTED = {
     "mnist/lenet5": "adam sgd vogn ogn ivon bbb kfac noisykfac laplace mcdropout",
     "fashion/mlp": "adam vogn ivon",
     "fashion/lenet5": "adam vogn ivon",
-    "cifar10/lenet5": "adam adam_paper kfac noisykfac vogn ivon",
+    "cifar10/lenet5": "adam adam_paper kfac noisykfac vogn ivon bbb mcdropout",
     "cifar10/lenet5_bn": "vogn ivon",
     "cifar10/lenet5_dist": "adam sgd kfac vogn",
     "cifar10/alexnet": "adam sgd kfac noisykfac vogn ivon",

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bayeslayers as bl
 from bayeslayers.curvature import accumulate, conv
+from bayeslayers.curvature.linear import outer_product_squares
 from bayeslayers.layers import FilterResponseNorm2d
 
 pytestmark = [
@@ -28,6 +29,13 @@ LINEAR = [
     ("Linear", (3, 4), {}, (3,)),
     ("Linear", (3, 4), {"bias": False}, (5, 3)),
     ("Linear", (3, 4), {"bias": False}, (5, 3, 3)),
+]
+FEW_POSITIONS = [
+    ("Conv1d", (2, 3, 3), {"dilation": 2}, (5, 2, 7)),
+    ("Conv2d", (2, 3, 3), {"padding": 1}, (5, 2, 1, 1)),
+    ("Conv2d", (2, 3, (3, 2)), {"stride": 2, "padding": 1}, (5, 2, 4, 3)),
+    ("Conv3d", (2, 3, 2), {}, (5, 2, 2, 3, 3)),
+    ("ConvTranspose2d", (2, 3, 3), {"stride": 2, "output_padding": 1}, (5, 2, 2, 1)),
 ]
 CONV = [
     ("Conv1d", (2, 3, 3), {}, (4, 2, 8)),
@@ -47,6 +55,7 @@ CONV = [
     ("Conv2d", (4, 8, 3), {"groups": 4, "bias": False}, (4, 4, 5, 5)),
     ("Conv2d", (2, 3, 3), {"bias": False}, (2, 5, 5)),
     ("Conv3d", (2, 3, 2), {"padding": 1, "stride": (1, 2, 2)}, (3, 2, 3, 4, 4)),
+    *FEW_POSITIONS,
     ("Conv3d", (2, 2, (1, 2, 3)), {"padding": "same", "groups": 2}, (3, 2, 2, 4, 4)),
     ("ConvTranspose1d", (2, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}, (4, 2, 5)),
     ("ConvTranspose2d", (2, 3, 3), {"bias": False}, (4, 2, 4, 4)),
@@ -145,6 +154,21 @@ def test_curvature_of_wide_convolutions(kind, args, kwargs, shape, monkeypatch):
     check(kind, args, kwargs, shape)
 
 
+def test_positions_that_cancel_leave_no_negative_square():
+    torch.manual_seed(0)
+    g = torch.tensor([1.0, 1.0, -1.0, -1.0])[:, None] * torch.randn(64, 1, 20)
+    x = torch.tensor([1.0, 0.5, 0.7, 0.8])[:, None] * torch.randn(64, 1, 30)
+    squares = outer_product_squares(g, x)
+    assert squares.min() >= 0 and squares.max() < 1e-4
+
+
+@per_case(FEW_POSITIONS)
+def test_few_positions_need_no_per_example_gradients(kind, args, kwargs, shape, monkeypatch):
+    for route in ("_batch_as_groups", "_offset_by_offset"):
+        monkeypatch.delattr(conv, route)
+    check(kind, args, kwargs, shape)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 0, 1), (2, 1, 1), (3, 2, 2)])
 def test_convolution_routes_agree(stride, padding, dilation, groups):
@@ -153,9 +177,9 @@ def test_convolution_routes_agree(stride, padding, dilation, groups):
     x = torch.randn(5, 4, 8, 9, dtype=torch.float64)
     weight = torch.randn(8, 4 // groups, 3, 2, dtype=torch.float64)
     g = torch.randn_like(torch.convolution(x, weight, None, *settings))
-    routes = (conv._batch_as_groups, conv._offset_by_offset)
-    results = [route(x, g, weight, settings) for route in routes]
-    assert_close(*results, **EXACT)
+    first, *others = (conv._batch_as_groups, conv._offset_by_offset, *([conv._as_linear] if groups == 1 else []))
+    for route in others:
+        assert_close(route(x, g, weight, settings), first(x, g, weight, settings), **EXACT)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -189,12 +213,12 @@ def test_batch_norm_curvature_holds_the_normalised_input_fixed(kind, args, kwarg
 
 CHUNKED = [
     ("Linear", (3, 4), {}, (5, 6, 3)), ("Conv2d", (2, 3, 3), {}, (5, 2, 5, 5)),
-    ("ConvTranspose2d", (2, 3, 2), {}, (5, 2, 3, 3)),
+    ("ConvTranspose2d", (2, 3, 2), {}, (5, 2, 3, 3)), ("Conv2d", (2, 3, 3), {}, (5, 2, 4, 4)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("budget", [1, 300], ids=["one_example", "a_few_examples"])
-@pytest.mark.parametrize("wide_channels", [0, 128])
+@pytest.mark.parametrize("wide_channels", [0, 1000])
 @per_case(CHUNKED)
 def test_chunks_change_nothing(kind, args, kwargs, shape, wide_channels, budget, monkeypatch):
     layer, twin = make_pair(kind, args, kwargs)

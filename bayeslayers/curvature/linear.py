@@ -89,7 +89,7 @@ def outer_product_squares(g: Tensor, x: Tensor) -> Tensor:
         return g.square().t() @ x.square()
     g, x = g.flatten(1, -2), x.flatten(1, -2)  # (n, p, o), (n, p, i)
     if g.shape[1] <= GRAM_POSITIONS:
-        return _pairs(g).t() @ _pairs(x, off_diagonal=2.0)
+        return (_pairs(g).t() @ _pairs(x, off_diagonal=2.0)).clamp(min=0)  # rounding may end below
     squares = g.new_zeros(g.shape[2], x.shape[2])
     for chunk in chunks(len(g), squares.numel(), g):
         squares += sum_of_squares(g[chunk].transpose(1, 2) @ x[chunk])
