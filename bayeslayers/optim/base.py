@@ -1,4 +1,4 @@
-"""What the variational optimisers share: scoped draws, their running average, and the refusal of bad steps."""
+"""What the variational optimisers share: scoped draws, and steps that refuse bad numbers."""
 
 from __future__ import annotations
 
@@ -6,30 +6,17 @@ import abc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bayeslayers.checks import at_least_one
 from bayeslayers.optim.adam import adam_update
+from bayeslayers.optim.averages import Averages, Recorded
 from bayeslayers.optim.groups import PosteriorGroups, Rules
 from bayeslayers.optim.ranks import average_over_ranks, copy_from_first_rank
 from bayeslayers.sampling import Site
-
-
-class Recorded(NamedTuple):
-    """What one scope left behind, beside the gradients.
-
-    Attributes:
-        statistics: The method's own quantity by parameter, or by another key.
-        scale: Factor that makes the statistics means over examples.
-        grad_scale: Factor that makes the gradients means over examples.
-    """
-
-    statistics: Mapping[Any, Tensor]
-    scale: float = 1.0
-    grad_scale: float = 1.0
 
 
 class VariationalOptimizer(PosteriorGroups):
@@ -163,34 +150,12 @@ class VariationalOptimizer(PosteriorGroups):
         recorded = self._record()
         if recorded is None:
             self._restore(earlier)
-            return
-        self._draws += 1
-        if self._draws == 1:
-            self._scale = recorded.scale
-        for parameter in self._names:
-            grad = parameter.grad
-            if grad is not None and recorded.grad_scale != 1:
-                grad = grad * recorded.grad_scale
-            parameter.grad = self._average(earlier[parameter] if self._draws > 1 else None, grad)
-        for key in {**self._statistics, **recorded.statistics}:
-            new = recorded.statistics.get(key)
-            if new is not None and recorded.scale != self._scale:  # a draw on a batch of another size
-                new = new * (recorded.scale / self._scale)
-            self._statistics[key] = self._average(self._statistics.get(key), new)
-
-    def _average(self, mean: Tensor | None, new: Tensor | None) -> Any:
-        """Return the mean over `self._draws` draws, from that of all but the last and the last."""
-        if self._draws == 1 or (mean is None and new is None):
-            return new
-        if mean is None:
-            return new / self._draws  # pyright: ignore[reportOptionalOperand]
-        return torch.lerp(mean, torch.zeros_like(mean) if new is None else new, 1 / self._draws)
+        else:
+            self._averages.add(recorded, earlier)
 
     def _forget(self) -> None:
         """Drop the draws since the last step."""
-        self._statistics: dict[Any, Tensor] = {}  # mean over these draws,
-        self._scale = 1.0  # once multiplied by this
-        self._draws = 0
+        self._averages = Averages()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients; inside a scope those of this draw alone, outside one those of every draw."""
@@ -238,16 +203,16 @@ class VariationalOptimizer(PosteriorGroups):
         A closure that does nothing and returns None, as Lightning passes one in manual optimisation,
         stands for no closure.
         """
-        earlier, draws = {p: p.grad for p in self._names}, (self._statistics, self._scale, self._draws)
+        earlier, averages = {p: p.grad for p in self._names}, self._averages
         self._forget()
         try:
             loss, output = self._run_draws(closure)
         except BaseException:
             self._restore(earlier)
-            self._statistics, self._scale, self._draws = draws
+            self._averages = averages
             raise
         if loss is None:
-            self._statistics, self._scale, self._draws = draws
+            self._averages = averages
         return loss, output
 
     def _run_draws(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
@@ -329,31 +294,30 @@ class VariationalOptimizer(PosteriorGroups):
 
     def _rescale(self, loss_scale: float) -> None:
         """Take the loss scale out of the statistics."""
-        self._scale /= loss_scale**self._loss_power
+        self._averages.scale /= loss_scale**self._loss_power
 
     def _average_over_ranks(self) -> None:
         """Replace gradients and statistics by their means over the ranks."""
         grads = {p: p.grad for p in self._names if p.grad is not None}
-        for key in self._statistics:
-            self._statistics[key] = self._statistics[key] * self._scale
-        self._scale = 1.0
-        average_over_ranks([*grads.values(), *self._statistics.values()])
+        self._averages.apply_scale()
+        average_over_ranks([*grads.values(), *self._averages.statistics.values()])
 
     def _refuse_bad_step(self) -> None:
         """Raise if no draw was made, or if a gradient or statistic is not finite; nothing is changed by then."""
-        if self._draws == 0:
+        if self._averages.draws == 0:
             raise RuntimeError(
                 "step() must follow a backward pass under drawn weights, got none since the last step. Pass a "
                 "closure, or call loss.backward() inside `with optimizer.sampled():`."
             )
         grads = {p: p.grad for p in self._names if p.grad is not None}
         # What the step adds to the precision is this much larger, and must be finite too.
-        ess = max(self._ess(group) for group in self.param_groups) * max(1.0, self._scale)
-        tensors = [*grads.values(), *self._statistics.values()]
+        statistics = self._averages.statistics
+        ess = max(self._ess(group) for group in self.param_groups) * max(1.0, self._averages.scale)
+        tensors = [*grads.values(), *statistics.values()]
         # A sum is finite only if every entry is: one reduction each, one look at the result.
         if (torch.stack([t.sum() for t in tensors]) * ess).isfinite().all():
             return
-        for quantity, values in (("gradient", grads), (self._statistic, self._statistics)):
+        for quantity, values in (("gradient", grads), (self._statistic, statistics)):
             for key, tensor in values.items():
                 if bad := int((~(tensor * ess).isfinite()).sum()):
                     self._forget()

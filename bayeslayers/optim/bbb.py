@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from bayeslayers.checks import fraction, non_negative, positive
 from bayeslayers.optim.adam import adam_direction
-from bayeslayers.optim.base import Recorded, VariationalOptimizer
+from bayeslayers.optim.averages import Recorded
+from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.perturbation import How
 from bayeslayers.sampling import Sampler
 
@@ -128,7 +129,8 @@ class BBB(VariationalOptimizer):
             state["step"] = state.get("step", 0) + 1
             prior_precision = site.prior_precision
             grad = parameter.grad + prior_precision * (site.mean - site.prior_mean) / ess
-            log_sigma_grad = self._statistics[parameter] * self._scale + (prior_precision / site.precision - 1) / ess
+            log_sigma_grad = self._averages.statistics[parameter] * self._averages.scale
+            log_sigma_grad += (prior_precision / site.precision - 1) / ess
             site.mean.add_(adam_direction(state, grad, group), alpha=-group["lr"])
             step = adam_direction(state, log_sigma_grad, group, "log_sigma_")
             site.precision.mul_(step.mul_(2 * group["lr"]).exp_())

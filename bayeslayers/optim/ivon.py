@@ -14,7 +14,8 @@ from bayeslayers.checks import fraction, non_negative, positive
 from bayeslayers.gaussian import retracted_precision
 from bayeslayers.layers import attach_posterior
 from bayeslayers.optim.adam import momentum_average
-from bayeslayers.optim.base import Recorded, VariationalOptimizer
+from bayeslayers.optim.averages import Recorded
+from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.groups import listed
 from bayeslayers.sampling import posterior
 
@@ -212,13 +213,14 @@ class IVON(VariationalOptimizer):
 
     def _refuse_bad_step(self) -> None:
         super()._refuse_bad_step()
+        statistics = self._averages.statistics
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter in self._statistics:  # the new precision takes the place of what it is made of
-                    self._statistics[parameter] = self._new_precision(parameter, group)
-        if torch.stack([precision.sum() for precision in self._statistics.values()]).isfinite().all():
+                if parameter in statistics:  # the new precision takes the place of what it is made of
+                    statistics[parameter] = self._new_precision(parameter, group)
+        if torch.stack([precision.sum() for precision in statistics.values()]).isfinite().all():
             return
-        for parameter, precision in self._statistics.items():
+        for parameter, precision in statistics.items():
             if bad := int((~precision.isfinite()).sum()):
                 self._forget()
                 raise FloatingPointError(
@@ -228,11 +230,12 @@ class IVON(VariationalOptimizer):
                 )
 
     def _new_precision(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
-        site, ess, statistic = self._sites[parameter], self._ess(group), self._statistics[parameter]
+        site, ess = self._sites[parameter], self._ess(group)
+        statistic, scale = self._averages.statistics[parameter], self._averages.scale
         if self.estimator == "price":
-            target = torch.addcmul(site.prior_precision, statistic, site.precision.sqrt(), value=ess * self._scale)
+            target = torch.addcmul(site.prior_precision, statistic, site.precision.sqrt(), value=ess * scale)
         else:
-            target = torch.add(site.prior_precision, statistic, alpha=ess**2 * self._scale)
+            target = torch.add(site.prior_precision, statistic, alpha=ess**2 * scale)
         return retracted_precision(site.precision, target, 1 - group["beta2"])
 
     def _update(self, group: dict[str, Any]) -> None:
@@ -243,7 +246,7 @@ class IVON(VariationalOptimizer):
             site, state = self._sites[parameter], self.state[parameter]
             state["step"] = state.get("step", 0) + 1
             grad = momentum_average(state, parameter.grad, group["beta1"])
-            site.precision.copy_(self._statistics[parameter])
+            site.precision.copy_(self._averages.statistics[parameter])
             step = (site.mean - site.prior_mean).mul_(site.prior_precision).add_(grad, alpha=self._ess(group))
             step.div_(site.precision)
             if group["clip_radius"] < math.inf:

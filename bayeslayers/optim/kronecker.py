@@ -17,7 +17,8 @@ from bayeslayers.layers import BayesianLayer
 from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.matrix_gaussian import as_matrix, damp, inverse, inverse_root, marginal_precision
 from bayeslayers.optim.adam import corrected_weight, momentum_average
-from bayeslayers.optim.base import Recorded, VariationalOptimizer
+from bayeslayers.optim.averages import Recorded
+from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.fisher import check_likelihood, sampled_loss
 from bayeslayers.optim.groups import first_precision, listed
 from bayeslayers.sampling import Site, Tracker, layers_with_curvature
@@ -158,9 +159,10 @@ class KroneckerFactored(VariationalOptimizer):
     def _rescale(self, loss_scale: float) -> None:
         """Take the loss scale out of what is squared from gradients of the user's loss."""
         if self.fisher == "empirical":
-            for name, value in self._statistics.items():
+            statistics = self._averages.statistics
+            for name, value in statistics.items():
                 if not name.endswith(_INPUT):
-                    self._statistics[name] = value / loss_scale**self._loss_power
+                    statistics[name] = value / loss_scale**self._loss_power
 
     # The step.
 
@@ -194,9 +196,9 @@ class KroneckerFactored(VariationalOptimizer):
         """
         state = self.state.get(site.mean, {})
         new: dict[str, Any] = {key: state[key] for key in ("updates", "input", "output", "start") if key in state}
-        if site.name + _INPUT in self._statistics:
-            factors = self._statistics[site.name + _INPUT], self._statistics[site.name + _OUTPUT]
-            new = self._averaged(new, site, group, *factors)
+        statistics = self._averages.statistics
+        if site.name + _INPUT in statistics:
+            new = self._averaged(new, site, group, statistics[site.name + _INPUT], statistics[site.name + _OUTPUT])
         if "input" in new and self._is_due(state, new["input"]):
             ess = self._ess(group)
             prior = _mean_over_matrix(site.module, "prior_precision", len(new["input"])) / ess
@@ -278,7 +280,7 @@ class KroneckerFactored(VariationalOptimizer):
 
     def _update_diagonal(self, site: Site, group: dict[str, Any]) -> None:
         """Move a tensor without factors as VOGN does, its curvature averaged as factors are."""
-        state, squares, ess = self.state[site.mean], self._statistics.get(site.name), self._ess(group)
+        state, squares, ess = self.state[site.mean], self._averages.statistics.get(site.name), self._ess(group)
         grad: Any = site.mean.grad
         if squares is not None:
             if "updates" not in state:

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bayeslayers.checks import fraction, non_negative, positive
 from bayeslayers.gaussian import natural_gradient_step_
 from bayeslayers.optim.adam import corrected_weight, momentum_average
-from bayeslayers.optim.base import Recorded, VariationalOptimizer
+from bayeslayers.optim.averages import Recorded
+from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.groups import first_precision
 from bayeslayers.sampling import Tracker, layers_with_curvature
 from bayeslayers.sampling.placement import put
@@ -132,14 +133,14 @@ class _GaussNewton(VariationalOptimizer):
                 site.mean,
                 site.precision,
                 momentum_average(state, parameter.grad, group["beta1"]),
-                self._statistics[parameter],
+                self._averages.statistics[parameter],
                 prior_mean=site.prior_mean,
                 prior_precision=site.prior_precision,
                 ess=self._ess(group),
                 lr=group["lr"],
                 precision_lr=corrected_weight(precision_lr, state["step"]) if self._from_curvature else precision_lr,
                 damping=group["damping"],
-                curvature_scale=self._scale,
+                curvature_scale=self._averages.scale,
             )
 
 
