@@ -62,12 +62,16 @@ class Split:
         return fitted(x, self.size)
 
     def head(self, limit: int | None) -> Split:
-        """Return the first `limit` examples, all if None; of files, which lie class by class, as many from all over."""
+        """Return `limit` examples from all over the split, in its order and always the same; all if None.
+
+        One is drawn from each of `limit` stretches: sets often lie class by class, which the first ones would see
+        one class of; classes that take turns could be missed by examples at equal distances.
+        """
         if limit is None or limit >= len(self):
             return self
-        if isinstance(self.images, ImageFiles):
-            return self.taken(torch.arange(limit) * len(self) // limit)
-        return dataclasses.replace(self, images=self.images[:limit], labels=self.labels[:limit])
+        edges = torch.arange(limit + 1) * len(self) // limit
+        within = torch.randint(2**62, (limit,), generator=torch.Generator().manual_seed(0)) % edges.diff()
+        return self.taken(edges[:-1] + within)
 
     def taken(self, index: Tensor) -> Split:
         """Return the examples of these numbers."""
