@@ -124,6 +124,7 @@ def load_split(
     train: bool,
     size: Sequence[int] | None = None,
     resize: int | None = None,
+    argument: str = "data",
 ) -> Split:
     """Return a split of a data set.
 
@@ -135,6 +136,7 @@ def load_split(
         train: The training split, else the test split.
         size: `(c, h, w)` of the inputs; None, or of another number of dimensions, for that of the images.
         resize: Side that images are resized to before `size` is cropped from them; None for that of `size`.
+        argument: What errors say was to name it.
 
     Raises:
         ValueError: If the name is unknown, the data is damaged, or its images are grey where `size` is for
@@ -145,11 +147,11 @@ def load_split(
     size, crop = sides(size, resize)
     kind, _, path = name.partition(":")
     if kind == "imagefolder" and path:
-        return Split(*read_folder(path, train=train, size=size), crop=crop)
+        return Split(*read_folder(path, train=train, size=size, argument=argument), crop=crop)
     if kind == "npz" and path:
-        images, labels, classes = read_npz(path, train=train)
+        images, labels, classes = read_npz(path, train=train, argument=argument)
     elif name in NAMES:
-        images, labels, classes = _read_torchvision(name, root, train)
+        images, labels, classes = _read_torchvision(name, root, train, argument)
     else:
         raise ValueError(
             f"unknown data set {name!r}.{near(name, NAMES)} Known: {', '.join(NAMES)}, npz:PATH, imagefolder:PATH."
@@ -172,7 +174,9 @@ def sides(size: Sequence[int] | None, resize: int | None) -> tuple[tuple[int, in
     return ((channels, height, width), None) if resize is None else ((channels, resize, resize), (height, width))
 
 
-def _read_torchvision(name: str, root: str | Path | None, train: bool) -> tuple[Tensor, Tensor, list[str]]:
+def _read_torchvision(
+    name: str, root: str | Path | None, train: bool, argument: str
+) -> tuple[Tensor, Tensor, list[str]]:
     from urllib.error import URLError
 
     from torchvision import datasets
@@ -184,10 +188,12 @@ def _read_torchvision(name: str, root: str | Path | None, train: bool) -> tuple[
         raise RuntimeError(f"{NAMES[name]} needs {error.name} to read its files. pip install {error.name}.") from None
     except (RuntimeError, URLError) as error:
         if root is None:
-            raise ConnectionError(f"{NAMES[name]} could not be downloaded: {error}. Give --data-root.") from None
+            raise ConnectionError(
+                f"{NAMES[name]} could not be downloaded: {error}. Give --data-root, or another set as {argument}."
+            ) from None
         raise FileNotFoundError(
             f"data root must hold {NAMES[name]} as torchvision lays it out, got {root} without it. Leave --data-root "
-            "out to download it."
+            f"out to download it, or give another set as {argument}."
         ) from None
     except (ValueError, AssertionError, LookupError):  # what torchvision raises for damaged files
         raise ValueError(

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 _GREY, _COLOUR = ("1", "L", "LA"), ("P", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's modes of 8 bits or fewer
 _PROBED = 16  # pictures of a folder whose colours are looked at before any is decoded
+_WRITE = "Write it by numpy.savez, with the arrays images and labels."
 
 
-def read_npz(path: str, *, train: bool) -> tuple[Tensor, Tensor, list[str]]:
+def read_npz(path: str, *, train: bool, argument: str = "data") -> tuple[Tensor, Tensor, list[str]]:
     """Return images `(n, c, h, w)`, labels and classes of an .npz file.
 
     It holds `images`, bytes `(n, h, w)` or `(n, h, w, 3)`, `labels`, integers `(n,)`, and may hold `classes`, names.
@@ -31,6 +32,7 @@ def read_npz(path: str, *, train: bool) -> tuple[Tensor, Tensor, list[str]]:
     Args:
         path: The file. "{split}" in it stands for train or test; without, the file is either split.
         train: The training split, else the test split.
+        argument: What errors say was to name it.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -38,14 +40,15 @@ def read_npz(path: str, *, train: bool) -> tuple[Tensor, Tensor, list[str]]:
     """
     file = Path(path.replace("{split}", "train" if train else "test"))
     if not file.is_file():
-        raise FileNotFoundError(f"data must be an .npz file, got {file}, which is none.")
+        raise FileNotFoundError(f"{argument} must be an .npz file, got {file}, which is none. {_WRITE}")
     try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
+        # numpy takes a file that is no archive for a pickle, and says how to load that.
+        with zipfile.ZipFile(file), file.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
             arrays = {key: content[key] for key in ("images", "labels", "classes") if key in content}
-    # An .npy file has no names and no scope; the others are what numpy raises for damaged files.
+    # What zipfile and numpy raise for damaged files.
     except (ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
-        raise ValueError(f"data must be an .npz file of plain arrays, got {file}: {reason}.") from None
+        raise ValueError(f"{argument} must be an .npz file of plain arrays, got {file}: {reason}. {_WRITE}") from None
     for key in ("images", "labels"):
         if key not in arrays:
             raise ValueError(f"{file} must hold the array '{key}', got {', '.join(arrays) or 'none that is known'}.")
@@ -54,7 +57,9 @@ def read_npz(path: str, *, train: bool) -> tuple[Tensor, Tensor, list[str]]:
         raise ValueError(
             f"images of {file} must be bytes of shape (n, h, w) or (n, h, w, 3), got {images.dtype} {images.shape}."
         )
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or 0 in images.shape or labels.min() < 0:
+    if 0 in images.shape:
+        raise ValueError(f"{argument} must hold at least one image, got {file} with images of shape {images.shape}.")
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < 0:
         raise ValueError(
             f"labels of {file} must be a class index for each of the {len(images)} images, got {labels.dtype} "
             f"{labels.shape}{f' from {labels.min()}' if labels.size and labels.dtype.kind == 'i' else ''}."
@@ -94,7 +99,9 @@ class ImageFiles:
         return ImageFiles([self.paths[number] for number in index.tolist()], self.size)
 
 
-def read_folder(path: str, *, train: bool, size: Sequence[int] | None = None) -> tuple[ImageFiles, Tensor, list[str]]:
+def read_folder(
+    path: str, *, train: bool, size: Sequence[int] | None = None, argument: str = "data"
+) -> tuple[ImageFiles, Tensor, list[str]]:
     """Return images, labels and classes of a folder of pictures in ImageNet's layout.
 
     That is `PATH/train/CLASS/*.png`, and `PATH/test` or `PATH/val` alike; a folder with none of these is itself
@@ -104,6 +111,7 @@ def read_folder(path: str, *, train: bool, size: Sequence[int] | None = None) ->
         path: The folder.
         train: The training split, else the test split.
         size: `(c, h, w)` of the images; None for that of the first.
+        argument: As for `read_npz`.
 
     Raises:
         FileNotFoundError: If there is no such folder, or a class without pictures.
@@ -113,11 +121,14 @@ def read_folder(path: str, *, train: bool, size: Sequence[int] | None = None) ->
     from torchvision.datasets import ImageFolder
 
     root = Path(path)
+    layout = f"Lay pictures out as {root}/train/CLASS/*.png and {root}/test/CLASS/*.png."
+    if not root.is_dir():
+        raise FileNotFoundError(f"{argument} must be a folder, got {root}, which is none. {layout}")
     there = [name for name in ("train", "test", "val") if (root / name).is_dir()]
     wanted = [name for name in there if (name == "train") is train]
     if there and not wanted:
         raise FileNotFoundError(
-            f"image folder must hold {'train' if train else 'test or val'}, got {root} with {', '.join(there)} alone."
+            f"{argument} must hold {'train' if train else 'test or val'}, got {root} with {', '.join(there)} alone."
         )
     folder = root / wanted[0] if wanted else root
     try:
@@ -125,7 +136,9 @@ def read_folder(path: str, *, train: bool, size: Sequence[int] | None = None) ->
         numbers = ImageFolder(root / "train").class_to_idx if "train" in there else data.class_to_idx
     except FileNotFoundError as error:
         reason = str(error).partition(". ")[0].rstrip(".")
-        raise FileNotFoundError(f"image folder must hold pictures in a folder for each class: {reason}.") from None
+        raise FileNotFoundError(
+            f"{argument} must hold pictures in a folder for each class, got {folder}: {reason}. {layout}"
+        ) from None
     if strange := [name for name in data.classes if name not in numbers]:
         raise ValueError(f"classes of {folder} must be those of {root / 'train'}, got {', '.join(strange[:5])} too.")
     paths = [Path(file) for file, _ in data.samples]

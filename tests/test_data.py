@@ -59,7 +59,9 @@ def test_a_pattern_names_the_file_of_each_split(tmp_path):
         ({"images": GREY.astype(float)}, r"images of .* must be bytes of shape .*, got float64 \(6, 5, 4\)"),
         ({"images": GREY[0]}, "must be bytes of shape"),
         ({"images": np.zeros((6, 5, 4, 2), np.uint8)}, "must be bytes of shape"),
-        ({"images": GREY[:0], "labels": LABELS[:0]}, "class index for each of the 0 images"),
+        ({"images": GREY[:0], "labels": LABELS[:0]}, r"data must hold at least one image, got .* shape \(0, 5, 4\)"),
+        ({"images": GREY[:, :0]}, r"data must hold at least one image, got .* shape \(6, 0, 4\)"),
+        ({"labels": LABELS[:0]}, r"class index for each of the 6 images, got int64 \(0,\)"),
         ({"labels": LABELS[:5]}, "class index for each of the 6 images"),
         ({"labels": LABELS - 1}, "class index for each .* from -1"),
         ({"labels": LABELS * 0.5}, "class index for each .* float64"),
@@ -79,10 +81,11 @@ def test_damaged_npz_files_are_refused_in_one_sentence(tmp_path):
     good = (tmp_path / "good.npz").read_bytes()
     for content in (b"", b"text", good[:200], good[:-30], good[:150] + b"\xff" * 60 + good[210:]):
         (tmp_path / "bad.npz").write_bytes(content)
-        with pytest.raises(ValueError, match=r"data must be an .npz file of plain arrays, got .*bad.npz"):
+        with pytest.raises(ValueError, match=r"data must be an .npz file of plain arrays, got .*bad.npz") as caught:
             load_split(f"npz:{tmp_path}/bad.npz", None, train=False)
+        assert "pickle" not in str(caught.value) and str(caught.value).endswith("with the arrays images and labels.")
     np.save(tmp_path / "one.npy", GREY)
-    with pytest.raises(ValueError, match=r"data must be an .npz file of plain arrays"):
+    with pytest.raises(ValueError, match=r"data must be an .npz file of plain arrays, got .*: File is not a zip file"):
         load_split(f"npz:{tmp_path}/one.npy", None, train=False)
     with zipfile.ZipFile(tmp_path / "empty.npz", "w") as file:
         file.writestr("notes.txt", "x")
@@ -174,13 +177,14 @@ def test_bad_folders_are_refused_in_one_sentence(tmp_path):
     write_folder(tmp_path / "bad/val", GREY)
     damaged = tmp_path / "bad/val/ant/1.png"
     for folder, error, message in (
-        ("none", FileNotFoundError, "image folder must hold pictures in a folder for each class"),
-        ("empty", FileNotFoundError, "for each class: Found no valid file for the classes ant"),
+        ("none", FileNotFoundError, r"data must be a folder, got .*none, .* Lay pictures out as .*none/train/CLASS/"),
+        ("bad/val/ant/1.png", FileNotFoundError, r"data must be a folder, got .*1.png, which is none"),
+        ("empty", FileNotFoundError, "for each class, got .*val: Found no valid file for the classes ant"),
         ("strange", ValueError, "classes of .*val must be those of .*train, got cat too"),
     ):
         with pytest.raises(error, match=message):
             load(folder)
-    with pytest.raises(FileNotFoundError, match=r"must hold train, got .* with val alone"):
+    with pytest.raises(FileNotFoundError, match=r"data must hold train, got .* with val alone"):
         load("bad", train=True)
     damaged.write_bytes(damaged.read_bytes()[:60])
     with pytest.raises(ValueError, match=r"a picture that Pillow reads, got .*ant.1.png"):
@@ -238,11 +242,24 @@ def test_what_torchvision_cannot_do_is_one_sentence(monkeypatch):
         monkeypatch.setattr(datasets, "SVHN", raising)
 
     fail(URLError("no route"))
-    with pytest.raises(ConnectionError, match=r"SVHN could not be downloaded: .*no route.*Give --data-root"):
-        load_split("svhn", None, train=True)
+    with pytest.raises(ConnectionError, match=r"SVHN could not be downloaded: .*no route.*Give --data-root.* as ood"):
+        load_split("svhn", None, train=True, argument="ood")
     fail(ModuleNotFoundError("No module named 'scipy'", name="scipy"))
     with pytest.raises(RuntimeError, match=r"SVHN needs scipy to read its files\. pip install scipy\."):
         load_split("svhn", None, train=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("npz:no/such.npz", "evaluation.ood must be an .npz file, got no/such.npz"),
+        ("imagefolder:no/such", "evaluation.ood must be a folder, got no/such"),
+        ("cifar10", "data root must hold CIFAR10 .* or give another set as evaluation.ood"),
+    ],
+)
+def test_what_cannot_be_read_says_which_argument_named_it(tmp_path, name, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        load_split(name, tmp_path, train=False, argument="evaluation.ood")
 
 
 @pytest.mark.parametrize("name", ["minst", "npz:", "imagefolder:", "zip:data.zip", ""])
