@@ -43,7 +43,7 @@ WANTED = {
     "cifar10/lenet5": "adam adam_paper kfac noisykfac vogn ivon bbb mcdropout",
     "cifar10/lenet5_bn": "vogn ivon",
     "cifar10/lenet5_dist": "adam sgd kfac vogn",
-    "cifar10/alexnet": "adam sgd kfac noisykfac vogn ivon",
+    "cifar10/alexnet": "adam sgd kfac noisykfac vogn ivon adam_20 vogn_20",
     "cifar10/vgg19": "adam vogn ivon",
     "cifar10/resnet18": "adam sgd vogn ivon",
     "cifar10/resnet20": "sgd vogn ivon sgd_ivon",
@@ -78,9 +78,10 @@ def data(tmp_path_factory):
                 picture.save(place / "0.png")
             places[name] = f"imagefolder:{folder / name}"
         else:
-            images = rng.integers(0, 256, (4, height, width, channels), dtype=np.uint8)
-            np.savez(folder / f"{name}.npz", images=images, labels=[0, classes - 1, 1, 2])
-            places[name] = f"npz:{folder / name}.npz"
+            for part in ("train", "test"):
+                images = rng.integers(0, 256, (4, height, width, channels), dtype=np.uint8)
+                np.savez(folder / f"{name}_{part}.npz", images=images, labels=[0, classes - 1, 1, 2])
+            places[name] = f"npz:{folder / name}_{{split}}.npz"
     return places
 
 
@@ -158,6 +159,14 @@ def test_its_network_takes_its_data_at_full_width(name):
 def test_the_configurations_are_these():
     expected = {f"{net}_{method}" for net, methods in WANTED.items() for method in methods.split()}
     assert expected == set(ALL)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name.rpartition("/")[2] in ("resnet18_adam", "resnet18_sgd")])
+def test_weight_decay_spares_the_norms_of_theirs(name):
+    model = zoo.create(**parsed(name).model)
+    decayed, spared = make_optimizer(parsed(name).optimizer, model, 4, 0).param_groups
+    assert decayed["weight_decay"] > 0 == spared["weight_decay"]
+    assert len(spared["params"]) == 2 * len(bl.norms(dict(model.named_modules())))
 
 
 def test_no_two_runs_have_one_name():
