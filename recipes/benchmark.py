@@ -22,7 +22,7 @@ import bayeslayers as bl
 import zoo
 from bayeslayers.checks import at_least_one
 from bayeslayers.weights import WEIGHTS
-from recipes.methods import METHODS, make_optimizer
+from recipes.methods import make_optimizer, method_of
 
 BATCH = 128
 TURN = 10  # steps
@@ -87,7 +87,7 @@ def _classes(name: str, model: nn.Module, x: Tensor) -> int:
 
 def _trained(model: nn.Module, name: str, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Return a copy of the network with its optimizer, an ordinary network for one of torch."""
-    net = bl.to_deterministic(model) if METHODS[name].point else copy.deepcopy(model)
+    net = bl.to_deterministic(model) if method_of({"name": name}).point else copy.deepcopy(model)
     return net, make_optimizer({"name": name, "lr": LR, **options}, net, 60_000, seed=0)
 
 

@@ -71,6 +71,8 @@ def test_the_step_benchmark_takes_every_method(capsys):
     ]
     with pytest.raises(ValueError, match=r"models must be classifiers, got smp:Unet/resnet18, .* \(1, 2, 224, 224\)"):
         benchmark.benchmark_step(1, models=["smp:Unet/resnet18"])
+    with pytest.raises(ValueError, match=r"optimizer must be one of .*, got 'vogm'. Did you mean 'vogn'"):
+        benchmark.benchmark_step(1, optimizers=["vogm"], models=["mlp"])
     torch.random.set_rng_state(before)
 
 
