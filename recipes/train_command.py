@@ -39,7 +39,8 @@ def train(arguments: argparse.Namespace) -> int:
         options = parser.parse_args(words)
         config = parser.instantiate(options).as_dict()
     except ArgumentError as error:
-        raise ValueError(f"{str(error).rstrip('.')}. See bayeslayers train --help.") from None
+        advice = "See" if "--config" in words else "Give a CONFIG, as mnist/lenet5_vogn, or see"
+        raise ValueError(f"{str(error).rstrip('.')}. {advice} bayeslayers train --help.") from None
     del config["config"]
     resume = config.pop("resume")
     return 0 if recipe.train(recipe.Config(**config), resume, _command(arguments.words)) is not None else 130
@@ -85,12 +86,17 @@ def _config_first(words: Sequence[str]) -> list[str]:
 
 def _config_file(name: str) -> Path:
     """Return the file of that path, or the bundled configuration of that name."""
+    from bayeslayers.checks import near
+
     bundled = CONFIGS / name.removeprefix("recipes/configs/")
     for path in (Path(name), bundled, bundled.with_suffix(".yaml")):
         if path.is_file():
             return path
     known = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
-    raise FileNotFoundError(f"config must be a YAML file or one of {', '.join(known)}, got {name}.")
+    raise FileNotFoundError(
+        f"config must be a YAML file or the name of a bundled one, got {name!r}.{near(name, known)} "
+        f"{CONFIGS} has them all."
+    )
 
 
 def _command(words: Sequence[str]) -> str:

@@ -212,9 +212,10 @@ def test_train_refuses_bad_configurations_in_one_line(capsys, tmp_path, content)
     failure(capsys, "train", str(tmp_path / "bad.yaml"))
 
 
-def test_train_lists_its_configurations(capsys):
-    assert "mnist/lenet5_vogn" in failure(capsys, "train", "mnist/lenet6_vogn")
-    assert "required" in failure(capsys, "train")
+def test_train_says_which_configurations_there_are(capsys):
+    found = failure(capsys, "train", "mnist/lenet6_vogn")
+    assert "got 'mnist/lenet6_vogn'. Did you mean 'mnist/lenet5_vogn'" in found and f"{CONFIGS} has them all" in found
+    assert "Give a CONFIG, as mnist/lenet5_vogn" in failure(capsys, "train")
     with pytest.raises(SystemExit) as caught:
         main(["train", "--help"])
     assert caught.value.code == 0 and "--data_root" in capsys.readouterr().out
