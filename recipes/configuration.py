@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+import bayeslayers as bl
 from bayeslayers.checks import at_least_one, near, non_negative, positive
 from bayeslayers.prediction.predict import METHODS
 from recipes.augmentation import Augmentation
-from recipes.methods import method_of
+from recipes.methods import check_options, make_optimizer, method_of
 from recipes.schedules import Schedule
+
+_LARGEST_SEED = 2**46  # torch takes 64 bits, and the order of an epoch is drawn by 100,003 times the seed
+_LISTS = ("input_size", "mean", "std", "widths")
 
 
 @dataclass
@@ -130,12 +135,20 @@ def check(config: Config) -> None:
     for name in ("limit", "micro_batch"):
         if getattr(config, name) is not None:
             at_least_one(name, getattr(config, name))
-    device_of(config)
+    check_seed("seed", config.seed)
+    check_seed("evaluation.seed", config.evaluation.seed)
+    _check_model(config.model)
+    _check_optimizer(config.optimizer, device_of(config))
     non_negative("validation", config.validation)
     config.schedule.check()
     point = method_of(config.optimizer).point
     if config.optimizer.get("vectorise"):
         raise ValueError("optimizer.vectorise must be false here, for a step may come in several backward passes.")
+    if point and (steps := config.schedule.temperature_steps):
+        raise ValueError(
+            f"schedule.temperature_steps must be 0 for {config.optimizer['name']}, which has no temperature, got "
+            f"{steps}. Leave it out."
+        )
     if config.compile and config.optimizer.get("fisher", "sampled") == "sampled" and "kfac" in config.optimizer["name"]:
         raise ValueError(
             "compile must be false under fisher: sampled, which draws labels from the output. Use empirical."
@@ -155,3 +168,27 @@ def check(config: Config) -> None:
             f"evaluation.method must be one of {', '.join(methods)} after this training, got {how!r}."
             f"{near(how, methods)}"
         )
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Refuse a seed that torch would not take."""
+    if abs(seed) > _LARGEST_SEED:
+        raise ValueError(f"{name} must be an integer from -2**46 to 2**46, got {seed}.")
+
+
+def _check_model(model: Mapping[str, Any]) -> None:
+    """Refuse a model without a name, and one value where its builder takes a list."""
+    if not isinstance(model.get("name"), str):
+        raise ValueError(f"model must have a name, as lenet5, got {model}. zoo.list_models() has them all.")
+    for key in _LISTS:
+        if not isinstance(model.get(key), list | tuple | None):
+            raise ValueError(f"model.{key} must be a list, got {model[key]!r}.")
+
+
+def _check_optimizer(optimizer: Mapping[str, Any], device: torch.device) -> None:
+    """Refuse an optimizer that the run could not make."""
+    method_of(optimizer)
+    name, options = optimizer["name"], [key for key in optimizer if key != "name"]
+    advice = f" To drop the options of another optimizer, give it whole: --optimizer '{{name: {name}, lr: 0.001}}'."
+    check_options(name, options, advice)
+    make_optimizer(optimizer, bl.BayesLinear(1, 1).to(device), dataset_size=1, seed=0)  # which checks the values

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import nn
 
 import bayeslayers as bl
 from bayeslayers.checks import near
+
+_NO_OPTIONS = ("model", "params", "dataset_size", "generator", "groups", "likelihood")  # objects, or of the run
 
 
 @dataclass(frozen=True)
@@ -21,19 +24,25 @@ class Method:
         make: Function of (model, dataset size, generator, options) to the optimizer.
         predict: How the trained network predicts, as in `bl.predict`: a posterior by draws, a point
             estimate by its means.
+        options: Names of the options that a configuration may give.
         point: Whether it trains the means alone, and leaves the layers' precisions as they are.
     """
 
     make: Callable[[nn.Module, int, torch.Generator, Mapping[str, Any]], torch.optim.Optimizer]
     predict: str
+    options: tuple[str, ...]
     point: bool = False
+
+
+def _options(kind: Callable[..., torch.optim.Optimizer]) -> tuple[str, ...]:
+    return tuple(name for name in inspect.signature(kind).parameters if name not in _NO_OPTIONS)
 
 
 def _posterior(kind: Callable[..., torch.optim.Optimizer], predict: str = "sample") -> Method:
     def make(model: nn.Module, size: int, generator: torch.Generator, options: Mapping[str, Any]):
         return kind(model, size, generator=generator, **options)
 
-    return Method(make, predict)
+    return Method(make, predict, _options(kind))
 
 
 def _point(kind: Callable[..., torch.optim.Optimizer]) -> Method:
@@ -41,15 +50,25 @@ def _point(kind: Callable[..., torch.optim.Optimizer]) -> Method:
 
     def make(model: nn.Module, size: int, generator: torch.Generator, options: Mapping[str, Any]):
         rest = {key: value for key, value in options.items() if key != "decay_norms"}
-        if options.get("decay_norms", True):
-            return kind(model.parameters(), **rest)
-        norms = [model.get_submodule(name) for name in bl.norms(dict(model.named_modules()))]
-        spared = [parameter for norm in norms for parameter in norm.parameters()]
-        known = {id(parameter) for parameter in spared}
-        others = [parameter for parameter in model.parameters() if id(parameter) not in known]
-        return kind([{"params": others}, {"params": spared, "weight_decay": 0.0}], **rest)
+        groups = model.parameters() if options.get("decay_norms", True) else _norms_apart(model)
+        try:
+            return kind(groups, **rest)
+        except (TypeError, ValueError, LookupError) as error:  # torch compares and indexes whatever it gets
+            reason = str(error).rstrip(".")
+            raise ValueError(
+                f"optimizer must have options that torch's {kind.__name__} takes, got {rest}: {reason}."
+            ) from None
 
-    return Method(make, "mean", point=True)
+    return Method(make, "mean", (*_options(kind), "decay_norms"), point=True)
+
+
+def _norms_apart(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the parameters in two groups, that of the norms without weight decay."""
+    norms = [model.get_submodule(name) for name in bl.norms(dict(model.named_modules()))]
+    spared = [parameter for norm in norms for parameter in norm.parameters()]
+    known = {id(parameter) for parameter in spared}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    return [{"params": others}, {"params": spared, "weight_decay": 0.0}]
 
 
 METHODS = {
@@ -75,6 +94,25 @@ def method_of(optimizer: Mapping[str, Any]) -> Method:
     if name not in METHODS:
         raise ValueError(f"optimizer must be one of {', '.join(METHODS)}, got {name!r}.{near(str(name), METHODS)}")
     return METHODS[name]
+
+
+def check_options(name: str, options: Iterable[str], advice: str = "") -> None:
+    """Refuse options that a method does not have.
+
+    Args:
+        name: Of the method.
+        options: Names of the options.
+        advice: What to do, as a sentence after a space.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    known = METHODS[name].options
+    if unknown := [str(key) for key in options if key not in known]:
+        meant = near(unknown[0], known) if len(unknown) == 1 else ""
+        raise ValueError(
+            f"optimizer {name!r} must get arguments among {', '.join(known)}, got {', '.join(unknown)}.{meant}{advice}"
+        )
 
 
 def make_optimizer(

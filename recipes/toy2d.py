@@ -30,8 +30,9 @@ from bayeslayers.plots import decision_boundary, training_gif
 from bayeslayers.plots.canvas import finish
 from recipes.blobs import CLASSES, STRANGERS, Blobs
 from recipes.cli import main
+from recipes.configuration import check_seed
 from recipes.evaluate import versions
-from recipes.methods import make_optimizer
+from recipes.methods import check_options, make_optimizer
 from recipes.run_folder import LOG, METRICS, POSTERIOR, check_folder, log_text
 from recipes.verify import figures
 from zoo.registry import describe
@@ -144,7 +145,10 @@ def check(config: Config, folder: Path) -> None:
         at_least_one(name, getattr(config, name))
     for name in ("examples", "test_examples", "centres"):
         at_least_one(f"data.{name}", getattr(config.data, name))
+    check_seed("seed", config.seed)
     non_negative("data.seed", config.data.seed)
+    for name in NAMES:
+        check_options(name, getattr(config, name))
     non_negative("temperature_steps", config.temperature_steps)
     fraction("temperature_start", config.temperature_start, one=True)
     if not 2 <= config.data.centres <= min(config.data.examples, config.data.test_examples):

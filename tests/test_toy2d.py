@@ -209,6 +209,10 @@ def test_defaults_are_those_of_the_file():
         ({"data": Blobs(examples=0)}, "data.examples must be an integer >= 1, got 0"),
         ({"data": Blobs(seed=-1)}, "data.seed must be a finite number >= 0, got -1"),
         ({"widths": [0]}, "must be an integer >= 1, got 0"),
+        ({"seed": 10**22}, "seed must be an integer from .*, got 1"),
+        ({"adam": {"lr": "x"}}, "options that torch's Adam takes, got {'lr': 'x'}"),
+        ({"adam": {"name": "sgd"}}, "optimizer 'adam' must get arguments among lr, .*, got name"),
+        ({"vogn": VOGN | {"name": "ivon"}}, "optimizer 'vogn' must get arguments among lr, .*, got name"),
         ({"vogn": {"lr": -1.0}}, "lr must be a finite number >= 0|lr must be a finite number > 0"),
     ],
 )

@@ -410,7 +410,32 @@ def test_the_second_ctrl_c_raises(data_root, tmp_path, monkeypatch):
         ({"optimizer": VOGN | {"lr": -1.0}}, ValueError, "lr must be a finite number >= 0, got -1.0"),
         ({"optimizer": VOGN | {"lr": "fast"}}, TypeError, "lr must be a number, got 'fast'"),
         ({"optimizer": VOGN | {"temperature": 0}}, ValueError, "temperature must be a finite number > 0, got 0"),
-        ({"optimizer": VOGN | {"speed": 1}}, TypeError, "unexpected keyword argument 'speed'"),
+        (
+            {"optimizer": VOGN | {"name": "adam"}},
+            ValueError,
+            "optimizer 'adam' must get arguments among lr, betas, .*, got precision_lr, init_precision, temperature. "
+            "To drop .* --optimizer '{name: adam, lr: 0.001}'",
+        ),
+        ({"optimizer": {"name": "sgd", "momentunm": 0.9}}, ValueError, "got momentunm. Did you mean 'momentum'"),
+        ({"optimizer": VOGN | {"groups": []}}, ValueError, "optimizer 'vogn' must get arguments among .*, got groups"),
+        (
+            {"optimizer": {"name": "adam", "lr": "abc"}, "data": "minst"},  # before any data is read
+            ValueError,
+            "optimizer must have options that torch's Adam takes, got {'lr': 'abc'}: ",
+        ),
+        ({"optimizer": {"name": "adam", "betas": 0.9}}, ValueError, "got {'betas': 0.9}: 'float' object is not"),
+        ({"optimizer": {"name": "adam", "betas": []}}, ValueError, "got {'betas': .*}: list index out of range"),
+        (
+            {"optimizer": {"name": "adam"}, "schedule": Schedule(temperature_steps=9)},
+            ValueError,
+            "schedule.temperature_steps must be 0 for adam, which has no temperature, got 9",
+        ),
+        ({"seed": 10**22}, ValueError, "^seed must be an integer from .*, got 10000000000000000000000"),
+        ({"evaluation": Evaluation(seed=-(10**22))}, ValueError, "evaluation.seed must be an integer from .*, got -1"),
+        ({"model": {"widths": [12]}}, ValueError, r"model must have a name, as lenet5, got {'widths': \[12\]}"),
+        ({"model": {"name": 3}}, ValueError, "model must have a name, as lenet5, got {'name': 3}"),
+        ({"model": {"name": "lenet5", "input_size": 3}}, ValueError, "model.input_size must be a list, got 3"),
+        ({"model": {"name": "mlp", "mean": 0.5}}, ValueError, "model.mean must be a list, got 0.5"),
         ({"evaluation": Evaluation(method="smaple")}, ValueError, "evaluation.method must be .*Did you mean 'sample'"),
         (
             {"optimizer": {"name": "adam"}, "evaluation": Evaluation(method="sample")},
