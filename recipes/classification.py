@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +22,13 @@ from bayeslayers.checkpoint import load_checkpoint, write_atomically
 from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.plots import training_curves
 from recipes.configuration import Config, check, device_of
-from recipes.data import Split, load_split, num_batches
+from recipes.data import Split, num_batches
 from recipes.evaluate import Answer, Question, evaluated, measured, versions, write_report
 from recipes.methods import make_optimizer, method_of
-from recipes.names import by_short_name, short_name, without_folders
+from recipes.names import short_name, without_folders
 from recipes.run_folder import CONFIG, LOG, METRICS, OOD, POSTERIOR, REPORT, check_folder, plan_of
 from recipes.schedules import make_schedulers
+from recipes.sets import Sets, check_classes, read_sets
 from recipes.training import CHECKPOINT, Training
 
 CURVES, BEST = "curves.png", "best"
@@ -52,20 +54,31 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
     if config.start is not None and not resume:
         go_on_from(config.start, model)
     sets = read_sets(config, zoo.card_of(model).input_size)
-    check_classes(model, sets)
     experiment = Experiment(config, folder, model, sets, baseline, command)
+    check_classes(model, sets, experiment.method(trained=True))
     run = experiment.training()
     if resume:
         run.resume()
     write_atomically(folder / CONFIG, json.dumps(dataclasses.asdict(config), indent=2).encode())
-    finished = run.run()
+    try:
+        finished = run.run()
+    except RuntimeError as error:
+        if config.compile and type(error).__module__.startswith("torch._"):
+            reason = str(error).strip().partition("\n")[0]
+            raise RuntimeError(
+                f"compile must be false where torch cannot compile, got {reason}. Add --compile false."
+            ) from error
+        raise
     if run.rows:
         training_curves(run.rows, folder / CURVES)
-    if not finished:
+    metrics = None
+    if finished:
+        with suppress(KeyboardInterrupt):  # all is saved
+            metrics = experiment.finish(run.rows, progress=console.is_terminal)
+    if metrics is None:
         where = f"in epoch {run.epoch + 1}" if run.epoch < config.epochs else "before it was measured"
         console.print(f"stopped and saved {where}; continue with --resume")
         return None
-    metrics = experiment.finish(run.rows, progress=console.is_terminal)
     console.print_json(json.dumps(metrics))
     console.print(f"written to {escape(str(folder))}, with {CURVES} and report.html")
     return metrics
@@ -79,7 +92,7 @@ def go_on_from(start: str, model: nn.Module) -> None:
     except (OSError, ValueError) as error:
         if Path(start).exists():
             raise
-        reason = f"no folder has this name, and {error}"
+        reason = f"no folder has this name, and {error} Train that run first, or name another."
         raise FileNotFoundError(f"start must be a run's folder, or a posterior, got {start}: {reason}") from None
     try:
         model.load_state_dict(state)
@@ -99,55 +112,6 @@ def folder_of(config: Config, resume: bool) -> Path:
         advice = "Add --resume or choose another" if CHECKPOINT in there else "Choose another"
         raise FileExistsError(f"output must be a new run, got {folder} with {there[0]}. {advice}.")
     return folder
-
-
-@dataclass(frozen=True)
-class Sets:
-    """The data of a run.
-
-    Attributes:
-        train: Examples to train on.
-        held_out: Examples to measure on after each epoch.
-        part: What these are, "val" or "test".
-        test: Examples to measure the result on.
-        strangers: Examples of other data, by name.
-    """
-
-    train: Split
-    held_out: Split
-    part: str
-    test: Split
-    strangers: dict[str, Split]
-
-
-def read_sets(config: Config, size: Sequence[int]) -> Sets:
-    """Return the data of a run, for inputs of `size`, (c, h, w)."""
-    if len(size) != 3:
-        raise ValueError(f"model must take images (c, h, w), got one for inputs of shape {tuple(size)}.")
-    config.augmentation.check(size)
-
-    def load(name: str, train: bool = False) -> Split:
-        resize = config.augmentation.resize
-        return load_split(name, config.data_root, train=train, size=size, resize=resize).head(config.limit)
-
-    train, test = load(config.data, train=True), load(config.data)
-    strangers = {name: load(full) for name, full in by_short_name(config.evaluation.ood).items()}
-    if not config.validation:
-        return Sets(train, test, "test", test, strangers)
-    return Sets(*train.held_out(config.validation), "val", test, strangers)
-
-
-def check_classes(model: nn.Module, sets: Sets) -> None:
-    """Refuse data whose labels are not the model's outputs."""
-    x, _ = next(iter(sets.test.in_order(1, next(model.parameters()).device)))
-    outputs = bl.predict(model, x, method="mean").probs.shape[1]
-    names = sets.train.classes
-    if len(names) != outputs or sets.test.classes != names:
-        other = f", of other names in the test split ({len(sets.test.classes)})" if sets.test.classes != names else ""
-        raise ValueError(
-            f"data must have a class for each of the model's {outputs} outputs, got {len(names)}{other}. Set "
-            "model.num_classes, and name the classes in the data."
-        )
 
 
 @dataclass
@@ -228,12 +192,12 @@ class Experiment:
             ood=list(self.sets.strangers),
             num_samples=num_samples,
             seed=how.seed,
-            method=self._method(trained),
+            method=self.method(trained),
             limit=config.limit,
             batch_size=how.batch_size,
         )
 
-    def _method(self, trained: bool) -> str:
+    def method(self, trained: bool) -> str:
         """Return how to predict: until a Laplace approximation is fitted, by the means."""
         if self.config.laplace:
             return (self.config.evaluation.method or "sample") if trained else "mean"
@@ -269,7 +233,7 @@ class Experiment:
             | ({"laplace": dataclasses.asdict(config.laplace)} if config.laplace else {}),
             recipe=self.command,
             versions=versions("torchvision"),
-            method=self._method(trained=True),
+            method=self.method(trained=True),
             metrics={name: round(value, 5) for name, value in metrics.items()},
             baseline=self.baseline,
             notes=notes,

@@ -61,7 +61,7 @@ class Split:
             return x
         return fitted(x, self.size)
 
-    def head(self, limit: int | None) -> Split:
+    def limited(self, limit: int | None) -> Split:
         """Return `limit` examples from all over the split, in its order and always the same; all if None.
 
         One is drawn from each of `limit` stretches: sets often lie class by class, which the first ones would see

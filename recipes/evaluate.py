@@ -127,12 +127,12 @@ def evaluate(question: Question, data_root: str | Path | None = None, progress: 
     if not question.data:
         raise ValueError("posterior's card must name its data set, got none. Give --data.")
 
-    def load(name: str) -> Split:
-        split = load_split(name, data_root, train=False, size=card.input_size, resize=card.resize)
-        return split.head(question.limit)
+    def load(name: str, argument: str) -> Split:
+        split = load_split(name, data_root, train=False, size=card.input_size, resize=card.resize, argument=argument)
+        return split.limited(question.limit)
 
-    data = _aligned(load(question.data), card.class_names)
-    strangers = {name: load(full) for name, full in by_short_name(question.ood).items()}
+    data = _aligned(load(question.data, "data"), card.class_names)
+    strangers = {name: load(full, "ood") for name, full in by_short_name(question.ood).items()}
     asked = question.command()
     name = card.name if Path(question.posterior).is_dir() else question.posterior
     question = dataclasses.replace(question, posterior=name, data=short_name(question.data), ood=list(strangers))

@@ -178,8 +178,19 @@ def _training(answer: Answer) -> str:
 
 
 def _weights(method: str, draws: int) -> str:
-    """Return by which weights was predicted."""
-    return "the means of the weights" if method == "mean" else f"{draws} draw{'s' * (draws > 1)} of the weights"
+    """Return by which weights was predicted.
+
+    >>> _weights("dropout", 64)
+    'the means of the weights, with 64 draws of dropout'
+    """
+    drawn = f"{draws} draw{'s' * (draws > 1)} of"
+    return {
+        "mean": "the means of the weights",
+        "moments": "the moments of the activations, in one pass",
+        "local": f"{drawn} the activations",
+        "linearised": f"{drawn} the outputs, linear in the weights",
+        "dropout": f"the means of the weights, with {drawn} dropout",
+    }.get(method, f"{drawn} the weights")
 
 
 def _figure(figure: Figure, title: str, text: str) -> str:

@@ -109,6 +109,8 @@ def read_run(folder: str | Path) -> Run:
     if log is None:
         raise FileNotFoundError(f"run must hold {LOG}, got {folder} without. Training writes it after the first epoch.")
     held_out, curves = log
+    if held_out is None:
+        raise ValueError(f"run must be one of image classification, got {folder}, whose {LOG} has other columns.")
     figures = _parsed(folder / METRICS, _figures)
     return Run(
         folder=folder,
@@ -133,11 +135,13 @@ def _parsed(path: Path, parse: Callable[[str], T]) -> T | None:
         ) from None
 
 
-def _log(text: str) -> tuple[str, dict[str, list[float]]]:
+def _log(text: str) -> tuple[str | None, dict[str, list[float]]]:
+    """Return which examples a log measures, None for the log of another recipe, and the run's curves."""
     rows = list(csv.DictReader(text.splitlines(), strict=True))
     if not rows or any(None in row or None in row.values() for row in rows):  # none, or one too long or too short
         raise ValueError
-    held_out = "val" if any(f"val_{key}" in rows[0] for key in EPOCH_FIGURES) else "test"
+    parts = (part for part in ("val", "test") if any(f"{part}_{key}" in rows[0] for key in EPOCH_FIGURES))
+    held_out = next(parts, None)
     columns = {key: key for key in ("seconds", "train_accuracy")}
     columns |= {key: f"{held_out}_{key}" for key in EPOCH_FIGURES}
     curves = {key: [float(row.get(column) or math.nan) for row in rows] for key, column in columns.items()}

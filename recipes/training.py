@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -86,14 +87,13 @@ class Training:
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
         )
         per_epoch = num_batches(self.data, self.batch_size)
         done = self.epoch * per_epoch + self.step
-        bar = Progress(*columns, console=Console(stderr=True))
+        bar = _Progress(*columns, console=Console(stderr=True))
         with bar as progress, interruption() as interrupted, self._tensorboard() as write:
-            shown = {"epochs": self.epochs, "epoch": self.epoch + 1, "figures": ""}
+            shown = {"epochs": self.epochs, "epoch": min(self.epoch + 1, self.epochs), "figures": ""}
             task = progress.add_task("", total=self.epochs * per_epoch, completed=done, **shown)
             while self.epoch < self.epochs:
                 for x, y in batches(
@@ -127,7 +127,13 @@ class Training:
                 outputs.append(self.forward(part))
                 losses.append(self.likelihood.loss(outputs[-1], labels) * (len(part) / len(x)))
                 losses[-1].backward()
-            return torch.stack(losses).sum().detach(), torch.cat(outputs).detach()
+            loss = torch.stack(losses).sum().detach()
+            if not loss.isfinite():
+                raise FloatingPointError(
+                    f"the loss must be finite, got {loss.item()} in step {self.step + 1} of epoch {self.epoch + 1}, "
+                    "which is refused. Lower optimizer.lr."
+                )
+            return loss, torch.cat(outputs).detach()
 
         group = self.optimizer.param_groups[0]
         self.settings = {key: float(group[key]) for key in ("lr", "temperature") if key in group}
@@ -143,7 +149,8 @@ class Training:
 
     def _end_epoch(self, write: Callable[[dict[str, float]], None]) -> None:
         seconds = {"epoch": self.epoch + 1, "seconds": self.sums["seconds"]}
-        row = seconds | self.settings | self._means() | self.measure()
+        train = {f"train_{key}": value for key, value in self._means().items()}
+        row = seconds | self.settings | train | self.measure()
         if row[self.chosen_by] <= min((past[self.chosen_by] for past in self.rows), default=math.inf):
             self.on_best(row)
         self.rows.append(row)
@@ -154,8 +161,8 @@ class Training:
 
     def _means(self) -> dict[str, float]:
         """Return the figures of this epoch's steps so far, measured while the weights moved."""
-        means = {f"train_{key}": self.sums[key] / self.step for key in ("loss", "accuracy")}
-        return means | {"train_ece": float(self.bins.errors())}
+        means = {key: self.sums[key] / self.step for key in ("loss", "accuracy")}
+        return means | {"ece": float(self.bins.errors())}
 
     def save(self) -> None:
         """Write checkpoint and log."""
@@ -213,6 +220,15 @@ class Training:
             yield write
         finally:
             writer.close()
+
+
+class _Progress(Progress):
+    """A progress bar with its figures on a line below, where 80 columns hold them."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            yield Text(task.fields["figures"])
 
 
 def in_words(figures: dict[str, float]) -> str:

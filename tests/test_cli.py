@@ -164,7 +164,8 @@ def test_predict_refuses_bad_posteriors_in_one_line(capsys, tmp_path, images):
     }.items():
         assert message in failure(capsys, "predict", str(tmp_path / name), images[0])
     assert "Did you mean 'lenet5-mnist'" in failure(capsys, "predict", "lenet-mnist", images[0])
-    assert "got no config.json" in failure(capsys, "info", str(tmp_path))
+    assert "got no config.json" in failure(capsys, "info", str(tmp_path_factory.mktemp("empty")))
+    assert f"must be its own folder, got {tmp_path}. Did you mean {tmp_path}/" in failure(capsys, "info", str(tmp_path))
     (tmp_path / "mine/config.json").write_text("{")
     assert "must be JSON" in failure(capsys, "info", str(tmp_path / "mine"))
 

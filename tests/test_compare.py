@@ -200,6 +200,11 @@ def test_what_is_no_run_is_refused(tmp_path):
         compare([])
     with pytest.raises(FileNotFoundError, match=r"run must hold log.csv, got .*empty without"):
         compare([tmp_path / "empty"])
+    toy = a_run(tmp_path / "toy", [{"epoch": 1, "vogn_accuracy": 0.9}])
+    with pytest.raises(
+        ValueError, match=r"run must be one of image classification, got .*toy, whose log.csv has other"
+    ):
+        compare([toy])
     with pytest.raises(NotADirectoryError, match=r"run must be a folder, got .*a.log, which is a file"):
         compare([tmp_path / "a.log"])
     with pytest.raises(NotADirectoryError, match=r"run must be a folder, got .*none, which is not there"):

@@ -104,8 +104,8 @@ def test_a_folder_of_pictures_is_read_in_the_order_of_its_classes(tmp_path, imag
     assert_close(split.inputs(slice(None)), expected / 255)
     index = torch.tensor([4, 0])
     assert_close(split.images[index], expected[index], rtol=0, atol=0)
-    few = split.head(2)
-    assert few.labels.tolist() == [0, 1] and split.head(6) is split and len(split.images[:0]) == 0
+    few = split.limited(2)
+    assert few.labels.tolist() == [0, 1] and split.limited(6) is split and len(split.images[:0]) == 0
     assert all(any(torch.equal(image, other) for other in expected) for image in few.images[:])
     ((x, y),) = batches(split, 6, seed=0, epoch=0)
     assert x.shape == expected.shape and y.sum() == 3
@@ -134,7 +134,7 @@ def test_transparent_pictures_are_laid_over_white_and_photographs_turned_upright
 
 def test_other_sizes_are_resized_and_other_colours_refused(tmp_path, data_root):
     split = load_split("mnist", data_root, train=False, size=(1, 14, 14))
-    assert split.inputs(slice(3)).shape == (3, 1, 14, 14) and split.head(3).inputs(slice(None)).shape[2:] == (14, 14)
+    assert split.inputs(slice(3)).shape == (3, 1, 14, 14) and split.limited(3).inputs(slice(None)).shape[2:] == (14, 14)
     plain = load_split("mnist", data_root, train=False)
     average = plain.inputs(slice(3)).mean((2, 3))
     assert_close(split.inputs(slice(3)).mean((2, 3)), average, rtol=0, atol=0.02)
@@ -271,14 +271,18 @@ def test_an_unknown_name_lists_the_known_ones(name):
 @pytest.mark.parametrize("labels", [torch.arange(100) // 10, torch.arange(100) % 10], ids=["by class", "in turn"])
 def test_a_limit_takes_examples_from_all_over(labels):
     split = Split(torch.arange(100, dtype=torch.uint8)[:, None, None, None], labels, [])
-    few = split.head(20)
+    few = split.limited(20)
     places = few.images.flatten().long()
     assert (places // 5).tolist() == list(range(20)) and torch.equal(few.labels, labels[places])
-    assert set(few.labels.tolist()) == set(range(10)) and torch.equal(few.images, split.head(20).images)
-    assert (split.head(30).images.diff(dim=0) > 0).all() and len(split.head(30)) == 30 and split.head(100) is split
+    assert set(few.labels.tolist()) == set(range(10)) and torch.equal(few.images, split.limited(20).images)
+    assert (
+        (split.limited(30).images.diff(dim=0) > 0).all()
+        and len(split.limited(30)) == 30
+        and split.limited(100) is split
+    )
 
 
 def test_a_split_needs_no_size():
     split = Split(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), [])
-    assert split.inputs(slice(None)).shape == (2, 1, 4, 4) and split.head(None) is split
+    assert split.inputs(slice(None)).shape == (2, 1, 4, 4) and split.limited(None) is split
     assert recipes.data.num_batches(split, 5) == 1

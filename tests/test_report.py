@@ -98,8 +98,15 @@ def test_a_report_without_mistakes_says_so_and_without_strangers_draws_none():
 def test_a_report_of_a_training_shows_its_curves_and_its_command():
     rows = [{"epoch": number, "train_loss": 1 / number, "test_nll": 2 / number} for number in (1, 2, 3)]
     answer = dataclasses.replace(an_answer(), log=rows, command="bayeslayers train tiny")
-    asked = [dataclasses.replace(answer.question, num_samples=1), dataclasses.replace(answer.question, method="mean")]
-    for question, weights in zip(asked, ("1 draw of the weights", "the means of the weights"), strict=True):
+    for method, draws, weights in [
+        ("sample", 1, "1 draw of the weights"),
+        ("mean", 8, "the means of the weights"),
+        ("moments", 8, "the moments of the activations, in one pass"),
+        ("local", 8, "8 draws of the activations"),
+        ("linearised", 8, "8 draws of the outputs, linear in the weights"),
+        ("dropout", 8, "the means of the weights, with 8 draws of dropout"),
+    ]:
+        question = dataclasses.replace(answer.question, num_samples=draws, method=method)
         text = Reader(report_html(dataclasses.replace(answer, log_question=question))).text
         assert f"The others were measured after each epoch, by {weights}." in text
     page = Reader(report_html(answer))
@@ -202,7 +209,7 @@ def test_the_command_prints_a_table_and_writes_a_report(capsys, mlp, data_root, 
     ("options", "message"),
     [
         (["--data", "minst"], "unknown data set 'minst'. Did you mean 'mnist'"),
-        (["--ood", "npz:no/such.npz"], "data must be an .npz file, got no/such.npz"),
+        (["--ood", "npz:no/such.npz"], "ood must be an .npz file, got no/such.npz"),
         (["--ood", "npz:{tmp}/colour.npz"], "must be grey as the model takes them, got RGB ones"),
         (["--data", "npz:{tmp}/many.npz"], "target must hold classes from 0 to 9, got 10"),
         (["--limit", "0"], "limit must be an integer >= 1, got 0"),

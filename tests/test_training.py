@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
@@ -161,6 +165,33 @@ def test_a_compiled_run_equals_an_ordinary_one(data_root, tmp_path, whole, monke
     train(config(data_root, tmp_path / "run", compile=True))
     assert len(compiled) == 1
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_network_that_cannot_be_compiled_is_one_sentence(data_root, tmp_path, monkeypatch):
+    def fail(*_):
+        raise torch._dynamo.exc.BackendCompilerFailed(fail, RuntimeError("no C++ compiler\nfar"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: fail)
+    with pytest.raises(RuntimeError, match=r"^compile must be false .* got .*Add --compile false.$"):
+        train(config(data_root, tmp_path / "run", compile=True))
+
+
+@pytest.mark.parametrize("method", ["adam", "vogn"])
+def test_a_loss_that_is_not_finite_stops_the_run(data_root, tmp_path, method):
+    options = VOGN if method == "vogn" else {"name": "adam"}
+    with pytest.raises(
+        FloatingPointError, match=r"loss must be finite, got (nan|inf) in step \d of epoch 1, .*optimizer.lr"
+    ):
+        train(config(data_root, tmp_path / "run", optimizer=options | {"lr": 1e30}))
+
+
+def test_figures_stand_below_a_bar_of_eighty_columns(data_root, tmp_path, monkeypatch):
+    text = io.StringIO()
+    console = Console(file=text, width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr("recipes.training.Console", lambda stderr: console)
+    train(config(data_root, tmp_path / "run", epochs=1))
+    assert re.search(r"epoch 1/1.* 9/9 .*0:00:00", text.getvalue())
+    assert re.search(r"^lr \S+  temperature 0.1  loss [\d.]+  accuracy [\d.]+  ece [\d.]+\s*$", text.getvalue(), re.M)
 
 
 def test_augmented_images_are_other_ones_each_epoch_and_the_same_after_a_resume(data_root, tmp_path, monkeypatch):
@@ -341,6 +372,15 @@ def test_ctrl_c_in_the_last_step_stops_before_the_measurement(data_root, tmp_pat
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_ctrl_c_in_the_measurement_leaves_the_training_saved(data_root, tmp_path, whole, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.classification.measured", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert train(config(data_root, tmp_path / "run")) is None
+    assert "stopped and saved before it was measured; continue with --resume" in capsys.readouterr().err
+    assert train(config(data_root, tmp_path / "run"), resume=True) is not None
+    assert_same_run(tmp_path / "run", whole)
+
+
 def test_a_finished_run_can_be_measured_again(data_root, tmp_path, whole):
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run/metrics.json").unlink()
@@ -436,6 +476,7 @@ def test_the_second_ctrl_c_raises(data_root, tmp_path, monkeypatch):
         ({"model": {"name": 3}}, ValueError, "model must have a name, as lenet5, got {'name': 3}"),
         ({"model": {"name": "lenet5", "input_size": 3}}, ValueError, "model.input_size must be a list, got 3"),
         ({"model": {"name": "mlp", "mean": 0.5}}, ValueError, "model.mean must be a list, got 0.5"),
+        ({"evaluation": Evaluation(method="dropout")}, ValueError, "model must have nn.Dropout modules"),
         ({"evaluation": Evaluation(method="smaple")}, ValueError, "evaluation.method must be .*Did you mean 'sample'"),
         (
             {"optimizer": {"name": "adam"}, "evaluation": Evaluation(method="sample")},
@@ -460,6 +501,11 @@ def test_the_second_ctrl_c_raises(data_root, tmp_path, monkeypatch):
         ({"evaluation": Evaluation(epoch_samples=0)}, ValueError, "evaluation.epoch_samples must be an integer"),
         ({"evaluation": Evaluation(batch_size=0)}, ValueError, "evaluation.batch_size must be an integer >= 1"),
         ({"evaluation": Evaluation(ood=["minst"])}, ValueError, "unknown data set 'minst'"),
+        (
+            {"evaluation": Evaluation(ood=["npz:no/such.npz"])},
+            FileNotFoundError,
+            "evaluation.ood must be an .npz file, got no/such.npz",
+        ),
     ],
 )
 def test_a_refused_run_writes_nothing(data_root, tmp_path, fields, error, message):
@@ -467,6 +513,22 @@ def test_a_refused_run_writes_nothing(data_root, tmp_path, fields, error, messag
         train(dataclasses.replace(config(data_root, tmp_path / "run"), **fields))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["npz", "imagefolder"])
+def test_images_that_are_trained_on_are_no_test(kind, tmp_path):
+    place = tmp_path / kind
+    images = np.random.default_rng(0).integers(0, 256, (10, 28, 28), dtype=np.uint8)
+    for number, image in enumerate(images):
+        (folder := place / "all" / str(number)).mkdir(parents=True)
+        Image.fromarray(image).save(folder / "0.png")
+    np.savez(place / "all.npz", images=images, labels=range(10))
+    data = f"npz:{place}/all.npz" if kind == "npz" else f"imagefolder:{place}/all"
+    with pytest.raises(
+        ValueError, match=r"^data must have a test split of its own, got .*all.*, whose training images"
+    ):
+        train(config(None, tmp_path / "run", data=data, evaluation=Evaluation(num_samples=2)))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("left", ["checkpoint.safetensors", "log.csv", "metrics.json", "report.json"])
@@ -551,7 +613,7 @@ def test_batches_are_a_new_order_each_epoch_that_seed_and_epoch_fix(data_root):
     assert order(1) == order(1) != order(2)
     assert order(1, 4) == order(1)[4:]
     assert len(order(1)) == 9 and len({y for batch in order(1) for y in batch}) == 288
-    assert [len(y) for _, y in batches(split.head(20), 32, 0, 0)] == [20]
+    assert [len(y) for _, y in batches(split.limited(20), 32, 0, 0)] == [20]
     x, y = next(batches(split, 32, 0, 0))
     assert_close(x, split.images[y].float() / 255)
 

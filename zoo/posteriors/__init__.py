@@ -29,13 +29,16 @@ def resolve(name: str | Path) -> Path:
         name: A bundled name, a path, or "OWNER/REPO[@REVISION]" on the Hub, looked for in that order.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, PosteriorError if it is inside of the folder of that path.
         OSError: If the Hub cannot be asked: PermissionError, ConnectionError.
     """
     if str(name) in list_posteriors():
         return BUNDLED / str(name)
-    if Path(name).is_dir():
-        return Path(name)
+    if (folder := Path(name)).is_dir():
+        inside = sorted(str(path.parent) for path in folder.glob(f"*/{WEIGHTS}"))
+        if inside and not (folder / WEIGHTS).is_file():  # a training run
+            raise PosteriorError(f"posterior must be its own folder, got {folder}. Did you mean {' or '.join(inside)}?")
+        return folder
     if isinstance(name, str) and hub.is_name(name):
         return hub.fetch(name)
     raise ValueError(
