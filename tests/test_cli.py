@@ -152,7 +152,7 @@ def assert_matches(pattern, text):
         raise ValueError(text)
 
 
-def test_predict_refuses_bad_posteriors_in_one_line(capsys, tmp_path, images):
+def test_predict_refuses_bad_posteriors_in_one_line(capsys, tmp_path, tmp_path_factory, images):
     model = zoo.create("mlp", widths=[2])
     bl.save_posterior(model, tmp_path / "unnamed", class_names=["a", "b"])
     bl.save_posterior(model, tmp_path / "real", likelihood="gaussian")
