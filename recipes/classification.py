@@ -23,9 +23,10 @@ from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.plots import training_curves
 from recipes.configuration import Config, check, device_of
 from recipes.data import Split, num_batches
-from recipes.evaluate import Answer, Question, evaluated, measured, versions, write_report
+from recipes.evaluate import Answer, Question, evaluated, measured, versions
 from recipes.methods import make_optimizer, method_of
 from recipes.names import short_name, without_folders
+from recipes.report import write_report
 from recipes.run_folder import CONFIG, LOG, METRICS, OOD, POSTERIOR, REPORT, check_folder, plan_of
 from recipes.schedules import make_schedulers
 from recipes.sets import Sets, check_classes, read_sets

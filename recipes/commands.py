@@ -138,7 +138,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Measure a posterior on data, and how well it tells strangers from it."""
-    from recipes.evaluate import Question, write_report
+    from recipes.evaluate import Question
     from recipes.evaluate import evaluate as run
     from recipes.run_folder import check_folder
 
@@ -147,6 +147,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Question)}
     answer = run(Question(**options), arguments.data_root, progress=not arguments.json and sys.stdout.isatty())
     if folder is not None:
+        from recipes.report import write_report
+
         write_report(answer, folder)
     if arguments.json:
         print(answer.to_json(), end="")

@@ -17,11 +17,9 @@ from torch import Tensor, nn
 
 import bayeslayers as bl
 import zoo
-from bayeslayers.checkpoint import write_atomically
 from bayeslayers.checks import at_least_one
 from recipes.data import Split, load_split
 from recipes.names import by_short_name, short_name, without_folders
-from recipes.run_folder import REPORT
 
 MISTAKES = 24  # the most confident ones, which a report shows
 
@@ -185,20 +183,6 @@ def versions(*others: str) -> dict[str, str]:
     """Return the versions of Python, of the libraries that every figure depends on, and of other packages."""
     found = {"bayeslayers": bl.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return found | {name: metadata.version(name) for name in others}
-
-
-def write_report(answer: Answer, folder: str | Path) -> None:
-    """Write `report.html` and `report.json`, each whole or not at all.
-
-    Args:
-        answer: What they show.
-        folder: Made if there is none.
-    """
-    from recipes.report import report_html
-
-    contents = {"report.html": report_html(answer), REPORT: answer.to_json()}
-    for name, content in contents.items():
-        write_atomically(Path(folder) / name, content.encode())
 
 
 def _aligned(data: Split, names: Sequence[str]) -> Split:

@@ -7,17 +7,19 @@ import io
 import math
 import re
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from bayeslayers import plots
+from bayeslayers.checkpoint import write_atomically
 from bayeslayers.plots.canvas import rendered
+from recipes.evaluate import Answer, Mistake
+from recipes.run_folder import REPORT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from recipes.evaluate import Answer, Mistake
 
 _THUMBNAIL = 112  # pixels along the longer side
 _SCORES = {
@@ -117,6 +119,18 @@ def report_html(answer: Answer) -> str:
         + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )
+
+
+def write_report(answer: Answer, folder: str | Path) -> None:
+    """Write `report.html` and `report.json`, each whole or not at all.
+
+    Args:
+        answer: What they show.
+        folder: Made if there is none.
+    """
+    contents = {"report.html": report_html(answer), REPORT: answer.to_json()}
+    for name, content in contents.items():
+        write_atomically(Path(folder) / name, content.encode())
 
 
 def meaning(key: str) -> str:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import bayeslayers as bl
 from bayeslayers.curvature import accumulate, conv
 from bayeslayers.curvature.linear import outer_product_squares
+from bayeslayers.curvature.settings import Settings
 from bayeslayers.layers import FilterResponseNorm2d
 
 pytestmark = [
@@ -173,7 +174,7 @@ def test_few_positions_need_no_per_example_gradients(kind, args, kwargs, shape, 
 @pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 0, 1), (2, 1, 1), (3, 2, 2)])
 def test_convolution_routes_agree(stride, padding, dilation, groups):
     torch.manual_seed(0)
-    settings = conv.Settings((stride,) * 2, (padding,) * 2, (dilation,) * 2, False, (0, 0), groups)
+    settings = Settings((stride,) * 2, (padding,) * 2, (dilation,) * 2, False, (0, 0), groups)
     x = torch.randn(5, 4, 8, 9, dtype=torch.float64)
     weight = torch.randn(8, 4 // groups, 3, 2, dtype=torch.float64)
     g = torch.randn_like(torch.convolution(x, weight, None, *settings))

@@ -20,8 +20,8 @@ import recipes.report
 import zoo
 from recipes.cli import main
 from recipes.data import load_split
-from recipes.evaluate import Answer, Mistake, Question, evaluate, write_report
-from recipes.report import meaning, report_html
+from recipes.evaluate import Answer, Mistake, Question, evaluate
+from recipes.report import meaning, report_html, write_report
 
 HOSTILE = "<script src=http://evil.example/x.js></script>\" onerror='alert(1)' & {braces} $x_{1"
 

@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from bayeslayers import curvature
 from bayeslayers.curvature.accumulate import Leaves, tally
-from bayeslayers.curvature.conv import Settings
 from bayeslayers.curvature.kronecker import KroneckerLeaves
+from bayeslayers.curvature.settings import Settings
 from bayeslayers.layers import BayesianLayer
 
 _KEYS = ("weight", "bias")

@@ -18,16 +18,14 @@ As for the squares, two leaves receive the sums over examples of A and G, in the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bayeslayers.curvature.accumulate import chunks, full_precision, tally, wide
-
-if TYPE_CHECKING:
-    from bayeslayers.curvature.conv import Settings
+from bayeslayers.curvature.settings import Settings
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bayeslayers import curvature
-from bayeslayers.curvature.conv import Settings
+from bayeslayers.curvature.settings import Settings
 from bayeslayers.layers.base import BayesianLayer
 
 
