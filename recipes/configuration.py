@@ -16,7 +16,6 @@ from recipes.methods import check_options, make_optimizer, method_of
 from recipes.schedules import Schedule
 
 _LARGEST_SEED = 2**46  # torch takes 64 bits, and the order of an epoch is drawn by 100,003 times the seed
-_LISTS = ("input_size", "mean", "std", "widths")
 
 
 @dataclass
@@ -177,12 +176,9 @@ def check_seed(name: str, seed: int) -> None:
 
 
 def _check_model(model: Mapping[str, Any]) -> None:
-    """Refuse a model without a name, and one value where its builder takes a list."""
+    """Refuse a model without a name."""
     if not isinstance(model.get("name"), str):
         raise ValueError(f"model must have a name, as lenet5, got {model}. zoo.list_models() has them all.")
-    for key in _LISTS:
-        if not isinstance(model.get(key), list | tuple | None):
-            raise ValueError(f"model.{key} must be a list, got {model[key]!r}.")
 
 
 def _check_optimizer(optimizer: Mapping[str, Any], device: torch.device) -> None:

@@ -474,8 +474,12 @@ def test_the_second_ctrl_c_raises(data_root, tmp_path, monkeypatch):
         ({"evaluation": Evaluation(seed=-(10**22))}, ValueError, "evaluation.seed must be an integer from .*, got -1"),
         ({"model": {"widths": [12]}}, ValueError, r"model must have a name, as lenet5, got {'widths': \[12\]}"),
         ({"model": {"name": 3}}, ValueError, "model must have a name, as lenet5, got {'name': 3}"),
-        ({"model": {"name": "lenet5", "input_size": 3}}, ValueError, "model.input_size must be a list, got 3"),
-        ({"model": {"name": "mlp", "mean": 0.5}}, ValueError, "model.mean must be a list, got 0.5"),
+        (
+            {"model": {"name": "lenet5", "input_size": 3}},
+            TypeError,
+            "input_size of model 'lenet5' must be a list, got 3",
+        ),
+        ({"model": {"name": "mlp", "mean": 0.5}}, TypeError, "mean of model 'mlp' must be a list, got 0.5"),
         ({"evaluation": Evaluation(method="dropout")}, ValueError, "model must have nn.Dropout modules"),
         ({"evaluation": Evaluation(method="smaple")}, ValueError, "evaluation.method must be .*Did you mean 'sample'"),
         (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -44,7 +44,7 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
     Raises:
         ValueError: If the name is unknown, or `pretrained` asks for weights that do not exist.
-        TypeError: If the builder has no such argument.
+        TypeError: If the builder has no such argument, or it is one value in place of a list.
     """
     if ":" in name:
         from zoo import backbones
@@ -58,6 +58,9 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     known = inspect.signature(builder).parameters
     if unknown := [key for key in kwargs if key not in known]:
         raise TypeError(f"model {name!r} must get arguments among {', '.join(known)}, got {unknown[0]!r}.")
+    for key, value in kwargs.items():
+        if isinstance(known[key].default, tuple) and not isinstance(value, Sequence):
+            raise TypeError(f"{key} of model {name!r} must be a list, got {value!r}.")
     model = builder(**kwargs)
     size = list(kwargs.get("input_size", known["input_size"].default))
     return describe(model, Card(name=name, builder=name, kwargs=kwargs, input_size=size))
