@@ -43,7 +43,7 @@ WANTED = {
     "cifar10/lenet5": "adam adam_paper kfac noisykfac vogn ivon bbb mcdropout",
     "cifar10/lenet5_bn": "vogn ivon",
     "cifar10/lenet5_dist": "adam sgd kfac vogn",
-    "cifar10/alexnet": "adam sgd kfac noisykfac vogn ivon",
+    "cifar10/alexnet": "adam sgd kfac noisykfac vogn ivon adam_20 vogn_20 ivon_20",
     "cifar10/vgg19": "adam vogn ivon",
     "cifar10/resnet18": "adam sgd vogn ivon",
     "cifar10/resnet20": "sgd vogn ivon sgd_ivon",
