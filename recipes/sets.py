@@ -71,8 +71,11 @@ def refuse_same_examples(name: str, train: Split, test: Split) -> None:
 
 def check_classes(model: nn.Module, sets: Sets, method: str) -> None:
     """Refuse data whose labels are not the model's outputs, and a way to predict that the model has not."""
-    x, _ = next(iter(sets.test.in_order(1, next(model.parameters()).device)))
-    outputs = bl.predict(model, x, num_samples=1, method=method).probs.shape[1]  # pyright: ignore[reportArgumentType]
+    device = next(model.parameters()).device
+    x, _ = next(iter(sets.test.in_order(1, device)))
+    own = torch.Generator(device)  # the training's draws of dropout stay what they are
+    prediction = bl.predict(model, x, num_samples=1, method=method, generator=own)  # pyright: ignore[reportArgumentType]
+    outputs = prediction.probs.shape[1]
     names = sets.train.classes
     if len(names) != outputs or sets.test.classes != names:
         other = f", of other names in the test split ({len(sets.test.classes)})" if sets.test.classes != names else ""

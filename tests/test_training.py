@@ -32,6 +32,7 @@ from recipes.data import batches, load_split
 from recipes.evaluate import Question, evaluate
 from recipes.methods import make_optimizer
 from recipes.schedules import Schedule
+from recipes.sets import check_classes, read_sets
 from recipes.training import Training, interruption
 from recipes.verify import record, verify
 
@@ -517,6 +518,15 @@ def test_a_refused_run_writes_nothing(data_root, tmp_path, fields, error, messag
         train(dataclasses.replace(config(data_root, tmp_path / "run"), **fields))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("model", "method"), [("lenet5_mcdropout", "dropout"), ("mlp", "sample"), ("mlp", "local")])
+def test_looking_at_the_model_first_leaves_the_draws_of_training(model, method, data_root):
+    net = zoo.create(model)
+    sets = read_sets(config(data_root, "run"), (1, 28, 28))
+    before = torch.get_rng_state()
+    check_classes(net, sets, method)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("kind", ["npz", "imagefolder"])

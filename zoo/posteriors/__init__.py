@@ -35,8 +35,9 @@ def resolve(name: str | Path) -> Path:
     if str(name) in list_posteriors():
         return BUNDLED / str(name)
     if (folder := Path(name)).is_dir():
-        inside = sorted(str(path.parent) for path in folder.glob(f"*/{WEIGHTS}"))
-        if inside and not (folder / WEIGHTS).is_file():  # a training run
+        if (folder / WEIGHTS).is_file():
+            return folder
+        if inside := sorted(str(path.parent) for path in folder.glob(f"*/{WEIGHTS}")):  # a training run
             raise PosteriorError(f"posterior must be its own folder, got {folder}. Did you mean {' or '.join(inside)}?")
         return folder
     if isinstance(name, str) and hub.is_name(name):
