@@ -401,6 +401,24 @@ def test_exception_in_the_closure_leaves_gradients_and_weights(bad_draw):
         optimizer.step()
 
 
+def test_draws_on_batches_of_other_sizes_count_alike():
+    """A precision is affine in the curvature: two draws give the mean of what either gives alone."""
+    net = make_net()
+    batches, noises = [make_batch(4), make_batch(7, seed=5)], [make_noise(net, seed) for seed in (1, 2)]
+
+    def precisions(chosen: list[int]) -> list[torch.Tensor]:
+        twin = copy.deepcopy(net)
+        optimizer = make_optimizer(twin)
+        for number in chosen:
+            with optimizer.sampled(noises[number]):
+                squared_error(twin, *batches[number]).backward()
+        optimizer.step()
+        return [site.precision for site in bl.posterior(twin)]
+
+    for both, first, second in zip(precisions([0, 1]), precisions([0]), precisions([1]), strict=True):
+        assert_close(both, (first + second) / 2)
+
+
 def test_step_needs_a_draw():
     (x, y), net = make_batch(), make_net()
     optimizer = make_optimizer(net)
