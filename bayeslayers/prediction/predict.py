@@ -18,7 +18,8 @@ from bayeslayers.checks import at_least_one, near, positive
 from bayeslayers.curvature.accumulate import wide
 from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.prediction.chunks import Plan, Run
-from bayeslayers.prediction.draws import dropout_draws, linearised_draws, local_draws, means, weight_draws
+from bayeslayers.prediction.draws import linearised_draws, local_draws, means, weight_draws
+from bayeslayers.prediction.dropout import dropout_draws
 from bayeslayers.prediction.moments import moment_points
 from bayeslayers.prediction.result import Prediction, joined
 from bayeslayers.sampling import evaluation_mode, posterior
