@@ -243,7 +243,18 @@ class Experiment:
 
 LOGGED = ("accuracy", "nll", "brier", "ece")
 _OUTPUTS = (CHECKPOINT, LOG, METRICS, REPORT, POSTERIOR, BEST)
-_MAY_DIFFER = ("name", "evaluation", "baseline", "output", "data_root", "device", "compile", "notes", "recipe")
+_MAY_DIFFER = (
+    "name",
+    "evaluation",
+    "baseline",
+    "output",
+    "data_root",
+    "device",
+    "compile",
+    "checkpoint_minutes",
+    "notes",
+    "recipe",
+)
 
 
 def _digest(data: Split) -> str:

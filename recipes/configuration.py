@@ -82,6 +82,7 @@ class Config:
             log-likelihood on them; 0: on the test split, which flatters it.
         device: Where to train, as torch names it: "cuda:1"; None for the first GPU, or the CPU if there is none.
         compile: Run training steps through torch.compile, at the cost of a minute at the start.
+        checkpoint_minutes: Minutes between two checkpoints within an epoch, > 0; one is also saved after each epoch.
         notes: Text for the card.
         recipe: Which recipe reads this configuration.
     """
@@ -106,6 +107,7 @@ class Config:
     validation: int = 0
     device: str | None = None
     compile: bool = False
+    checkpoint_minutes: float = 10.0
     notes: str = ""
     recipe: str = "classification"
 
@@ -139,6 +141,7 @@ def check(config: Config) -> None:
     _check_model(config.model)
     _check_optimizer(config.optimizer, device_of(config))
     non_negative("validation", config.validation)
+    positive("checkpoint_minutes", config.checkpoint_minutes)
     config.schedule.check()
     point = method_of(config.optimizer).point
     if config.optimizer.get("vectorise"):

@@ -194,6 +194,7 @@ def test_train_takes_options_before_and_after_the_configuration(capsys, tmp_path
     [
         (["--epochs", "0"], "epochs must be an integer >= 1, got 0"),
         (["--epochs", "many"], "epochs.*many"),
+        (["--checkpoint_minutes", "0"], "checkpoint_minutes must be a finite number > 0, got 0"),
         (["--colour", "red"], "unrecognized arguments: --colour red"),
         (["--optimizer.name", "sdg"], "optimizer must be one of vogn, .*got 'sdg'. Did you mean 'sgd'"),
         (["--optimizer.lr", "-1"], "lr must be a finite number >= 0, got -1"),
