@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from zoo.images import header, images_in, open_image, reduced, visible
 
 _GREY, _COLOUR = ("1", "L", "LA"), ("P", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's modes of 8 bits or fewer
 _PROBED = 16  # pictures of a folder whose colours are looked at before any is decoded
@@ -105,7 +102,8 @@ def read_folder(
     """Return images, labels and classes of a folder of pictures in ImageNet's layout.
 
     That is `PATH/train/CLASS/*.png`, and `PATH/test` or `PATH/val` alike; a folder with none of these is itself
-    either split. Classes are numbered in the order of their names.
+    either split. Classes are numbered in the order of their names. What hides in the folder is left out: files and
+    folders whose names begin with a dot, and those that systems add, as `__MACOSX`.
 
     Args:
         path: The folder.
@@ -118,8 +116,6 @@ def read_folder(
         ValueError: If a class is none of the training split, a picture cannot be read, or the pictures are grey
             and asked for in colour, or the other way round.
     """
-    from torchvision.datasets import ImageFolder
-
     root = Path(path)
     layout = f"Lay pictures out as {root}/train/CLASS/*.png and {root}/test/CLASS/*.png."
     if not root.is_dir():
@@ -131,26 +127,31 @@ def read_folder(
             f"{argument} must hold {'train' if train else 'test or val'}, got {root} with {', '.join(there)} alone."
         )
     folder = root / wanted[0] if wanted else root
-    try:
-        data = ImageFolder(folder)
-        numbers = ImageFolder(root / "train").class_to_idx if "train" in there else data.class_to_idx
-    except FileNotFoundError as error:
-        reason = str(error).partition(". ")[0].rstrip(".")
-        raise FileNotFoundError(
-            f"{argument} must hold pictures in a folder for each class, got {folder}: {reason}. {layout}"
-        ) from None
-    if strange := [name for name in data.classes if name not in numbers]:
+    pictures = {name: images_in(folder / name) for name in _classes(folder)}
+    numbers = {name: number for number, name in enumerate(_classes(root / "train" if "train" in there else folder))}
+    if strange := [name for name in pictures if name not in numbers]:
         raise ValueError(f"classes of {folder} must be those of {root / 'train'}, got {', '.join(strange[:5])} too.")
-    paths = [Path(file) for file, _ in data.samples]
-    labels = torch.tensor([numbers[data.classes[number]] for _, number in data.samples])
+    if not all(pictures.values()) or not pictures:
+        empty = ", ".join(name for name, files in pictures.items() if not files)
+        raise FileNotFoundError(
+            f"{argument} must hold pictures in a folder for each class, got {folder} with none for "
+            f"{f'the classes {empty}' if empty else 'any class'}. {layout}"
+        )
+    paths = [path for files in pictures.values() for path in files]
+    labels = torch.tensor([numbers[name] for name, files in pictures.items() for _ in files])
     return ImageFiles(paths, _size_of(paths, size)), labels, list(numbers)
+
+
+def _classes(folder: Path) -> list[str]:
+    """Return the folders in a folder, in order, without those that hide in it."""
+    return visible(entry.name for entry in folder.iterdir() if entry.is_dir())
 
 
 def _size_of(paths: Sequence[Path], size: Sequence[int] | None) -> tuple[int, int, int]:
     """Return the size to decode to, after a look whether the pictures have its colours."""
     heads = []
     for path in paths[:: -(-len(paths) // _PROBED)]:
-        with _opened(path) as image:
+        with header(path) as image:
             heads.append((image.mode, image.height, image.width))
     colours = 3 if any(mode in _COLOUR for mode, _, _ in heads) else 1
     if size is None:
@@ -175,28 +176,15 @@ def _decode(path: Path, size: tuple[int, int, int]) -> Tensor:
     from PIL import Image, ImageOps
 
     channels, height, width = size
-    with _opened(path) as image:
-        mode = image.mode
-        upright = ImageOps.exif_transpose(image)  # decodes it
+    picture = open_image(path)
     # Some of ImageNet's photographs are grey, which RGB can hold; a grey image cannot hold colours.
-    if mode not in _GREY + _COLOUR * (channels == 3):
+    if picture.mode not in _GREY + _COLOUR * (channels == 3):
         kind = "grey, of 8 bits" if channels == 1 else "of 8 bits a channel"
-        raise ValueError(f"image must be {kind}, got {path} of Pillow's mode {mode}.")
-    if upright.has_transparency_data:
-        white = Image.new("RGBA", upright.size, "white")
-        upright = Image.alpha_composite(white, upright.convert("RGBA"))
-    picture = ImageOps.fit(upright.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.BILINEAR)
+        raise ValueError(f"image must be {kind}, got {path} of Pillow's mode {picture.mode}.")
+    colours = "L" if channels == 1 else "RGB"
+    if picture.has_transparency_data:
+        picture = reduced(picture.convert("RGBA"), (height, width))
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = reduced(picture.convert(colours), (height, width))
+    picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(picture)).reshape(height, width, channels).permute(2, 0, 1)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image]:
-    """Turn whatever Pillow's formats raise for a damaged file into one sentence."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            yield image
-    except Exception as error:
-        reason = str(error).rstrip(".")
-        raise ValueError(f"image must be a picture that Pillow reads, got {path}: {reason}.") from None

@@ -179,7 +179,7 @@ def test_bad_folders_are_refused_in_one_sentence(tmp_path):
     for folder, error, message in (
         ("none", FileNotFoundError, r"data must be a folder, got .*none, .* Lay pictures out as .*none/train/CLASS/"),
         ("bad/val/ant/1.png", FileNotFoundError, r"data must be a folder, got .*1.png, which is none"),
-        ("empty", FileNotFoundError, "for each class, got .*val: Found no valid file for the classes ant"),
+        ("empty", FileNotFoundError, "for each class, got .*val with none for the classes ant"),
         ("strange", ValueError, "classes of .*val must be those of .*train, got cat too"),
     ):
         with pytest.raises(error, match=message):
