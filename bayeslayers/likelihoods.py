@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayeslayers.checks import near, positive
+from bayeslayers.unwrap import unwrapping
 
 
 class Likelihood(Protocol):
@@ -144,8 +145,9 @@ def likelihood_named(name: str) -> Likelihood:
 
 
 def likelihood_of(model: nn.Module) -> Likelihood:
-    """Return `model.likelihood` where there is one, as in a model of the zoo, else `Categorical()`."""
-    return getattr(model, "likelihood", None) or Categorical()
+    """Return `model.likelihood`, or that of the network which the model wraps, else `Categorical()`."""
+    found = (getattr(module, "likelihood", None) for module in unwrapping(model))
+    return next((likelihood for likelihood in found if likelihood is not None), Categorical())
 
 
 def _with_classes(output: Tensor) -> Tensor:

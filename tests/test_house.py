@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module of bayeslayers imports only those above it. A new one takes its place here.
 ORDER = """
-    checks display gaussian noise curvature matrix_gaussian perturbation layers sampling convert
+    checks unwrap display gaussian noise curvature matrix_gaussian perturbation layers sampling convert
     likelihoods export card merge weights checkpoint optim batches prediction laplace metrics recalibrate evaluate plots
 """.split()
 HEAVY = {

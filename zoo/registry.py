@@ -11,6 +11,7 @@ from torch import nn
 from bayeslayers.card import Card
 from bayeslayers.checks import near
 from bayeslayers.likelihoods import likelihood_named
+from bayeslayers.unwrap import unwrapped
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
@@ -88,12 +89,12 @@ def describe(model: nn.Module, card: Card) -> nn.Module:
 
 
 def card_of(model: nn.Module) -> Card:
-    """Return the card of a network of the zoo.
+    """Return the card of a network of the zoo, also of one that torch has wrapped.
 
     Raises:
         TypeError: If it has none.
     """
-    card = getattr(model, "card", None)
+    card = getattr(unwrapped(model), "card", None)
     if not isinstance(card, Card):
         raise TypeError(f"model must come from zoo.create or zoo.load, got a {type(model).__name__} without a card.")
     return card

@@ -1,0 +1,48 @@
+"""The network inside torch's wrappers: data parallelism, averages of weights, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network inside torch's wrappers, however many there are.
+
+    They are `DataParallel`, `DistributedDataParallel`, `AveragedModel` and what `torch.compile` returns.
+    The network computes the same outputs, and its tensors have the names that a saved posterior gives them.
+    """
+    *_, network = unwrapping(model)
+    return network
+
+
+def unwrapping(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the model, the module that it wraps, and so on down to the network."""
+    wrapped: nn.Module | None = model
+    while wrapped is not None:
+        yield wrapped
+        wrapped = _inside(wrapped)
+
+
+def compiled_or_unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network without its wrappers, but compiled where the innermost wrapper is `torch.compile`.
+
+    `DataParallel` runs its replicas in threads and `DistributedDataParallel` waits for other ranks: neither
+    serves a prediction, which belongs to its thread and may run on one rank.
+    """
+    *_, outer, network = (None, *unwrapping(model))
+    return network if outer is None or not _is_compiled(outer) else outer
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    if isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
+        return model.module
+    return model._modules["_orig_mod"] if _is_compiled(model) else None
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` returned the module, by its attribute: its class is slow to import."""
+    return isinstance(model, nn.Module) and "_orig_mod" in model._modules
