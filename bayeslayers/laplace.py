@@ -20,7 +20,6 @@ from bayeslayers.gaussian import in_double
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.sampling import Site, evaluation_mode, posterior, tracked
-from bayeslayers.sampling.placement import at_means
 
 Network = TypeVar("Network", bound=nn.Module)
 PriorPrecision = float | Literal["marglik", "marglik_per_layer"] | None
@@ -130,8 +129,7 @@ def _bayesian_copy(model: Network, layers: Selectors | None) -> tuple[Network, C
     """Return a copy of the network with Bayesian layers, and the report if they were chosen here."""
     sites = list(posterior(model))
     if sites and layers is None:
-        with at_means(model):  # also inside `sampled`, whose draws have no copies
-            net = copy.deepcopy(model)
+        net = copy.deepcopy(model)
         for layer in net.modules():
             if isinstance(layer, BayesianLayer):
                 layer.drop_roots()

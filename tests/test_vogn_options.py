@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import bayeslayers as bl
 from bayeslayers.curvature.accumulate import Part
+from bayeslayers.layers.scope import Scope, opened
 from bayeslayers.optim import TemperatureSchedule, TemperatureWarmup, lr_warmup
 
 F64 = {"dtype": torch.float64}
@@ -82,9 +83,10 @@ def test_a_part_of_the_batch_is_unbiased(fraction, size):
         net.zero_grad()
         tracker = bl.VOGN(net, 6, curvature_fraction=fraction, generator=seeded())._tracker
         with tracker.track(fraction, seeded()):
-            for layer in tracker.layers.values():
-                layer.leaves = layer.leaves._replace(part=Part(fraction, (start + 0.5) / 6))
-            F.cross_entropy(net(x), y).backward()
+            part = Part(fraction, (start + 0.5) / 6)
+            leaves = {layer: layer.leaves._replace(part=part) for layer in tracker.layers.values()}
+            with opened(Scope(leaves=leaves)):
+                F.cross_entropy(net(x), y).backward()
         assert_close([p.grad for p in net.parameters()], gradient)
         for name, leaf in tracker.leaves.items():
             sums[name] += leaf.grad / 6

@@ -17,7 +17,6 @@ from bayeslayers.convert.reroute import bayesian_subclass, obstacle
 from bayeslayers.convert.selection import Selectors, select
 from bayeslayers.layers import DEFAULT_INIT_PRECISION, DEFAULT_PRIOR_PRECISION, POSTERIOR_SUFFIXES, ROOTS, BayesianLayer
 from bayeslayers.sampling import posterior
-from bayeslayers.sampling.placement import at_means
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -128,8 +127,7 @@ def to_deterministic(net: Network) -> Network:
     Raises:
         TypeError: If a Bayesian layer is of a class without a rule.
     """
-    with at_means(net):  # also inside `sampled`, whose draws have no copies
-        twin = copy.deepcopy(net)
+    twin = copy.deepcopy(net)
     for site in list(posterior(twin)):
         for suffix in POSTERIOR_SUFFIXES if not isinstance(site.module, BayesianLayer) else ():
             delattr(site.module, site.key + suffix)

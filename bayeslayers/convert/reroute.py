@@ -25,6 +25,7 @@ from bayeslayers.curvature.accumulate import Leaves, tally
 from bayeslayers.curvature.kronecker import KroneckerLeaves
 from bayeslayers.curvature.settings import Settings
 from bayeslayers.layers import BayesianLayer
+from bayeslayers.layers.scope import Scope, opened
 
 _KEYS = ("weight", "bias")
 
@@ -256,8 +257,8 @@ def _examples_of_ops(layer: nn.Module, kind: Any, x: Tensor) -> list[int]:
     twin: Any = kind.__new__(kind)
     vars(twin).update(vars(layer), **registered)
     twin.eval()
-    twin.drawn, twin.leaves = {}, Leaves(twin.weight, getattr(twin, "bias", None), tally(0))
-    with torch.device("cpu"), torch.enable_grad(), (own := _Reroute(twin)):
+    leaves = Leaves(twin.weight, getattr(twin, "bias", None), tally(0))
+    with opened(Scope(leaves={twin: leaves})), torch.device("cpu"), torch.enable_grad(), (own := _Reroute(twin)):
         kind.ordinary.forward(twin, x)
     return own.examples
 

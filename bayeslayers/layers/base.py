@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from bayeslayers.checks import positive
 from bayeslayers.curvature.accumulate import Leaves
 from bayeslayers.curvature.kronecker import KroneckerLeaves
+from bayeslayers.layers.scope import NOTHING, scope_for
 from bayeslayers.perturbation import Op, Perturbation
 
 DEFAULT_PRIOR_PRECISION = 50.0  # a standard deviation of 0.14, the usual initial one of a unit with 50 inputs
@@ -19,6 +20,7 @@ DEFAULT_INIT_PRECISION = 1e3  # a standard deviation of 0.03, small beside it
 
 POSTERIOR_SUFFIXES = ("_precision", "_prior_mean", "_prior_precision")
 ROOTS = ("weight_input_root", "weight_output_root")
+HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 
 
 def attach_posterior(
@@ -43,8 +45,9 @@ def attach_posterior(
         if not parameter.is_floating_point():
             raise TypeError(f"parameter '{key}' must be of real numbers, got {parameter.dtype}.")
         values = (init_precision, means.get(key, 0.0), prior_precision)
+        dtype = torch.promote_types(parameter.dtype, torch.float32)  # half precision holds no precision above 65504
         for suffix, value, shape in zip(POSTERIOR_SUFFIXES, values, (parameter.shape, (), ()), strict=True):
-            module.register_buffer(key + suffix, parameter.new_full(shape, value, requires_grad=False))
+            module.register_buffer(key + suffix, parameter.new_full(shape, value, dtype=dtype, requires_grad=False))
 
 
 class BayesianLayer(nn.Module):
@@ -68,9 +71,6 @@ class BayesianLayer(nn.Module):
     """
 
     prior_means: ClassVar[Mapping[str, float]] = {}
-    drawn: dict[str, Tensor]
-    leaves: Leaves | KroneckerLeaves | None
-    perturbation: Perturbation | None = None  # how a scope draws the output, where it draws no weight
     recomputed_in: int = -1  # the backward pass that ran the last forward, to recompute it; -1 if none did
 
     def __init__(
@@ -86,11 +86,24 @@ class BayesianLayer(nn.Module):
         self.attach_posterior(prior_precision, init_precision)
 
     def attach_posterior(self, prior_precision: float, init_precision: float) -> None:
-        """Give each parameter that has none its precision and prior, as new buffers; the layer is outside any scope."""
-        self.drawn = {}
-        self.leaves = self.perturbation = None
+        """Give each parameter that has none its precision and prior, as new buffers."""
         names = [name for name, _ in self.named_parameters(recurse=False) if f"{name}_precision" not in self._buffers]
         attach_posterior(self, prior_precision, init_precision, names)
+
+    @property
+    def drawn(self) -> Mapping[str, Tensor]:
+        """The draws of the calling thread's scope, by their parameters' names; empty outside one."""
+        return scope_for(self).drawn.get(self, NOTHING)
+
+    @property
+    def perturbation(self) -> Perturbation | None:
+        """How the calling thread's scope draws the output, where it draws no weight."""
+        return scope_for(self).perturbations.get(self)
+
+    @property
+    def leaves(self) -> Leaves | KroneckerLeaves | None:
+        """Where the calling thread's scope puts the layer's curvature."""
+        return scope_for(self).leaves.get(self)
 
     def value(self, name: str) -> Any:
         """Return the tensor to compute with: the scope's draw, the mean outside one, None if there is no such."""
@@ -99,10 +112,21 @@ class BayesianLayer(nn.Module):
 
     def active_leaves(self) -> Any:
         """Return the leaves to fill, of a kind that the layer's rule takes, or None where no gradient will flow."""
-        if self.leaves is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or (leaves := self.leaves) is None:
             return None
         self.recomputed_in = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
-        return self.leaves
+        return leaves
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BayesianLayer:
+        """Apply what moves and casts a module, as `half()`; the posterior's buffers stay in at least float32."""
+        own = [key for key in self._buffers if key.endswith(POSTERIOR_SUFFIXES) or key in ROOTS]
+        before = {key: self._buffers[key] for key in own}
+        super()._apply(fn, recurse)
+        for key, old in before.items():
+            new = self._buffers[key]
+            if old is not None and new is not None and new.dtype in HALF_PRECISIONS:
+                self._buffers[key] = old.to(new.device, torch.promote_types(old.dtype, torch.float32))
+        return self
 
     def _perturbed(self, perturbation: Perturbation, op: Op, input: Tensor) -> Tensor:
         """Return a drawn output of the layer, whose op is given."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -19,8 +18,8 @@ class BayesLinear(BayesianLayer, nn.Linear):
     """`nn.Linear` with a Gaussian posterior; takes `(*, in_features)`, dimension 0 running over examples."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.perturbation is not None:
-            return self._perturbed(self.perturbation, F.linear, input)
+        if (perturbation := self.perturbation) is not None:
+            return self._perturbed(perturbation, F.linear, input)
         weight, bias, leaves = self.value("weight"), self.value("bias"), self.active_leaves()
         if leaves is None:
             return F.linear(input, weight, bias)
@@ -31,8 +30,8 @@ class _BayesConv(BayesianLayer, _ConvNd):
     """A convolution: the op itself is torch's, with the drawn weight in place of the mean."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.perturbation is not None:
-            return self._perturbed(self.perturbation, self._conv_forward, input)
+        if (perturbation := self.perturbation) is not None:
+            return self._perturbed(perturbation, self._conv_forward, input)
         weight, bias, leaves = self.value("weight"), self.value("bias"), self.active_leaves()
         if leaves is None:
             return self._conv_forward(input, weight, bias)
@@ -84,8 +83,8 @@ class _BayesConvTranspose(BayesianLayer, _ConvTransposeNd):
         def op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return self.function(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
 
-        if self.perturbation is not None:
-            return self._perturbed(self.perturbation, op, input)
+        if (perturbation := self.perturbation) is not None:
+            return self._perturbed(perturbation, op, input)
         if leaves is None:
             return op(input, weight, bias)
         settings = Settings(self.stride, self.padding, self.dilation, True, tuple(extra), self.groups)
@@ -127,14 +126,8 @@ class BayesEmbedding(BayesianLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         weight, leaves = self.value("weight"), self.active_leaves()
         if leaves is None:
-            output = F.embedding(input, weight, self.padding_idx)
-        else:
-            output = curvature.embedding(input, weight, self.padding_idx, leaves)
-        if self.padding_idx is None or not self.drawn:
-            return output
-        # Padding stands for nothing, of which there is no uncertainty: its row is not drawn.
-        padding = (input == self.padding_idx).unsqueeze(-1)
-        return torch.where(padding, self.weight[self.padding_idx].detach(), output)
+            return F.embedding(input, weight, self.padding_idx)
+        return curvature.embedding(input, weight, self.padding_idx, leaves)
 
 
 # A subclass with a forward of its own may do something else with its weight, which is therefore drawn.

@@ -17,6 +17,7 @@ from bayeslayers.optim.averages import Averages, Recorded
 from bayeslayers.optim.groups import PosteriorGroups, Rules
 from bayeslayers.optim.ranks import average_over_ranks, copy_from_first_rank
 from bayeslayers.sampling import Site
+from bayeslayers.sampling.sharing import in_use
 
 
 class VariationalOptimizer(PosteriorGroups):
@@ -134,7 +135,7 @@ class VariationalOptimizer(PosteriorGroups):
             self._forget()
         self._restore(dict.fromkeys(self._names))
         try:
-            with scope():
+            with in_use(self.model, trains=True), scope():
                 self._inside = True
                 yield
             self._collect(earlier)
@@ -183,6 +184,10 @@ class VariationalOptimizer(PosteriorGroups):
                 optimizer's state are then as they were.
             RuntimeError: If there was no draw since the last step.
         """
+        with in_use(self.model, trains=True):
+            return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss, output = (None, None) if closure is None else self._run(closure)
         if not self._unscale():
             return None

@@ -14,6 +14,7 @@ from bayeslayers.checks import at_least_one, fraction, non_negative, positive
 from bayeslayers.curvature.accumulate import full_precision, wide
 from bayeslayers.gaussian import natural_gradient_step_
 from bayeslayers.layers import BayesianLayer
+from bayeslayers.layers.scope import OUTSIDE, current
 from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.matrix_gaussian import as_matrix, damp, inverse, inverse_root, marginal_precision
 from bayeslayers.optim.adam import corrected_weight, momentum_average
@@ -111,6 +112,8 @@ class KroneckerFactored(VariationalOptimizer):
 
     def _sample_labels(self, model: nn.Module, inputs: Any, output: Any) -> None:
         """Add the factors at labels drawn given the output of a forward pass, before the pass of the user's loss."""
+        if current() is OUTSIDE:  # another thread's call
+            return
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"the model's output must be a tensor under fisher='sampled', got {type(output).__name__}. Use "

@@ -18,7 +18,7 @@ from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.groups import first_precision
 from bayeslayers.sampling import Tracker, layers_with_curvature
-from bayeslayers.sampling.placement import put
+from bayeslayers.sampling.placement import placed
 
 LossReduction = Literal["mean", "sum"]
 
@@ -105,19 +105,16 @@ class _GaussNewton(VariationalOptimizer):
         sites = list(self._sites.values())
 
         def run(*drawn: Tensor) -> tuple[Tensor, ...]:
-            for site, value in zip(sites, drawn, strict=True):
-                put((site.module, site.key), value)
-            result = closure()
+            with placed(sites, {site.name: value for site, value in zip(sites, drawn, strict=True)}):
+                result = closure()
             return result if isinstance(result, tuple) else (result,)
 
         draws = []
-        for _ in range(self.num_samples - 1):
+        for _ in range(self.num_samples):
             with self._sampler.draw():
                 draws.append([site.value for site in sites])
-        with self._sampler.draw():  # the last draw's scope, in which `run` puts those of all in its place
-            draws.append([site.value for site in sites])
-            stacked = [torch.stack(values) for values in zip(*draws, strict=True)]
-            losses, *outputs = torch.func.vmap(run, randomness="different")(*stacked)
+        stacked = [torch.stack(values) for values in zip(*draws, strict=True)]
+        losses, *outputs = torch.func.vmap(run, randomness="different")(*stacked)
         self._refuse_bad_loss(losses)
         losses.sum().backward()
         return losses.detach(), outputs[0] if outputs else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,6 +66,7 @@ class AtOnce:
         self._most = _MOST
         self._measured = not self.chosen
         self._largest, self._budget = 1, _CACHE_BYTES
+        self._thread = threading.get_ident()
 
     def outputs(self, forward: Callable[[slice, Tensor], Tensor], count: int, batch: Tensor) -> Iterator[Tensor]:
         """Yield the outputs of `count` draws, as pieces of `forward(draws, batch)`."""
@@ -125,6 +127,6 @@ class AtOnce:
                 handle.remove()
 
     def _note(self, module: nn.Module, arguments: object, output: object) -> None:
-        if isinstance(output, Tensor):
+        if isinstance(output, Tensor) and threading.get_ident() == self._thread:  # others may call the model
             self._largest = max(self._largest, output.numel() * output.element_size())
             self._budget = _CACHE_BYTES if output.device.type == "cpu" else _DEVICE_BYTES

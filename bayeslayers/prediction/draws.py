@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,8 @@ from bayeslayers.perturbation import LocalReparameterization, Op, Perturbation
 from bayeslayers.prediction.chunks import AtOnce, Plan, Run
 from bayeslayers.prediction.linearised import linearised_outputs
 from bayeslayers.sampling import Sampler, Site, posterior
-from bayeslayers.sampling.placement import cleared, put, refresh, slots_of
+from bayeslayers.sampling.placement import placed
+from bayeslayers.sampling.sharing import Shared
 
 
 def weight_draws(model: nn.Module, plan: Plan) -> Iterator[Run]:
@@ -59,10 +61,10 @@ class _Networks:
         self.model, self.generator, self.antithetic = model, plan.generator, plan.antithetic
         sites = list(posterior(model))
         self._perturbed = _local(sites, plan.generator) if local else {}
-        self._slots = slots_of(place for site in sites for place in site.places)
+        self._all_sites = sites
         self._sites = [site for site in sites if site.module not in self._perturbed]  # whose weights are drawn
         self._means = [site.mean.detach() for site in self._sites]
-        self._deviations = [site.precision.rsqrt() for site in self._sites]
+        self._deviations = [site.deviation for site in self._sites]
         self._stacks: list[Tensor] = []
         correlated = any(getattr(site.module, "roots", None) is not None for site in self._sites)
         self._sampler = Sampler(self._sites, frozen=True) if correlated else None
@@ -77,6 +79,9 @@ class _Networks:
         for index in range(0, count, 2 if self.antithetic else 1):
             normal = StandardNormal(self.generator)
             factors = [normal.fill_unscaled_(stack[index]) for stack in self._stacks]
+        for site, stack in zip(self._sites, self._stacks, strict=True):
+            if site.padding_row is not None:
+                stack[:, site.padding_row] = 0
         if self.antithetic:
             for stack in self._stacks:
                 torch.neg(stack[::2], out=stack[1::2])
@@ -97,21 +102,29 @@ class _Networks:
     def outputs(self, draws: slice, batch: Tensor) -> Tensor:
         """Return the outputs of some of the drawn networks, `(s, n, *)`."""
         stacks = [stack[draws] for stack in self._stacks]
-        with cleared(self._slots):
-            if (size := draws.stop - draws.start) == 1:
-                return self._forward(batch, None, *(stack[0] for stack in stacks)).unsqueeze(0)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # ops without a batching rule are slower, not wrong
-                return vmap(partial(self._forward, batch))(batch.new_empty(size), *stacks)
+        if (size := draws.stop - draws.start) == 1:
+            return self._forward(batch, None, *(stack[0] for stack in stacks)).unsqueeze(0)
+        with _NO_WARNINGS.held():  # ops without a batching rule are slower, not wrong
+            return vmap(partial(self._forward, batch))(batch.new_empty(size), *stacks)
 
     def _forward(self, batch: Tensor, draw: Tensor | None, *weights: Tensor) -> Tensor:
-        for layer, perturbation in self._perturbed.items():
-            vars(layer)["perturbation"] = perturbation if draw is None else _EachDraw(perturbation, draw)
-        for site, weight in zip(self._sites, weights, strict=True):
-            for place in site.places:
-                put(place, weight)
-        refresh(self._slots)
-        return self.model(batch)
+        perturbations = {
+            layer: perturbation if draw is None else _EachDraw(perturbation, draw)
+            for layer, perturbation in self._perturbed.items()
+        }
+        values = {site.name: weight for site, weight in zip(self._sites, weights, strict=True)}
+        with placed(self._all_sites, values, perturbations):
+            return self.model(batch)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+_NO_WARNINGS = Shared(_without_warnings)
 
 
 def _local(sites: Sequence[Site], generator: torch.Generator | None) -> dict[nn.Module, LocalReparameterization]:
@@ -121,7 +134,7 @@ def _local(sites: Sequence[Site], generator: torch.Generator | None) -> dict[nn.
     for site in sites:
         if isinstance(site.module, BayesianLayer) and can_draw_output(site.module) and site.module not in tied:
             perturbation = found.setdefault(site.module, LocalReparameterization("local", generator))
-            perturbation.values[site.key] = site.precision.rsqrt()
+            perturbation.values[site.key] = site.deviation
     return found
 
 

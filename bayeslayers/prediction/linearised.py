@@ -10,6 +10,7 @@ underfit. Source: Immer et al. 2021 (arXiv 2008.08400).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,9 @@ from bayeslayers.checks import at_least_one
 from bayeslayers.curvature.accumulate import wide
 from bayeslayers.layers import BayesLinear
 from bayeslayers.sampling import Sampler, Site, evaluation_mode, posterior
+from bayeslayers.sampling.sharing import Shared
 
+_MATH_ATTENTION = Shared(lambda: sdpa_kernel(SDPBackend.MATH))
 _CHUNK_BYTES = 2**29  # of Jacobians at a time: those of ResNet-18 with 10 outputs, for one example
 
 
@@ -93,7 +96,7 @@ def _moments(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.to(sites[0].mean.device)
     function = _OfNoise(model, sites)
     # Of attention kernels this one alone has rules for vmap.
-    with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH):
+    with evaluation_mode(model), _MATH_ATTENTION.held():
         mean, variance = _of_head(function, sites, x)
         if variance is not None:
             return mean, variance
@@ -151,7 +154,13 @@ def _of_head(function: _OfNoise, sites: Sequence[Site], x: Tensor) -> tuple[Tens
         or any(site.module is not layer or len(site.places) > 1 for site in sites)
     ):
         return function(x, function.zeros), None
-    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    thread = threading.get_ident()  # others may call the model
+
+    def note(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if threading.get_ident() == thread:
+            inputs.append(arguments[0])
+
+    handle = layer.register_forward_pre_hook(note)
     try:
         output = function(x, function.zeros)
     finally:

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd, _MaxPoolNd
+
+from bayeslayers.sampling.placement import computing_with
 
 _NODES = 32  # of Gauss-Hermite quadrature
 
@@ -60,8 +61,8 @@ def _linear(layer: nn.Module, x: Moments) -> Moments:
     v, v_bias = _variance(layer, "weight"), None if bias is None else _variance(layer, "bias")
 
     def apply(weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
-        values = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        return functional_call(layer, values, (input,))
+        with computing_with(layer, {"weight": weight} if bias is None else {"weight": weight, "bias": bias}):
+            return layer(input)
 
     no_bias = None if bias is None else torch.zeros_like(bias)
     variance = apply(v, v_bias, x.mean.square()) + apply(weight.square() + v, no_bias, x.variance)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,8 +63,30 @@ def standard_points(number: int, dimensions: int) -> Tensor:
     return points / points.square().mean(0).sqrt()
 
 
+_tracing = threading.Lock()  # torch.fx traces by changing nn.Module itself
+
+
 class _Tracer(fx.Tracer):
-    """Takes for a whole what torch or this library defines, and what has tensors but no modules of its own."""
+    """Takes for a whole what torch or this library defines, and what has tensors but no modules of its own.
+
+    Calls of other threads in the meantime are not traced.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, BayesianLayer):
@@ -76,7 +99,8 @@ def _traced(model: nn.Module) -> fx.GraphModule:
     if _Tracer().is_leaf_module(model, ""):
         model = nn.Sequential(model)
     try:
-        return fx.GraphModule(model, _Tracer().trace(model))
+        with _tracing:
+            return fx.GraphModule(model, _Tracer().trace(model))
     except Exception as error:  # a forward can fail on the stand-in for its input in any way
         raise ValueError(
             f"model must have a forward that torch.fx can trace, for method 'moments', got {type(model).__name__}, "

@@ -24,6 +24,7 @@ from bayeslayers.prediction.moments import moment_points
 from bayeslayers.prediction.result import Prediction, joined
 from bayeslayers.sampling import evaluation_mode, posterior
 from bayeslayers.sampling.placement import at_means
+from bayeslayers.sampling.sharing import in_use
 
 _WAITING_DRAWS, _WAITING_VALUES = 16, 2**16  # whose outputs memory may hold beside their averages
 _CHECKPOINT = 16  # draws between two looks at the standard error: of fewer, it is no estimate
@@ -117,7 +118,7 @@ def predict(
         part = joined([average.result() for average in averages])
         return part if result_device is None else part.to(result_device)
 
-    with torch.no_grad(), evaluation_mode(model), at_means(model):
+    with torch.no_grad(), in_use(model, trains=False), evaluation_mode(model), at_means(model):
         found = result(x) if isinstance(x, Tensor) else joined([result(batch) for batch in _stream(x, plan, progress)])
     if method == "moments":
         found = replace(found, standard_error=torch.full_like(found.standard_error, math.nan))

@@ -1,6 +1,7 @@
 """Scopes: `sampled(model)` computes with drawn weights, `tracked(model)` sums squared per-example gradients."""
 
-from bayeslayers.sampling.sampler import Sampler, evaluation_mode, sampled
+from bayeslayers.sampling.sampler import Sampler, sampled
+from bayeslayers.sampling.sharing import evaluation_mode
 from bayeslayers.sampling.sites import Site, kl_divergence, posterior
 from bayeslayers.sampling.tracker import Tracker, layers_with_curvature, tracked
 

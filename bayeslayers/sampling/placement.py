@@ -1,86 +1,72 @@
-"""Where a draw is put for modules to find it, and how it is taken away again.
-
-A Bayesian layer reads its draws from `drawn`. Any other module finds a draw under its parameter's own
-name: an instance's attribute comes before `nn.Module`'s look-up of parameters, which stay in place, so
-that `named_parameters` and `state_dict` know nothing of draws.
-"""
+"""Scopes in which modules compute with given tensors in their parameters' places, or with their means again."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from bayeslayers.layers import BayesianLayer
-
-Place: TypeAlias = tuple[nn.Module, str]  # a module and the name that a tensor has there
-
-_ABSENT = object()
-_PARAMETERS = "_parameters"
-
-
-def slots_of(places: Iterable[Place]) -> list[Place]:
-    """Return the attributes that draws for parameters at these places change."""
-    slots: dict[Place, None] = {}
-    for module, key in places:
-        if isinstance(module, BayesianLayer):
-            slots |= {(module, "drawn"): None, (module, "perturbation"): None}
-        else:
-            slots |= {(module, key): None, (module, _PARAMETERS): None}
-    return list(slots)
+from bayeslayers.layers.scope import current, opened
+from bayeslayers.perturbation import Perturbation
+from bayeslayers.sampling.ordinary import reading_draws
+from bayeslayers.sampling.sites import Site
 
 
 @contextmanager
-def cleared(slots: Sequence[Place]) -> Iterator[None]:
-    """Take draws out of the slots for the scope, and put them back after it."""
-    # Past nn.Module.__setattr__, which costs as much as the draw of a small tensor.
-    before = [(vars(module), name, vars(module).get(name, _ABSENT)) for module, name in slots]
-    try:
-        for module, name in slots:
-            if isinstance(module, BayesianLayer):
-                vars(module)[name] = {} if name == "drawn" else None
-            elif name == _PARAMETERS:
-                vars(module)[name] = dict(module._parameters)
-            else:
-                vars(module).pop(name, None)
-        refresh(slots)
-        yield
-    finally:
-        for attributes, name, value in before:
-            if value is _ABSENT:
-                attributes.pop(name, None)
-            else:
-                attributes[name] = value
+def placed(
+    sites: Sequence[Site],
+    values: Mapping[str, Tensor],
+    perturbations: Mapping[nn.Module, Perturbation] | None = None,
+) -> Iterator[None]:
+    """Compute with values in the place of the sites' means inside the scope.
 
-
-def put(place: Place, value: Tensor) -> None:
-    """Let a module compute with a value in its parameter's place."""
-    module, key = place
-    if isinstance(module, BayesianLayer):
-        module.drawn[key] = value
-        return
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
-        # Padding stands for nothing, of which there is no uncertainty: its row is not drawn.
-        padding = torch.arange(module.num_embeddings, device=value.device) == module.padding_idx
-        value = torch.where(padding.unsqueeze(1), module._parameters[key].detach(), value)  # pyright: ignore
-    vars(module)[key] = value
-
-
-def refresh(slots: Iterable[Place]) -> None:
-    """Let compiled modules take notice of what has been put.
-
-    torch.compile guards the type of the dict where it found a parameter, but not that no attribute has
-    come before it.
+    Args:
+        sites: The sites that the scope decides on; one without a value or a perturbation is at its mean.
+        values: Tensors by the sites' names.
+        perturbations: How layers draw their outputs.
     """
-    for module, name in slots:
-        if name == _PARAMETERS and vars(module).keys() & module._parameters.keys():
-            vars(module)[name] = OrderedDict(module._parameters)
+    outer, modules = current(), {module for site in sites for module, _ in site.places}
+    drawn = {module: draws for module, draws in outer.drawn.items() if module not in modules}
+    fresh: dict[nn.Module, dict[str, Tensor]] = {}
+    for site in sites:
+        if site.name in values:
+            for module, key in site.places:
+                fresh.setdefault(module, {})[key] = values[site.name]
+    others = {module: how for module, how in outer.perturbations.items() if module not in modules}
+    scope = replace(outer, drawn=drawn | fresh, perturbations=others | dict(perturbations or {}))
+    ordinary = [module for module in fresh if not isinstance(module, BayesianLayer)]
+    with reading_draws(ordinary), opened(scope):
+        yield
 
 
-def at_means(model: nn.Module) -> AbstractContextManager[None]:
-    """Compute with the means inside the scope, also in a scope of draws; it is then that a model can be copied."""
-    return cleared(slots_of((module, key) for module in model.modules() for key in module._parameters))
+@contextmanager
+def computing_with(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let one module, of any kind, compute with values in its parameters' places inside the scope.
+
+    Args:
+        module: The module.
+        values: Tensors by the parameters' names in it.
+    """
+    outer = current()
+    ordinary = () if isinstance(module, BayesianLayer) else (module,)
+    with reading_draws(ordinary), opened(replace(outer, drawn={**outer.drawn, module: values})):
+        yield
+
+
+@contextmanager
+def at_means(model: nn.Module) -> Iterator[None]:
+    """Compute with the means inside the scope, also in a scope of draws."""
+    outer = current()
+    if not outer.drawn and not outer.perturbations:
+        yield
+        return
+    modules = set(model.modules())
+    drawn, perturbations = (
+        {module: value for module, value in part.items() if module not in modules}
+        for part in (outer.drawn, outer.perturbations)
+    )
+    with opened(replace(outer, drawn=drawn, perturbations=perturbations)):
+        yield

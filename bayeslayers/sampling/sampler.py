@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from bayeslayers.layers import BayesianLayer, can_draw_output
 from bayeslayers.matrix_gaussian import as_matrix, correlated
 from bayeslayers.noise import StandardNormal
-from bayeslayers.perturbation import PERTURBATIONS, How
-from bayeslayers.sampling.placement import cleared, put, refresh, slots_of
+from bayeslayers.perturbation import PERTURBATIONS, How, Perturbation
+from bayeslayers.sampling.placement import placed
 from bayeslayers.sampling.sites import Site, posterior
 
 
@@ -38,18 +38,6 @@ def sampled(
             curvature to track; "local" takes no `noise`. A matrix-variate posterior has its weight drawn.
     """
     return Sampler(list(posterior(model)), generator, how=how).draw(noise)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode inside the scope, and each of its modules back in its own mode after it."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 class Sampler:
@@ -85,7 +73,6 @@ class Sampler:
         self.differentiable = differentiable
         self.leaves: dict[str, Tensor] = {}
         self.noise: dict[str, tuple[Tensor, float]] = {}
-        self._slots = slots_of(place for site in sites for place in site.places)
         tied = {module for site in sites if len(site.places) > 1 for module, _ in site.places}
         self._layers: dict[BayesianLayer, dict[str, Site]] = {}
         for site in sites:
@@ -94,7 +81,7 @@ class Sampler:
         self._perturbed = [m for m in self._layers if how in PERTURBATIONS and m not in tied and can_draw_output(m)]
         # Memory is kept from draw to draw: on a CPU its allocation costs as much as the arithmetic.
         self._noise: dict[str, Tensor] = {}
-        self._deviations = {site.name: site.precision.rsqrt() for site in sites} if frozen else None
+        self._deviations = {site.name: site.deviation for site in sites} if frozen else None
 
     @contextmanager
     def draw(self, noise: Mapping[str, Tensor] | None = None) -> Iterator[None]:
@@ -103,50 +90,52 @@ class Sampler:
             raise ValueError("noise must be None under how='local', which draws outputs, got values for weights.")
         normal = StandardNormal(self.generator)
         self.leaves, self.noise = {}, {}
-        with cleared(self._slots):
-            for layer in self._perturbed:
-                vars(layer)["perturbation"] = PERTURBATIONS[self.how](self.how, self.generator)
-            for site in self.sites:
-                self._draw_site(site, noise, normal)
-            for layer in self._layers:
-                if layer.roots is not None and layer.perturbation is None:
-                    self._correlate(layer, *layer.roots)
-            refresh(self._slots)
+        perturbations: dict[nn.Module, Perturbation] = {
+            layer: PERTURBATIONS[self.how](self.how, self.generator) for layer in self._perturbed
+        }
+        values: dict[str, Tensor] = {}
+        for site in self.sites:
+            if (value := self._draw_site(site, noise, normal, perturbations.get(site.module))) is not None:
+                values[site.name] = value
+        for layer in self._layers:
+            if layer.roots is not None and layer not in perturbations:
+                values |= self._correlated(layer, *layer.roots)
+        with placed(self.sites, values, perturbations):
             yield
 
-    def _draw_site(self, site: Site, noise: Mapping[str, Tensor] | None, normal: StandardNormal) -> None:
-        """Give the modules of a site its draw, or its layer what outputs are drawn with."""
+    def _draw_site(
+        self,
+        site: Site,
+        noise: Mapping[str, Tensor] | None,
+        normal: StandardNormal,
+        perturbation: Perturbation | None,
+    ) -> Tensor | None:
+        """Return the draw of a site; None if its layer draws the output, with what it gets here."""
         mean = site.mean
-        perturbation = site.module.perturbation if isinstance(site.module, BayesianLayer) else None
-        deviation = site.precision.rsqrt() if self._deviations is None else self._deviations[site.name]
+        deviation = site.deviation if self._deviations is None else self._deviations[site.name]
         if perturbation is not None and self.how == "local":
             perturbation.values[site.key] = self._leaf(site, deviation)
-            return
-        values, factor = self._noise_of(site.name, mean, normal) if noise is None else (_given(noise, site), 1.0)
+            return None
+        values, factor = self._noise_of(site, mean, normal) if noise is None else (_given(noise, site), 1.0)
         self.noise[site.name] = values, factor
         if perturbation is not None:
             perturbation.values[site.key] = self._leaf(site, values * deviation * factor)
-            return
+            return None
         if self.differentiable:
-            drawn = mean + self._leaf(site, values * deviation * factor)
-        else:
-            # The node of addcmul keeps nothing for the mean: several backward passes may go through it.
-            drawn = torch.addcmul(mean, values, deviation, value=factor)
-        for place in site.places:
-            put(place, drawn)
+            return mean + self._leaf(site, values * deviation * factor)
+        # The node of addcmul keeps nothing for the mean: several backward passes may go through it.
+        return torch.addcmul(mean, values, deviation, value=factor)
 
-    def _correlate(self, layer: BayesianLayer, input_root: Tensor, output_root: Tensor) -> None:
-        """Draw the weight of a matrix-variate posterior, and the bias that is in it, from the noise of both."""
+    def _correlated(self, layer: BayesianLayer, input_root: Tensor, output_root: Tensor) -> dict[str, Tensor]:
+        """Return the draw of a matrix-variate posterior's weight, and of a bias in it, from the noise of both."""
         weight, bias = self._layers[layer]["weight"], self._layers[layer].get("bias")
         columns = weight.mean.shape[1:].numel()
         if len(input_root) == columns:
             bias = None
         noise = [values * factor for values, factor in (self.noise[site.name] for site in (weight, bias) if site)]
         change = correlated(as_matrix(*noise), input_root, output_root)
-        for site, part in ((weight, change[:, :columns]), (bias, change[:, columns:])):
-            if site is not None:
-                for place in site.places:
-                    put(place, site.mean + part.reshape(site.mean.shape))
+        parts = ((weight, change[:, :columns]), (bias, change[:, columns:]))
+        return {s.name: s.mean + part.reshape(s.mean.shape).to(s.mean.dtype) for s, part in parts if s is not None}
 
     def _leaf(self, site: Site, value: Tensor) -> Tensor:
         """Return the value, as the site's leaf if gradients are to reach it."""
@@ -154,12 +143,15 @@ class Sampler:
             self.leaves[site.name] = value.requires_grad_()
         return value
 
-    def _noise_of(self, name: str, mean: Tensor, normal: StandardNormal) -> tuple[Tensor, float]:
+    def _noise_of(self, site: Site, mean: Tensor, normal: StandardNormal) -> tuple[Tensor, float]:
         """Return values for one site, in the memory of the last, and the factor that makes them standard normal."""
-        noise = self._noise.get(name)
+        noise = self._noise.get(site.name)
         if noise is None or (noise.device, noise.dtype) != (mean.device, mean.dtype):  # new, or the model has moved
-            noise = self._noise[name] = torch.empty_like(mean)
-        return noise, normal.fill_unscaled_(noise)
+            noise = self._noise[site.name] = torch.empty_like(mean)
+        factor = normal.fill_unscaled_(noise)
+        if site.padding_row is not None:
+            noise[site.padding_row] = 0
+        return noise, factor
 
 
 def _given(noise: Mapping[str, Tensor], site: Site) -> Tensor:
@@ -167,4 +159,6 @@ def _given(noise: Mapping[str, Tensor], site: Site) -> Tensor:
     if values is None or values.shape != site.mean.shape:
         got = "none" if values is None else f"shape {tuple(values.shape)}"
         raise ValueError(f"noise must hold '{site.name}' of shape {tuple(site.mean.shape)}, got {got}.")
-    return values
+    if site.padding_row is None:
+        return values
+    return values.index_fill(0, torch.tensor(site.padding_row, device=values.device), 0)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers import gaussian
-from bayeslayers.layers import BayesianLayer
+from bayeslayers.layers.base import HALF_PRECISIONS
+from bayeslayers.layers.scope import NOTHING, scope_for
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,21 @@ class Site:
     @property
     def value(self) -> Tensor:
         """The tensor that a call computes with: the scope's draw, the mean outside one."""
-        return self.module.value(self.key) if isinstance(self.module, BayesianLayer) else getattr(self.module, self.key)
+        return scope_for(self.module).drawn.get(self.module, NOTHING).get(self.key, self.mean)
 
     @property
     def precision(self) -> Tensor:
         return getattr(self.module, f"{self.key}_precision")
+
+    @property
+    def deviation(self) -> Tensor:
+        """The posterior's standard deviation, in the mean's dtype."""
+        return self.precision.rsqrt().to(self.mean.dtype)
+
+    @property
+    def padding_row(self) -> int | None:
+        """The row of an embedding that stands for padding, which no posterior moves; None where there is none."""
+        return self.module.padding_idx if isinstance(self.module, nn.Embedding | nn.EmbeddingBag) else None
 
     @property
     def prior_mean(self) -> Tensor:
@@ -54,6 +65,7 @@ def posterior(model: nn.Module) -> Iterator[Site]:
 
     Raises:
         ValueError: If two Bayesian layers share a parameter: it cannot have two posteriors.
+        TypeError: If a precision has been cast to half precision.
     """
     found: dict[nn.Parameter, dict[str, tuple[nn.Module, str]]] = {}
     for path, module in model.named_modules():
@@ -68,7 +80,13 @@ def posterior(model: nn.Module) -> Iterator[Site]:
                 "layer twice, or ordinary layers for tied weights."
             )
         if names:
-            yield Site(names[0], *places[names[0]], tuple(places.values()))
+            site = Site(names[0], *places[names[0]], tuple(places.values()))
+            if site.precision.dtype in HALF_PRECISIONS:
+                raise TypeError(
+                    f"the precision of '{site.name}' must be in float32 or wider, got {site.precision.dtype}, which "
+                    "makes large ones infinite. Cast the network before it gets its posterior, or use autocast."
+                )
+            yield site
 
 
 def kl_divergence(model: nn.Module) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from bayeslayers.curvature.accumulate import Leaves, Part
 from bayeslayers.curvature.kronecker import Backward, KroneckerLeaves
 from bayeslayers.layers import BayesianLayer
+from bayeslayers.layers.scope import current, opened
 from bayeslayers.sampling.sites import Site
 
 
@@ -92,14 +94,10 @@ class Tracker:
         if fraction < 1:
             device = None if generator is None else generator.device
             self._part = Part(fraction, float(torch.rand((), generator=generator, device=device)))
-        before = {layer: layer.leaves for layer in self.layers.values()}
-        try:
-            for name, layer in self.layers.items():
-                layer.leaves = self._leaves_of(name, layer)
+        outer = current()
+        leaves = {layer: self._leaves_of(name, layer) for name, layer in self.layers.items()}
+        with opened(replace(outer, leaves={**outer.leaves, **leaves})):
             yield self
-        finally:
-            for layer, leaves in before.items():
-                layer.leaves = leaves
 
     def sums_of(self, loss: Tensor) -> tuple[dict[str, Tensor], int]:
         """Return the sums that a loss gives, by the leaves' names, and the number of its examples.
