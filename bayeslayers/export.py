@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.checks import at_least_one
-from bayeslayers.convert import to_deterministic
+from bayeslayers.convert import last_layer, to_deterministic
 from bayeslayers.likelihoods import Likelihood, likelihood_of
-from bayeslayers.sampling import Sampler, posterior
+from bayeslayers.method import DEFAULT_METHOD, method_of
+from bayeslayers.outputs import tensor_output
+from bayeslayers.sampling import Sampler, Site, posterior
+from bayeslayers.unwrap import unwrapped
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -26,7 +30,8 @@ class FixedDraws(nn.Module):
     """The posterior predictive over draws made once: inputs `(n, *)` to a tuple of the parts in `OUTPUTS`.
 
     Each draw is a network of torch.nn layers, in `networks`; what has no posterior they share. Memory
-    is `num_samples` times the drawn weights, a file as large.
+    is `num_samples` times the drawn weights, a file as large. It predicts as `predict` does by the method "sample";
+    a model whose card names another, as that of a Laplace posterior over several layers, is exported with a warning.
 
     Args:
         model: Model with Bayesian layers, left as it is.
@@ -49,10 +54,12 @@ class FixedDraws(nn.Module):
     ):
         super().__init__()
         at_least_one("num_samples", num_samples)
+        self.likelihood = likelihood or likelihood_of(model)
+        model = unwrapped(model)
         sites = list(posterior(model))
         if not sites:
             raise ValueError("model must have Bayesian layers, got none: every draw would be the same.")
-        self.likelihood = likelihood or likelihood_of(model)
+        _check_method(model, sites)
         sampler = Sampler(sites, generator, frozen=True)
         plain = to_deterministic(model)
         plain.__dict__.pop("card", None)
@@ -69,11 +76,24 @@ class FixedDraws(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        draws = [self.likelihood.per_draw(network(x)) for network in self.networks]
+        draws = [self.likelihood.per_draw(tensor_output(network(x))) for network in self.networks]
         means, noise = (torch.stack(column) for column in zip(*draws, strict=True))
         mean, aleatoric = means.mean(0), noise.mean(0)
         total, epistemic = self.likelihood.split(mean, (means - mean).square().mean(0), aleatoric)
         return mean, total, aleatoric, epistemic
+
+
+def _check_method(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Warn where a model predicts by another method than draws of its weights, and the two differ."""
+    method, drawn = method_of(model), {site.name.rpartition(".")[0] for site in sites}
+    linear = method == "linearised" and drawn == set(last_layer(dict(model.named_modules())))
+    if method != DEFAULT_METHOD and not linear:
+        warnings.warn(
+            "fixed draws of the weights predict as method='sample' does, but the card of the model says "
+            f"{method!r}: the exported program gives other numbers. Measure it by bl.evaluate(model, data, "
+            "method='sample') first, or export a posterior over the last layer, bl.laplace(..., layers=bl.last_layer).",
+            stacklevel=4,
+        )
 
 
 def to_exported(

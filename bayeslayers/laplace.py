@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from bayeslayers.convert.selection import Selectors
 from bayeslayers.gaussian import in_double
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.likelihoods import Likelihood, likelihood_of
+from bayeslayers.outputs import tensor_output
 from bayeslayers.sampling import Site, evaluation_mode, posterior, tracked
+from bayeslayers.unwrap import unwrapped
 
 Network = TypeVar("Network", bound=nn.Module)
 PriorPrecision = float | Literal["marglik", "marglik_per_layer"] | None
@@ -66,7 +68,8 @@ def laplace(
         log p(data | p0) ~ -(1/T) sum_i loss_i(m) - 1/2 sum_w [p0 (m - m0)^2 + log(p / p0)]
 
     The posterior lies in the same buffers as any other: `predict`, `evaluate` and `save_posterior`
-    work. For `predict` prefer method="linearised".
+    work. The card of the result, `net.card`, says that it predicts by the method "linearised", which `predict`
+    then takes by default, also after saving and loading.
 
     Source: Ritter et al. 2018 (ICLR, "A Scalable Laplace Approximation"); MacKay 1992 ("A Practical
     Bayesian Framework"); Immer et al. 2021 (arXiv 2104.04975); Daxberger et al. 2021
@@ -74,9 +77,11 @@ def laplace(
 
     Args:
         model: Trained network, left as it is. The result is a copy, an ordinary network converted by
-            `to_bayesian`, one with Bayesian layers as it is. Frozen weights get a posterior too.
+            `to_bayesian`, one with Bayesian layers as it is. Frozen weights get a posterior too. Of a wrapper of
+            torch (`DataParallel`, `AveragedModel`, `torch.compile`) it is a copy of the network inside.
         data: Training data: a loader, another iterable of batches (x, y), or one batch.
-        likelihood: Meaning of the outputs; None takes `model.likelihood`, else `Categorical()`.
+        likelihood: Meaning of the outputs, which becomes the result's `likelihood`; None takes
+            `model.likelihood`, else `Categorical()`.
         prior_precision: Precision p0 of the prior of all weights; "marglik" finds it,
             "marglik_per_layer" one for each layer; None keeps the layers', as after
             `posterior_to_prior`. Means of the prior are the layers': 1 for the scale of a norm, else 0.
@@ -87,6 +92,7 @@ def laplace(
 
     Raises:
         ValueError: If an argument breaks its rule, or no prior precision has the most evidence.
+        TypeError: If the network returns something else than one tensor.
         FloatingPointError: If a loss or a squared gradient is not finite.
         RuntimeError: If a layer has no per-example gradients, as one that runs twice in one pass.
 
@@ -95,8 +101,8 @@ def laplace(
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
         >>> x, y = torch.randn(20, 4), torch.randint(3, (20,))
         >>> net = bl.laplace(net, [(x, y)], layers=bl.last_layer)
-        >>> net.laplace.dataset_size, net[2].weight_precision.shape
-        (20, torch.Size([3, 8]))
+        >>> net.laplace.dataset_size, net[2].weight_precision.shape, net.card.method
+        (20, torch.Size([3, 8]), 'linearised')
     """
     positive("temperature", temperature)
     if isinstance(prior_precision, str):
@@ -107,19 +113,22 @@ def laplace(
             )
     elif prior_precision is not None:
         positive("prior_precision", prior_precision)
-    net, report = _bayesian_copy(model, layers)
+    meaning = likelihood or likelihood_of(model)
+    net, report = _bayesian_copy(cast(Network, unwrapped(model)), layers)
     sites = list(posterior(net))
     batches = labelled_batches(
         "data", with_progress("laplace", data) if progress and not isinstance(data, tuple) else data
     )
-    squares, log_likelihood, examples = _one_pass(net, sites, batches, likelihood or likelihood_of(net))
+    squares, log_likelihood, examples = _one_pass(net, sites, batches, meaning)
     curvature = {name: square / temperature for name, square in squares.items()}
     found = _set_prior_precision(sites, curvature, prior_precision)
     with torch.no_grad():
         for site in sites:
             site.precision.copy_(curvature[site.name] + site.prior_precision)
-    if isinstance(card := getattr(net, "card", None), Card):
-        net.__dict__["card"] = _own_card(card, report, examples, temperature)
+    card = getattr(net, "card", None)
+    net.__dict__["card"] = _own_card(card if isinstance(card, Card) else Card(), report, examples, temperature)
+    if likelihood is not None or likelihood_of(net) != meaning:
+        net.__dict__["likelihood"] = meaning
     evidence = log_likelihood / temperature - sum(_occam_factor(site, curvature[site.name]) for site in sites)
     net.__dict__["laplace"] = LaplaceFit(evidence, log_likelihood, examples, found, report)
     return net
@@ -154,7 +163,7 @@ def _one_pass(
     log_likelihood, examples, device = 0.0, 0, sites[0].mean.device
     with torch.enable_grad(), evaluation_mode(net), tracked(net) as tracker:
         for x, y in batches:
-            loss = likelihood.loss(net(x.to(device)), y.to(device)) * len(y)
+            loss = likelihood.loss(tensor_output(net(x.to(device))), y.to(device)) * len(y)
             if not loss.isfinite():
                 raise FloatingPointError(f"the loss must be finite, got {loss.item()} on a batch of {len(y)} examples.")
             loss.backward()
@@ -266,4 +275,10 @@ def _own_card(card: Card, report: ConversionReport | None, examples: int, temper
     kept = {key: getattr(card, key) for key in ABOUT_DATA}
     if report is None:
         kept |= {"builder": card.builder, "kwargs": card.kwargs}
-    return Card(**kept, dataset_size=examples, temperature=temperature, optimizer={"name": "Laplace"})
+    return Card(
+        **kept,
+        dataset_size=examples,
+        temperature=temperature,
+        optimizer={"name": "Laplace"},
+        method="linearised",
+    )

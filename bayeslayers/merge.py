@@ -14,8 +14,11 @@ from bayeslayers import gaussian
 from bayeslayers.card import ABOUT_DATA, Card
 from bayeslayers.gaussian import in_double
 from bayeslayers.layers import ROOTS, BayesianLayer
+from bayeslayers.likelihoods import likelihood_of
+from bayeslayers.method import DEFAULT_METHOD, method_of
 from bayeslayers.sampling import Site, posterior
 from bayeslayers.sampling.placement import at_means
+from bayeslayers.unwrap import unwrapped
 
 
 def merge(posteriors: Sequence[nn.Module], method: Literal["product", "average"] = "product") -> nn.Module:
@@ -38,7 +41,8 @@ def merge(posteriors: Sequence[nn.Module], method: Literal["product", "average"]
         method: "product" or "average".
 
     Returns:
-        A new model, in the mode of the first. A card keeps what describes the network, and no figures.
+        A new model, in the mode of the first. A card keeps what describes the network, and no metrics. Models in
+        torch's wrappers are merged without them.
 
     Raises:
         TypeError: If there is no model, or something that is none.
@@ -58,6 +62,7 @@ def merge(posteriors: Sequence[nn.Module], method: Literal["product", "average"]
         raise TypeError(f"posteriors must be one model or more, got {found}.")
     if method not in ("product", "average"):
         raise ValueError(f"method must be 'product' or 'average', got {method!r}.")
+    meaning, models = likelihood_of(models[0]), [unwrapped(model) for model in models]
     sites = [{site.name: site for site in posterior(model)} for model in models]
     if not sites[0]:
         raise ValueError("posteriors must have Bayesian layers, got none. bl.to_bayesian converts a network.")
@@ -74,6 +79,8 @@ def merge(posteriors: Sequence[nn.Module], method: Literal["product", "average"]
         _merge_others(merged, models, own)
     if isinstance(card := getattr(merged, "card", None), Card):
         merged.__dict__["card"] = _merged_card(card, models, method)
+    if likelihood_of(merged) != meaning:
+        merged.__dict__["likelihood"] = meaning
     return merged
 
 
@@ -180,4 +187,6 @@ def _merged_card(card: Card, models: Sequence[nn.Module], method: str) -> Card:
     """Return a card that says of the merged network what is known without measuring it."""
     names = ", ".join(str(getattr(getattr(model, "card", None), "name", "a model")) for model in models)
     kept = {key: getattr(card, key) for key in (*ABOUT_DATA, "builder", "kwargs")}
+    predicts = {method_of(model) for model in models}
+    kept["method"] = predicts.pop() if len(predicts) == 1 else DEFAULT_METHOD
     return Card(**kept, notes=f"Merged from {names} by {method}.")

@@ -12,8 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module of bayeslayers imports only those above it. A new one takes its place here.
 ORDER = """
-    checks unwrap display gaussian noise curvature matrix_gaussian perturbation layers sampling convert
-    likelihoods export card merge weights checkpoint optim batches prediction laplace metrics recalibrate evaluate plots
+    checks unwrap outputs display gaussian noise curvature matrix_gaussian perturbation layers sampling convert
+    likelihoods card method export merge weights checkpoint optim batches prediction laplace metrics recalibrate
+    evaluate plots
 """.split()
 HEAVY = {
     "timm",

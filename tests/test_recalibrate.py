@@ -222,7 +222,7 @@ X, Y = case_of("classes")[1:]
         ({"data": (X, X.argmax(1))}, ValueError, "must hold a label that is not the predicted one, got none"),
         ({"data": (X, X.argmin(1))}, ValueError, "must be more probable than chance, got labels that are not"),
         ({"data": (X, X), "likelihood": bl.Gaussian(1.0)}, ValueError, "target must differ from the predictions"),
-        ({"model": nn.Linear(4, 4)}, ValueError, "model must have Bayesian layers"),
+        ({"model": nn.Linear(4, 4), "method": None}, ValueError, "model must have Bayesian layers"),
         ({"num_samples": -1}, ValueError, "num_samples must be an integer >= 1, got -1"),
     ],
 )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bayeslayers.checks import at_least_one
 from bayeslayers.likelihoods import Likelihood, likelihood_of
+from bayeslayers.outputs import TensorNetwork
 from bayeslayers.plots.canvas import (
     BLACK,
     BLUE,
@@ -31,6 +32,7 @@ from bayeslayers.plots.canvas import (
 )
 from bayeslayers.prediction import Prediction, predict
 from bayeslayers.sampling import evaluation_mode, sampled
+from bayeslayers.unwrap import unwrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,7 +93,7 @@ def decision_boundary(
         raise ValueError(
             f"class_names must name the classes {int(y.min())} to {int(y.max())}, got {len(classes)} names."
         )
-    likelihood = likelihood or likelihood_of(model)
+    likelihood, model = likelihood or likelihood_of(model), unwrapped(model)
     around = [_around(x[:, axis]) for axis in (0, 1)]
     sides = [torch.linspace(*ends, grid) for ends in around]
     points = torch.cartesian_prod(*sides).to(x.dtype)
@@ -202,9 +204,9 @@ def _around(values: Tensor) -> tuple[float, float]:
 
 def _one_pass(model: nn.Module, points: Tensor, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
     """Return probabilities and their entropy, of one pass with the weights as they are."""
-    parameter = next(model.parameters(), points)
+    network, parameter = TensorNetwork(unwrapped(model)), next(model.parameters(), points)
     with torch.no_grad(), evaluation_mode(model):
-        passes = [likelihood.per_draw(model(part.to(parameter.device))) for part in points.split(_CHUNK)]
+        passes = [likelihood.per_draw(network(part.to(parameter.device))) for part in points.split(_CHUNK)]
     probs, entropies = zip(*passes, strict=True)
     return torch.cat(probs), torch.cat(entropies)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from bayeslayers.layers import BayesianLayer
+from bayeslayers.outputs import tensor_output
 from bayeslayers.prediction.chunks import Plan, Run
 from bayeslayers.prediction.moment_rules import RULES, Moments, no_rule, rectified
 
@@ -112,7 +113,7 @@ def _propagated(graph: fx.GraphModule, x: Tensor) -> Moments:
     interpreter = _Propagation(graph)
     interpreter.extra_traceback = False  # errors stay one sentence
     output = interpreter.run(x)
-    return output if isinstance(output, Moments) else Moments(output, torch.zeros_like(output))
+    return output if isinstance(output, Moments) else Moments(tensor_output(output), torch.zeros_like(output))
 
 
 class _Propagation(fx.Interpreter):

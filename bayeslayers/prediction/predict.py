@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from torch.utils.data import DataLoader
 
 from bayeslayers.batches import input_batches, with_progress
 from bayeslayers.checks import at_least_one, near, positive
-from bayeslayers.curvature.accumulate import wide
 from bayeslayers.likelihoods import Likelihood, likelihood_of
+from bayeslayers.method import method_of
+from bayeslayers.outputs import TensorNetwork
+from bayeslayers.prediction.average import Average
 from bayeslayers.prediction.chunks import Plan, Run
 from bayeslayers.prediction.draws import linearised_draws, local_draws, means, weight_draws
 from bayeslayers.prediction.dropout import dropout_draws
@@ -25,9 +28,11 @@ from bayeslayers.prediction.result import Prediction, joined
 from bayeslayers.sampling import evaluation_mode, posterior
 from bayeslayers.sampling.placement import at_means
 from bayeslayers.sampling.sharing import in_use
+from bayeslayers.unwrap import compiled_or_unwrapped, unwrapped
 
-_WAITING_DRAWS, _WAITING_VALUES = 16, 2**16  # whose outputs memory may hold beside their averages
 _CHECKPOINT = 16  # draws between two looks at the standard error: of fewer, it is no estimate
+
+Method: TypeAlias = Literal["sample", "mean", "local", "moments", "linearised", "dropout"]
 
 METHODS: dict[str, Callable[[nn.Module, Plan], Iterator[Run]]] = {
     "sample": weight_draws,
@@ -38,6 +43,8 @@ METHODS: dict[str, Callable[[nn.Module, Plan], Iterator[Run]]] = {
     "dropout": dropout_draws,
 }
 _WITHOUT_DRAWS = ("mean", "moments")
+_OF_ANY_NETWORK = ("mean", "dropout")  # which read no posterior
+_COMPILED = ("sample", "mean")  # which call a network as it is; the others take it apart
 
 
 def predict(
@@ -48,7 +55,7 @@ def predict(
     tolerance: float | None = None,
     sample_chunk: int | Literal["auto"] = "auto",
     batch_size: int | None = None,
-    method: Literal["sample", "mean", "local", "moments", "linearised", "dropout"] = "sample",
+    method: Method | None = None,
     antithetic: bool = False,
     likelihood: Likelihood | None = None,
     generator: torch.Generator | None = None,
@@ -61,7 +68,8 @@ def predict(
     module's own mode is restored. The same arguments and generator state give the same numbers.
 
     Args:
-        model: Model with Bayesian layers.
+        model: Model with Bayesian layers; for "mean" and "dropout" any network. Of `DataParallel`,
+            `DistributedDataParallel` and `AveragedModel` the network inside is called.
         x: Inputs, examples in dimension 0; or a DataLoader or another iterable of such batches, each
             x or (x, ...). They are moved to the model's device. All batches see the same draws.
         num_samples: Draws, >= 1; with a tolerance, the most of them.
@@ -73,7 +81,8 @@ def predict(
             layer in the cache, 32 at most. The results agree to rounding. Too many for the memory
             are halved, with a warning.
         batch_size: Examples per forward pass; None takes a tensor whole, and batches as they come.
-        method: How to average over the posterior:
+        method: How to average over the posterior; None takes the method that the model's card names, which is
+            "linearised" after `laplace`, else "sample".
             "sample" draws whole networks.
             "mean" is one pass with the posterior means, whose epistemic part is 0.
             "moments" propagates mean and variance in one pass, see `bayeslayers.prediction.moments`; the outputs'
@@ -82,7 +91,8 @@ def predict(
             layers on `(n, i)`, an approximation where positions share weights, and cheaper where
             weights outnumber activations, see `bayeslayers.perturbation`.
             "linearised" draws outputs of the network linear in its weights (Immer et al. 2021).
-            "dropout" draws dropout masks at the posterior means, the baseline of Gal & Ghahramani 2016.
+            "dropout" draws dropout masks at the posterior means, the baseline of Gal & Ghahramani 2016; see
+            `bayeslayers.prediction.dropout`.
         antithetic: Draw in pairs, mean + noise and mean - noise, of an even `num_samples`, for method
             "sample". What is linear in the weights has no Monte-Carlo error then; the standard error
             is that of pairs.
@@ -95,7 +105,8 @@ def predict(
     Raises:
         ValueError: If inputs are empty or not finite, a number is out of its range, the method is
             unknown or does not fit the model or the other arguments, or no layer is Bayesian.
-        TypeError: If `x` holds something else than tensors.
+        TypeError: If `x` holds something else than tensors, or the model returns something else than one tensor.
+        FloatingPointError: If the prediction is not finite; it is a ValueError too.
 
     Example:
         >>> import torch, bayeslayers as bl
@@ -103,24 +114,28 @@ def predict(
         >>> prediction.probs.shape, prediction.labels.shape
         (torch.Size([5, 3]), torch.Size([5]))
     """
-    device = _device(model, method)
+    name = method_of(model) if method is None else method
+    device = _device(unwrapped(model), name)
     if generator is None and not isinstance(x, Tensor):
         generator = _seeded(device)
-    plan = _plan(num_samples, tolerance, sample_chunk, method, antithetic, generator)
+    plan = _plan(num_samples, tolerance, sample_chunk, name, antithetic, generator)
     if batch_size is not None:
         at_least_one("batch_size", batch_size)
     likelihood = likelihood or likelihood_of(model)
+    model = compiled_or_unwrapped(model) if name in _COMPILED else unwrapped(model)
+    network = model if name == "moments" else TensorNetwork(model)  # a traced network's output is checked there
+    number = itertools.count()
 
     def result(inputs: Tensor) -> Prediction:
         _check_input(inputs)
         batches = inputs.to(device).split(batch_size or len(inputs))
-        averages = _averages(model, batches, plan, METHODS[method], tolerance, likelihood)
-        part = joined([average.result() for average in averages])
+        averages = _averages(network, batches, plan, METHODS[name], tolerance, likelihood)
+        part = joined([average.result(next(number)) for average in averages])
         return part if result_device is None else part.to(result_device)
 
     with torch.no_grad(), in_use(model, trains=False), evaluation_mode(model), at_means(model):
         found = result(x) if isinstance(x, Tensor) else joined([result(batch) for batch in _stream(x, plan, progress)])
-    if method == "moments":
+    if name == "moments":
         found = replace(found, standard_error=torch.full_like(found.standard_error, math.nan))
     if tolerance is not None and not (missed := float(found.standard_error.max())) < tolerance:
         warnings.warn(
@@ -151,7 +166,10 @@ def _plan(
         if method in _WITHOUT_DRAWS:
             raise ValueError(f"tolerance must be None for method {method!r}, which draws nothing, got {tolerance}.")
     if antithetic and method != "sample":
-        raise ValueError(f"antithetic must be False for method {method!r}, got True: only weights come in pairs.")
+        raise ValueError(
+            f"antithetic must be False for method {method!r}, got True: only weights come in pairs. "
+            "Give method='sample'."
+        )
     if antithetic and num_samples % 2:
         raise ValueError(f"num_samples must be even for antithetic pairs, got {num_samples}.")
     chunk = None if sample_chunk == "auto" else int(sample_chunk)
@@ -160,8 +178,11 @@ def _plan(
 
 def _device(model: nn.Module, method: str) -> torch.device:
     sites = list(posterior(model))
-    if not sites and method != "dropout":
-        raise ValueError("model must have Bayesian layers, got none: every draw would be the same.")
+    if not sites and method not in _OF_ANY_NETWORK:
+        raise ValueError(
+            "model must have Bayesian layers, got none: every draw would be the same. method='mean' predicts by the "
+            "weights as they are; bl.to_bayesian converts a network."
+        )
     return sites[0].mean.device if sites else next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
@@ -190,9 +211,9 @@ def _averages(
     method: Callable[[nn.Module, Plan], Iterator[Run]],
     tolerance: float | None,
     likelihood: Likelihood,
-) -> list[_Average]:
+) -> list[Average]:
     """Return the averages over draws of each batch; draw after draw goes to all that need more."""
-    averages = [_Average(likelihood, 2 if plan.antithetic else 1) for _ in batches]
+    averages = [Average(likelihood, 2 if plan.antithetic else 1) for _ in batches]
     unfinished = list(zip(averages, batches, strict=True))
     for run in method(model, plan):
         for average, batch in unfinished:
@@ -203,71 +224,6 @@ def _averages(
             if not unfinished:
                 break
     return averages
-
-
-class _Average:
-    """Running mean and variance over draws (Chan et al. 1983), which do not cancel as a sum of squares does.
-
-    Small outputs wait for those of further draws: the operations cost more than the numbers in them.
-
-    Args:
-        likelihood: Meaning of the outputs.
-        group: Draws in a row that depend on each other, 2 for antithetic pairs; groups are independent.
-    """
-
-    mean: Tensor
-    aleatoric: Tensor
-    squares: Tensor  # sum over draws of squared deviations from the mean
-    group_squares: Tensor  # the same sum over means of groups
-
-    def __init__(self, likelihood: Likelihood, group: int = 1):
-        self.likelihood, self.group = likelihood, group
-        self.count = self.draws = 0  # averaged, and with those that wait
-        self._waiting: list[Tensor] = []
-
-    def add(self, outputs: Tensor) -> None:
-        """Add the outputs of some draws, `(s, n, *)`."""
-        self._waiting.append(outputs)
-        self.draws += len(outputs)
-        enough = min(_WAITING_DRAWS, _WAITING_VALUES / outputs[0].numel())
-        if self.draws - self.count >= enough and self.draws % self.group == 0:
-            self._merge()
-
-    def _merge(self) -> None:
-        outputs = wide(self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting))
-        self._waiting = []
-        parts = self.likelihood.per_draw(outputs.flatten(0, 1))
-        means, noise = (part.unflatten(0, outputs.shape[:2]) for part in parts)
-        mean, aleatoric = means.mean(0), noise.mean(0)
-        squares = group_squares = (means - mean).square().sum(0)
-        if self.group > 1:
-            group_squares = (means.unflatten(0, (-1, self.group)).mean(1) - mean).square().sum(0)
-        if self.count == 0:
-            self.mean, self.aleatoric, self.squares, self.group_squares = mean, aleatoric, squares, group_squares
-        else:
-            share = len(outputs) / self.draws
-            deviation = mean - self.mean
-            between = share * self.count * deviation.square()
-            self.mean += share * deviation
-            self.aleatoric += share * (aleatoric - self.aleatoric)
-            self.squares += squares + between
-            if self.group > 1:
-                self.group_squares += group_squares + between / self.group
-        self.count = self.draws
-
-    def error(self) -> Tensor:
-        """Return the standard error of the mean; NaN from a single group."""
-        if self._waiting:
-            self._merge()
-        groups = self.count // self.group
-        return (self.group_squares / (groups - 1) / groups).sqrt() if groups > 1 else self.mean * math.nan
-
-    def result(self) -> Prediction:
-        error = self.error()
-        total, epistemic = self.likelihood.split(self.mean, self.squares / self.count, self.aleatoric)
-        return Prediction(
-            self.mean, total, self.aleatoric, epistemic, error, self.count, self.likelihood, (self.count,)
-        )
 
 
 def _check_input(x: Tensor) -> None:

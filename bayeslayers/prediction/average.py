@@ -1,0 +1,98 @@
+"""The average over draws of one batch's predictions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bayeslayers.curvature.accumulate import wide
+from bayeslayers.likelihoods import Categorical, Likelihood
+from bayeslayers.outputs import NonFiniteOutputError
+from bayeslayers.prediction.result import Prediction
+
+_WAITING_DRAWS, _WAITING_VALUES = 16, 2**16  # whose outputs memory may hold beside their averages
+
+
+class Average:
+    """Running mean and variance over draws (Chan et al. 1983), which do not cancel as a sum of squares does.
+
+    Small outputs wait for those of further draws: the operations cost more than the numbers in them.
+
+    Args:
+        likelihood: Meaning of the outputs.
+        group: Draws in a row that depend on each other, 2 for antithetic pairs; groups are independent.
+    """
+
+    mean: Tensor
+    aleatoric: Tensor
+    squares: Tensor  # sum over draws of squared deviations from the mean
+    group_squares: Tensor  # the same sum over means of groups
+    infinite: Tensor | bool = False  # per example, whether an output of any draw was infinite
+
+    def __init__(self, likelihood: Likelihood, group: int = 1):
+        self.likelihood, self.group = likelihood, group
+        self.count = self.draws = 0  # averaged, and with those that wait
+        self._waiting: list[Tensor] = []
+
+    def add(self, outputs: Tensor) -> None:
+        """Add the outputs of some draws, `(s, n, *)`."""
+        self._waiting.append(outputs)
+        self.draws += len(outputs)
+        enough = min(_WAITING_DRAWS, _WAITING_VALUES / max(1, outputs[0].numel()))
+        if self.draws - self.count >= enough and self.draws % self.group == 0:
+            self._merge()
+
+    def _merge(self) -> None:
+        outputs = wide(self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting))
+        self._waiting = []
+        # A sigmoid turns infinity into certainty. A class is left out by a logit of minus infinity.
+        infinite = outputs.isposinf() if isinstance(self.likelihood, Categorical) else outputs.isinf()
+        self.infinite = self.infinite | infinite.reshape(*outputs.shape[:2], -1).any(2).any(0)
+        parts = self.likelihood.per_draw(outputs.flatten(0, 1))
+        means, noise = (part.unflatten(0, outputs.shape[:2]) for part in parts)
+        mean, aleatoric = means.mean(0), noise.mean(0)
+        squares = group_squares = (means - mean).square().sum(0)
+        if self.group > 1:
+            group_squares = (means.unflatten(0, (-1, self.group)).mean(1) - mean).square().sum(0)
+        if self.count == 0:
+            self.mean, self.aleatoric, self.squares, self.group_squares = mean, aleatoric, squares, group_squares
+        else:
+            share = len(outputs) / self.draws
+            deviation = mean - self.mean
+            between = share * self.count * deviation.square()
+            self.mean += share * deviation
+            self.aleatoric += share * (aleatoric - self.aleatoric)
+            self.squares += squares + between
+            if self.group > 1:
+                self.group_squares += group_squares + between / self.group
+        self.count = self.draws
+
+    def error(self) -> Tensor:
+        """Return the standard error of the mean; NaN from a single group."""
+        if self._waiting:
+            self._merge()
+        groups = self.count // self.group
+        return (self.group_squares / (groups - 1) / groups).sqrt() if groups > 1 else self.mean * math.nan
+
+    def result(self, batch: int = 0) -> Prediction:
+        """Return the prediction for one batch, whose number is for messages."""
+        error = self.error()
+        total, epistemic = self.likelihood.split(self.mean, self.squares / self.count, self.aleatoric)
+        self._check_finite(total, batch)
+        return Prediction(
+            self.mean, total, self.aleatoric, epistemic, error, self.count, self.likelihood, (self.count,)
+        )
+
+    def _check_finite(self, total: Tensor, batch: int) -> None:
+        values = [(~part.isfinite()).reshape(len(part), -1).sum(1) for part in (self.mean, total)]
+        bad = values[0] + values[1] + self.infinite
+        if not bad.any():
+            return
+        examples = bad.nonzero().flatten()
+        raise NonFiniteOutputError(
+            f"prediction must be finite, got {int(bad.sum())} NaN or infinite values of mean and uncertainty, in "
+            f"{len(examples)} of {len(bad)} examples of batch {batch}, the first of them {int(examples[0])}. "
+            "Check the weights and the scale of the inputs."
+        )
