@@ -9,17 +9,26 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from bayeslayers.card import Card, PosteriorError, card_from_json, first_bad_field, model_card
+from bayeslayers.card import Card, PosteriorError, card_from_json, first_bad_field, likelihood_in, model_card
+from bayeslayers.claims import chosen_likelihood, refuse_unwritten
 from bayeslayers.sampling import posterior
-from bayeslayers.weights import CONFIG, README, WEIGHTS, check_values, member, open_weights
+from bayeslayers.unwrap import unwrapped
+from bayeslayers.weights import (
+    CONFIG,
+    README,
+    WEIGHTS,
+    Weights,
+    parse_tensors,
+    parse_weights,
+    read_member,
+)
 
 _CONFIG_BYTES = 4 * 2**20  # the names of some 100,000 classes
 
@@ -32,33 +41,45 @@ def save_posterior(model: nn.Module, folder: str | Path, **fields: Any) -> Card:
     it aside, whole, as `.NAME-*.old`.)
 
     Args:
-        model: Model with Bayesian layers.
+        model: Model with Bayesian layers, also in torch's wrappers (`DataParallel`, `AveragedModel`, `torch.compile`):
+            the network inside is saved, under its own names.
         folder: Folder to make or replace.
-        fields: Fields of the `Card`; the others are those of `model.card`, where there is one.
+        fields: Fields of the `Card`; the others are those of `model.card`, where there is one. The likelihood is
+            `model.likelihood`, where there is one; `likelihood` may also be a `Gaussian(0.3)`.
 
     Returns:
         The card as written.
 
     Raises:
         ValueError: If the model has no Bayesian layer, a value that is not finite or a precision
-            that is not positive, or a field of the card is bad.
+            that is not positive, a field of the card is bad or contradicts the model, or metrics were sampled
+            from a posterior that nothing has written.
         FileExistsError: If the folder holds anything but a posterior.
     """
-    folder = Path(folder).resolve()
-    if not any(True for _ in posterior(model)):
+    folder, network = Path(os.path.expanduser(folder)).resolve(), unwrapped(model)
+    if not any(True for _ in posterior(network)):
         raise ValueError("model must have Bayesian layers, got none. Build it from them, as BayesLinear.")
-    # Cloned, for a safetensors file has no two names for one memory, as a layer used twice gives.
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    for name, tensor in tensors.items():
-        check_values(name, tensor, "model")
-    weights = save_tensors(tensors)
-    card = getattr(model, "card", None) or Card()
+    weights = save_tensors(_checked_tensors(network))
+    own = getattr(network, "card", None)
+    card = own if isinstance(own, Card) else Card()
+    fields = {"name": folder.name} | fields | chosen_likelihood(network, fields)
     try:
-        card = dataclasses.replace(card, **{"name": folder.name} | fields, sha256=hashlib.sha256(weights).hexdigest())
+        card = dataclasses.replace(card, **fields, sha256=hashlib.sha256(weights).hexdigest())
     except ValidationError as error:
         raise ValueError(f"card has a bad {first_bad_field(error)}") from None
+    likelihood_in(card)
+    refuse_unwritten(network, card)
     write_folder(folder, {WEIGHTS: weights, CONFIG: card.to_json().encode(), README: model_card(card).encode()})
     return card
+
+
+def _checked_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Return a network's tensors, which can be loaded again.
+
+    They are cloned, for a safetensors file has no two names for one memory, as a layer used twice gives.
+    """
+    state = Weights(Path("model"), network.state_dict())
+    return {name: state.read(name).detach().cpu().contiguous().clone() for name in state.shapes}
 
 
 def write_folder(folder: Path, contents: dict[str, bytes]) -> None:
@@ -117,14 +138,41 @@ def read_card(folder: str | Path) -> Card:
     Raises:
         PosteriorError: If the folder or its `config.json` is missing or bad.
     """
-    path = member(folder, CONFIG)
-    if (size := path.stat().st_size) > _CONFIG_BYTES:
-        raise PosteriorError(f"{path} must have at most {_CONFIG_BYTES} bytes, got {size}.")
-    return card_from_json(path.read_bytes(), str(path))
+    folder = Path(os.path.expanduser(folder))
+    return card_from_json(read_member(folder, CONFIG, _CONFIG_BYTES), str(folder / CONFIG))
+
+
+class Stored(NamedTuple):
+    """A posterior as it was read from a folder.
+
+    Attributes:
+        card: Its card.
+        weights: Its tensors, whose values are checked when they are taken.
+        files: Content of the two files.
+    """
+
+    card: Card
+    weights: Weights
+    files: dict[str, bytes]
+
+
+def read_posterior(folder: str | Path) -> Stored:
+    """Read a posterior's folder, each file once.
+
+    Raises:
+        PosteriorError: If a file is missing or bad, or the hash of the weights is not the card's.
+    """
+    folder = Path(os.path.expanduser(folder))
+    files = {CONFIG: read_member(folder, CONFIG, _CONFIG_BYTES)}
+    card = card_from_json(files[CONFIG], str(folder / CONFIG))
+    files[WEIGHTS] = read_member(folder, WEIGHTS)
+    return Stored(card, parse_weights(files[WEIGHTS], card.sha256, folder), files)
 
 
 def load_posterior(folder: str | Path, model: nn.Module) -> Card:
     """Load a posterior's weights into a model of the same architecture, having checked them.
+
+    The model gets the posterior's card as `model.card`, and the likelihood that it names as `model.likelihood`.
 
     Args:
         folder: Folder that `save_posterior` wrote.
@@ -137,9 +185,15 @@ def load_posterior(folder: str | Path, model: nn.Module) -> Card:
         PosteriorError: If a file is missing or truncated, its hash differs, a tensor is missing,
             unknown or of another shape, a value is not finite, or a precision is not positive.
     """
-    card = read_card(folder)
-    with open_weights(folder, card.sha256) as weights:
-        weights.fill(model)
+    card, weights, _ = read_posterior(folder)
+    network = unwrapped(model)
+    weights.fill(network)
+    likelihood = getattr(network, "likelihood", None)
+    if likelihood is None or (card.likelihood, card.likelihood_parameters) != ("categorical", None):
+        likelihood = likelihood_in(
+            card
+        )  # other cards are of a release that wrote "categorical" whatever the model said
+    network.__dict__.update(card=card, likelihood=likelihood)
     return card
 
 
@@ -152,27 +206,36 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_take_apart(state, tensors))
-    write_atomically(Path(path), save_tensors(tensors, metadata={"state": tree, "sha256": _digest(tree, tensors)}))
+    write_atomically(
+        Path(os.path.expanduser(path)),
+        save_tensors(tensors, metadata={"state": tree, "sha256": _digest(tree, tensors)}),
+    )
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return the state that `save_checkpoint` wrote.
+    """Return the state that `save_checkpoint` wrote. The file is read once: what was hashed is what is returned.
 
     Raises:
         PosteriorError: If the file is missing, truncated, changed or no checkpoint.
     """
-    if not Path(path).is_file():
+    path = Path(os.path.expanduser(path))
+    if not path.is_file():
         raise PosteriorError(f"{path} must be a training checkpoint, got no such file.")
+    complaint = f"{path} must be a training checkpoint, got a damaged or other file"
+    data = path.read_bytes()
+    tensors = parse_tensors(data, complaint)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        tree = metadata["state"]
-        if metadata["sha256"] != _digest(tree, tensors):
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        if metadata["sha256"] != _digest(metadata["state"], tensors):
             raise ValueError("its sha256 is another")
-        return _put_together(json.loads(tree), tensors)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise PosteriorError(f"{path} must be a training checkpoint, got a damaged or other file: {error}.") from None
+        state = _put_together(json.loads(metadata["state"]), tensors)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        return state
+    except KeyError as error:
+        raise PosteriorError(f"{complaint}: it has no {error}.") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise PosteriorError(f"{complaint}: {error}.") from None
 
 
 def _digest(tree: str, tensors: dict[str, Tensor]) -> str:
@@ -200,14 +263,21 @@ def _take_apart(node: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _put_together(node: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return the state of whose JSON form `node` is a part.
+
+    Raises:
+        ValueError: If it is no such form, KeyError or TypeError likewise.
+    """
     if not isinstance(node, dict):
         return node
     ((kind, content),) = node.items()
     if kind == "tensor":
         return tensors[content]
-    items = [_put_together(item, tensors) if kind != "dict" else item for item in content]
     if kind == "dict":
-        return {_put_together(k, tensors): _put_together(v, tensors) for k, v in items}
+        return {_put_together(k, tensors): _put_together(v, tensors) for k, v in content}
+    if kind not in ("list", "tuple"):
+        raise ValueError(f"it holds a {kind}")
+    items = [_put_together(item, tensors) for item in content]
     return tuple(items) if kind == "tuple" else items
 
 

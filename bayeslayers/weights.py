@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from bayeslayers.card import PosteriorError
@@ -18,7 +19,16 @@ from bayeslayers.sampling import posterior
 
 WEIGHTS, CONFIG, README = "model.safetensors", "config.json", "README.md"
 _HEADER_BYTES = 4 * 2**20  # names and shapes of some 30,000 tensors
-_FLOATS, _WHOLE = {"F64", "F32", "F16", "BF16"}, {"I64", "I32", "I16", "I8", "U8", "BOOL"}
+_FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_WHOLE = {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_KINDS = {**_FLOATS, **_WHOLE, torch.complex64: "C64"}
 
 
 def member(folder: str | Path, name: str) -> Path:
@@ -39,24 +49,26 @@ def member(folder: str | Path, name: str) -> Path:
 
 
 class Weights:
-    """An open weight file: its header is known, its tensors are read one by one.
+    """The tensors of a file by name, checked against a model and then loaded into it, all or none.
 
     Args:
-        path: Its path, for messages.
-        file: The safetensors file.
+        path: Path of the file, for messages.
+        tensors: What it holds.
 
     Raises:
-        PosteriorError: If a tensor is of a kind that no posterior has.
+        PosteriorError: If something is no tensor of a name, or a tensor of a kind that no posterior has.
     """
 
-    def __init__(self, path: Path, file: safe_open):
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor]):
         self.path = path
-        self._file = file
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        self.dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
-        if odd := [name for name, dtype in self.dtypes.items() if dtype not in _FLOATS | _WHOLE]:
-            raise PosteriorError(f"{path}: tensor '{odd[0]}' must be of real numbers, got {self.dtypes[odd[0]]}.")
+        if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
+            raise PosteriorError(f"{path} must hold tensors by name, got {type(tensors).__name__}.")
+        self._tensors = tensors
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS | _WHOLE:
+                kind = _kind(tensor) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise PosteriorError(f"{path}: tensor '{name}' must be of real numbers, got {kind}.")
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def check_shapes(self, model: nn.Module) -> None:
         """Check names, shapes and kinds of the tensors against a model's, which may be on the meta device.
@@ -81,7 +93,7 @@ class Weights:
             if self.shapes[name] not in shapes or not self._fits(name, expected):
                 raise PosteriorError(
                     f"{self.path}: tensor '{name}' must be {expected.dtype} of shape {tuple(expected.shape)}, got "
-                    f"{self.dtypes[name]} of shape {self.shapes[name]}."
+                    f"{_kind(self._tensors[name])} of shape {self.shapes[name]}."
                 )
 
     def _expected(self, model: nn.Module) -> dict[str, Tensor]:
@@ -125,7 +137,8 @@ class Weights:
 
     def _fits(self, name: str, expected: Tensor) -> bool:
         """Whether a tensor is of the expected kind; floating-point numbers may be of another precision."""
-        return not expected.is_complex() and expected.is_floating_point() == (self.dtypes[name] in _FLOATS)
+        found = self._tensors[name]
+        return not expected.is_complex() and expected.is_floating_point() == found.is_floating_point()
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return a tensor, its values checked as a model of that dtype will hold them.
@@ -133,7 +146,7 @@ class Weights:
         Raises:
             PosteriorError: If a value is not finite, or a precision is not positive.
         """
-        tensor = self._file.get_tensor(name)
+        tensor = self._tensors[name]
         tensor = tensor if dtype is None else tensor.to(dtype)
         check_values(name, tensor, str(self.path))
         return tensor
@@ -147,36 +160,80 @@ class Weights:
         self.check_shapes(model)
         tensors = {name: self.read(name, expected.dtype) for name, expected in self._expected(model).items()}
         self._attach(model)
-        model.load_state_dict(tensors)
+        # Into the model's own state, which holds the versions of its modules: some load those of older ones otherwise.
+        state = model.state_dict()
+        for name in state.keys() - tensors.keys():
+            del state[name]
+        state.update(tensors)
+        model.load_state_dict(state)
 
 
-@contextmanager
-def open_weights(folder: str | Path, sha256: str) -> Iterator[Weights]:
-    """Open the weight file of a posterior's folder, once its hash has been found to be the card's.
+def read_member(folder: str | Path, name: str, limit: int | None = None) -> bytes:
+    """Return the content of a file of a posterior's folder, read once: what is checked is what is used.
+
+    Args:
+        folder: Folder.
+        name: The file's name.
+        limit: Bytes that it may have; None for what memory holds.
 
     Raises:
-        PosteriorError: If the file is missing, has another hash, or is no safetensors file.
+        PosteriorError: As `member` does, or if the file is larger.
     """
-    path = member(folder, WEIGHTS)
-    digest = hashlib.sha256()
+    path = member(folder, name)
     with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-        file.seek(0)
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    if digest.hexdigest() != sha256:
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise PosteriorError(f"{path} must have at most {limit} bytes, got {size}.")
+        try:
+            return file.read()
+        except MemoryError:
+            raise PosteriorError(f"{path} must fit into memory, got {size} bytes.") from None
+
+
+def parse_weights(data: bytes, sha256: str, folder: str | Path) -> Weights:
+    """Return the tensors of a weight file whose hash must be the card's.
+
+    Args:
+        data: Content of the file.
+        sha256: Hash that the card names.
+        folder: Its folder, for messages.
+
+    Raises:
+        PosteriorError: If it has another hash, or is no safetensors file.
+    """
+    path = Path(folder) / WEIGHTS
+    if hashlib.sha256(data).hexdigest() != sha256:
         raise PosteriorError(f"{path} must have the sha256 that {CONFIG} names, got another: it is damaged or changed.")
-    if header > _HEADER_BYTES:
+    if int.from_bytes(data[:8], "little") > _HEADER_BYTES:
         raise PosteriorError(f"{path} must be a safetensors file with a header of at most {_HEADER_BYTES} bytes.")
+    return Weights(path, parse_tensors(data, f"{path} must be a safetensors file, got one that is not"))
+
+
+def parse_tensors(data: bytes, complaint: str) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Args:
+        data: Its content.
+        complaint: How an error begins.
+
+    Raises:
+        PosteriorError: If it is no such file, or a tensor is of a kind that torch does not know.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            yield Weights(path, file)
-    except SafetensorError as error:
-        raise PosteriorError(f"{path} must be a safetensors file, got one that is not: {error}.") from None
+        return load_tensors(data)
+    except (SafetensorError, KeyError, MemoryError) as error:
+        raise PosteriorError(f"{complaint}: {error}.") from None
+
+
+def _kind(tensor: Tensor) -> str:
+    """Return the name that safetensors gives to a tensor's kind of numbers."""
+    return _KINDS.get(tensor.dtype, str(tensor.dtype))
 
 
 def check_values(name: str, tensor: Tensor, source: str) -> None:
-    """Check that the values are finite, and those of a precision > 0.
+    """Check that the values are finite, and as large as their name asks for.
+
+    A precision and the standard deviation of the inputs are > 0, the running variance of a norm >= 0.
 
     Raises:
         PosteriorError: If they are not.
@@ -187,3 +244,7 @@ def check_values(name: str, tensor: Tensor, source: str) -> None:
         raise PosteriorError(f"{source}: tensor '{name}' must be finite, got NaN or infinite values.")
     if name.endswith("_precision") and not (low > 0 if floating else (tensor > 0).all()):
         raise PosteriorError(f"{source}: precision '{name}' must be > 0, got {float(tensor.min()):.4g}.")
+    if f".{name}".endswith(".normalise.std") and not low > 0:
+        raise PosteriorError(f"{source}: standard deviation '{name}' must be > 0, got {low:.4g}.")
+    if f".{name}".endswith(".running_var") and not low >= 0:
+        raise PosteriorError(f"{source}: variance '{name}' must be >= 0, got {low:.4g}.")

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import zoo
 from bayeslayers.checkpoint import load_checkpoint, write_atomically
 from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.plots import training_curves
+from bayeslayers.weights import Weights
 from recipes.configuration import Config, check, device_of
 from recipes.data import Split, num_batches
 from recipes.evaluate import Answer, Question, evaluated, measured, versions
@@ -87,21 +89,20 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
 
 def go_on_from(start: str, model: nn.Module) -> None:
     """Give a network the state of a run's, or of a posterior."""
-    run = Path(start) / CHECKPOINT
+    folder = Path(os.path.expanduser(start))
+    run = folder / CHECKPOINT
     try:
-        state = load_checkpoint(run)["model"] if run.is_file() else zoo.load(start).state_dict()
+        state = load_checkpoint(run).get("model") if run.is_file() else zoo.load(start).state_dict()
     except (OSError, ValueError) as error:
-        if Path(start).exists():
+        if folder.exists():
             raise
         reason = f"no folder has this name, and {error} Train that run first, or name another."
         raise FileNotFoundError(f"start must be a run's folder, or a posterior, got {start}: {reason}") from None
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[2].strip().partition("\n")[0].rstrip(". ")
-        raise ValueError(
-            f"start must be of the run's model, {zoo.card_of(model).name}, got {start}: {reason}."
-        ) from None
+        Weights(run if run.is_file() else folder, state or {}).fill(model)
+    except ValueError as error:
+        name = zoo.card_of(model).name
+        raise ValueError(f"start must be of the run's model, {name}, got {start}: {error}") from None
 
 
 def folder_of(config: Config, resume: bool) -> Path:

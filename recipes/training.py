@@ -22,8 +22,10 @@ from bayeslayers.checkpoint import load_checkpoint, save_checkpoint, write_atomi
 from bayeslayers.likelihoods import Likelihood
 from bayeslayers.metrics.calibration import CalibrationBins
 from bayeslayers.optim import TemperatureWarmup
+from bayeslayers.weights import Weights
 from recipes.augmentation import Augmentation
 from recipes.data import Split, batches, num_batches
+from recipes.restore import check_optimizer, check_progress, in_a_sentence
 from recipes.run_folder import LOG, log_text
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -185,24 +187,28 @@ class Training:
             PosteriorError: If there is no checkpoint, or it is damaged.
             ValueError: If it is one of another configuration.
         """
-        state = load_checkpoint(self.folder / CHECKPOINT)
+        path = self.folder / CHECKPOINT
+        state = load_checkpoint(path)
         if "bins" not in state:
-            raise ValueError(
-                f"checkpoint must be of this release, got {self.folder / CHECKPOINT} of an older one. Start anew."
-            )
+            raise ValueError(f"checkpoint must be of this release, got {path} of an older one. Start anew.")
+        with in_a_sentence(path):
+            before = dict(state["identity"])
         for key, value in self.identity.items():
-            if state["identity"].get(key) != value:
+            if before.get(key) != value:
                 raise ValueError(
-                    f"{key} must be as in the run to resume, {state['identity'].get(key)!r}, got {value!r}. "
+                    f"{key} must be as in the run to resume, {before.get(key)!r}, got {value!r}. "
                     "Choose another --output to start anew."
                 )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for scheduler, own in zip(self.schedulers, state["schedulers"], strict=True):
-            scheduler.load_state_dict(own)
-        torch.set_rng_state(state["rng"])
-        if self._device.type == "cuda" and state.get("cuda_rng") is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self._device)
+        with in_a_sentence(path):
+            check_progress(state, self.sums, self.bins.sums)
+            Weights(path, state["model"]).fill(self.model)
+            self.optimizer.load_state_dict(state["optimizer"])
+            check_optimizer(self.optimizer)
+            for scheduler, own in zip(self.schedulers, state["schedulers"], strict=True):
+                scheduler.load_state_dict(own)
+            torch.set_rng_state(state["rng"])
+            if self._device.type == "cuda" and state.get("cuda_rng") is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"], self._device)
         self.epoch, self.step, self.sums, self.rows = (state[key] for key in ("epoch", "step", "sums", "rows"))
         self.bins.sums = state["bins"]
 

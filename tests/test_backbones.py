@@ -138,6 +138,17 @@ def test_created_network_survives_disk(name, kwargs, tmp_path, monkeypatch):
     assert model.conversion.entries == loaded.conversion.entries
 
 
+def test_modules_load_by_the_version_they_were_saved_in(tmp_path):
+    # MNASNet of an older version has a narrower stem: a state without versions is taken for one of those.
+    net, _ = bl.to_bayesian(models.mnasnet0_5(num_classes=5))
+    bl.save_posterior(net, tmp_path / "posterior")
+    other, _ = bl.to_bayesian(models.mnasnet0_5(num_classes=5))
+    bl.load_posterior(tmp_path / "posterior", other)
+    assert_close(dict(other.state_dict()), dict(net.state_dict()), **SAME)
+    x = torch.rand(1, 3, 32, 32)
+    assert_close(other.eval()(x), net.eval()(x), **SAME)
+
+
 def refuse_to_connect(*args):
     raise AssertionError("a network must be built without a connection")
 

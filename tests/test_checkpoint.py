@@ -18,7 +18,7 @@ from torch.testing import assert_close
 import bayeslayers as bl
 import zoo
 from bayeslayers.card import FORMAT_VERSION, model_card
-from bayeslayers.checkpoint import read_card, write_atomically
+from bayeslayers.checkpoint import read_card, read_posterior, write_atomically
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 WHO = "'output.weight_precision'"
@@ -107,7 +107,8 @@ def test_config_and_model_card_say_what_the_posterior_is(folder):
 
 
 def test_model_card_shows_metrics_beside_the_baseline():
-    card = bl.Card("p", dataset="mnist (9)", metrics={"accuracy": 0.5, "seed": 0}, baseline={"optimizer": "adam"})
+    metrics = {"accuracy": 0.5, "seed": 0}
+    card = bl.Card("p", builder="mlp", dataset="mnist (9)", metrics=metrics, baseline={"optimizer": "adam"})
     text = model_card(card)
     assert text.startswith("---\n") and "library_name: bayeslayers" in text and 'zoo.load("p")' in text
     assert "| metric | this posterior | adam |" in text and "| accuracy | 0.5 |" in text
@@ -149,6 +150,12 @@ def test_a_layer_used_twice_can_be_saved(tmp_path):
         (lambda f: change(f, lambda t: t * 0), f"precision {WHO} must be > 0, got 0"),
         (lambda f: change(f, lambda t: t.double() * 1e-60), f"precision {WHO} must be > 0, got 0"),
         (lambda f: change(f, lambda t: t - 100), f"precision {WHO} must be > 0, got -"),
+        (lambda f: put(f, "normalise.std", torch.zeros(1, 1, 1)), "deviation 'normalise.std' must be > 0, got 0"),
+        (lambda f: put(f, "normalise.std", -torch.ones(1, 1, 1)), "deviation 'normalise.std' must be > 0, got -1"),
+        (lambda f: put(f, "normalise.std", torch.full((1, 1, 1), math.inf)), "'normalise.std' must be finite"),
+        (lambda f: put(f, "normalise.mean", torch.full((1, 1, 1), math.nan)), "'normalise.mean' must be finite"),
+        (lambda f: put(f, "output.bias_prior_precision", torch.tensor(0.0)), "prior_precision' must be > 0, got 0"),
+        (lambda f: put(f, "output.bias_prior_precision", torch.tensor(1)), "must be torch.float32 .* got I64"),
         (lambda f: (f / CONFIG).write_text("{"), "must be JSON"),
         (lambda f: (f / CONFIG).write_bytes(b"\xff\x00"), "must be JSON"),
         (lambda f: (f / CONFIG).write_text("[" * 10**5), "must be JSON"),
@@ -202,8 +209,37 @@ def without(tensors, name):
     return {key: tensor for key, tensor in tensors.items() if key != name}
 
 
+def put(folder, name, tensor):
+    assert load_file(folder / WEIGHTS)[name].shape == tensor.shape
+    set_weights(folder, lambda tensors: tensors | {name: tensor})
+
+
 def change(folder, function):
     set_weights(folder, lambda tensors: tensors | {WHO.strip("'"): function(tensors[WHO.strip("'")])})
+
+
+def test_a_running_variance_below_zero_does_not_load(tmp_path):
+    bl.save_posterior(zoo.create("lenet5_bn"), tmp_path / "p")
+    assert (load_file(tmp_path / "p" / WEIGHTS)["bn1.running_var"] == 1).all()
+    put(tmp_path / "p", "bn1.running_var", torch.full((6,), -1.0))
+    with pytest.raises(bl.PosteriorError, match=r"variance 'bn1.running_var' must be >= 0, got -1"):
+        zoo.load(tmp_path / "p")
+    put(tmp_path / "p", "bn1.running_var", torch.zeros(6))
+    zoo.load(tmp_path / "p")
+
+
+def test_what_was_hashed_is_what_is_loaded(folder, monkeypatch):
+    opened, read = [], Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *a, **k: (opened.append(path.name), read(path, *a, **k))[1])
+    model = zoo.load(folder)
+    assert opened.count(WEIGHTS) == opened.count(CONFIG) == 1
+    stored = read_posterior(folder)
+    for name in (WEIGHTS, CONFIG):  # another process writes over the files, which nothing is a view of
+        with open(folder / name, "r+b") as file:
+            file.write(bytes((folder / name).stat().st_size))
+    stored.weights.fill(other := network(seed=1))
+    for found in (model, other):
+        assert_close(predicted(found), predicted(network()), rtol=0, atol=0)
 
 
 def test_weights_of_another_network_do_not_load(folder):

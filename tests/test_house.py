@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # A module of bayeslayers imports only those above it. A new one takes its place here.
 ORDER = """
     checks unwrap outputs display gaussian noise curvature matrix_gaussian perturbation layers sampling convert
-    likelihoods card method export merge weights checkpoint optim batches prediction laplace metrics recalibrate
+    likelihoods card method export merge weights claims checkpoint optim batches prediction laplace metrics recalibrate
     evaluate plots
 """.split()
 HEAVY = {

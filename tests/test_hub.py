@@ -112,6 +112,50 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(home, hub):
     same("ada/revised@trial", 3)
 
 
+def test_an_address_names_repository_and_revision(home, hub):
+    publish(saved(home / "mine"), "hf://ada/addressed")
+    publish(saved(home / "mine", seed=1), f"{hub.url}/ada/addressed/tree/trial")
+    for name in ("hf://ada/addressed", f"{hub.url}/ada/addressed/", f"{hub.url}/ada/addressed/blob/main/config.json"):
+        same(name, 0)
+    for name in ("hf://ada/addressed@trial", f"{hub.url}/ada/addressed/resolve/trial/README.md?x=1"):
+        same(name, 1)
+    with pytest.raises(ValueError, match="revision of 'ada/addressed' must be a branch, tag or commit, got 'v9'"):
+        zoo.load("hf://ada/addressed@v9/config.json")
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("hf://ada/x", ("ada/x", None)),
+        ("HF://models/ada/x@v1", ("ada/x", "v1")),
+        ("hf://ada/x@refs/pr/3/config.json", ("ada/x", "refs/pr/3")),
+        ("https://huggingface.co/ada/x", ("ada/x", None)),
+        ("https://huggingface.co/ada/x/?library=true#files", ("ada/x", None)),
+        ("https://huggingface.co/ada/x/tree/v1", ("ada/x", "v1")),
+        ("hf://ada/x@a%2Fb/config.json", ("ada/x", "a/b")),
+        ("https://huggingface.co/ada/x/tree/refs%2Fpr%2F3", ("ada/x", "refs/pr/3")),
+        ("https://huggingface.co/ada/x/blob/0123abc/model.safetensors", ("ada/x", "0123abc")),
+        ("http://hf.co/ada/x/resolve/main/config.json?download=true", ("ada/x", "main")),
+        ("https://huggingface.co/ada/x/commit/0123abc", ("ada/x", "0123abc")),
+        ("hf://datasets/ada/x", None),
+        ("https://huggingface.co/datasets/ada/x", None),
+        ("https://huggingface.co/ada/x/discussions/3", None),
+        ("https://huggingface.co/ada", None),
+        ("https://example.org/ada/x", None),
+        ("hf://", None),
+        ("hf://ada/..", None),
+        ("hf://ada/x@", None),
+        ("hf://ada/x@..%2F..%2Fy", None),
+    ],
+)
+def test_addresses_are_read_without_asking_the_hub(address, expected):
+    if expected is not None:
+        assert client.parse(address) == expected
+        return
+    with pytest.raises(ValueError, match="repository must be OWNER/REPO or OWNER/REPO@REVISION, or a link to its page"):
+        zoo.load(address)
+
+
 def test_what_was_downloaded_once_loads_without_the_hub(home, hub, monkeypatch):
     publish(saved(home / "mine"), "ada/kept")
     same("ada/kept")

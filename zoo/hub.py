@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from bayeslayers.card import PosteriorError
 from bayeslayers.weights import CONFIG, README, WEIGHTS
@@ -17,6 +18,13 @@ from bayeslayers.weights import CONFIG, README, WEIGHTS
 LIBRARY = "bayeslayers"  # the Hub's tag of our posteriors, from `library_name` in their README.md
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _NAME = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/+-]*))?")
+_REVISION = r"refs/(?:pr|convert)/[^/]+|[^/]+"  # slashes of a branch's name are written %2F in an address
+_MODEL = rf"(?!(?:datasets|spaces|buckets)/)({_PART}/{_PART})"
+_HF_ADDRESS = re.compile(rf"{_MODEL}(?:@({_REVISION}))?(?:/.*)?")
+_PAGE = re.compile(rf"{_MODEL}(?:/(?:tree|blob|resolve|raw|commits?)/({_REVISION})(?:/.*)?)?")
+_WEBSITES = [
+    f"{scheme}://{host}" for scheme in ("https", "http") for host in ("huggingface.co", "www.huggingface.co", "hf.co")
+]
 _LOGIN = "Log in with `hf auth login`, or set HF_TOKEN."
 
 
@@ -30,33 +38,66 @@ class Found(NamedTuple):
 
 
 def is_name(name: str) -> bool:
-    """Return whether a name has the form of a posterior's on the Hub.
+    """Return whether a name has the form of a posterior's on the Hub, or is an address there.
 
     >>> is_name("ada/lenet5-mnist@v1"), is_name("lenet5-mnist"), is_name("../folder"), is_name("a/b/c")
     (True, False, False, False)
+    >>> is_name("hf://ada/lenet5-mnist@v1"), is_name("https://huggingface.co/ada/lenet5-mnist/tree/main")
+    (True, True)
     """
-    return _NAME.fullmatch(name) is not None and not {"..", "--"} & {name[i : i + 2] for i in range(len(name))}
+    try:
+        parse(name)
+    except ValueError:
+        return is_address(name)
+    return True
+
+
+def is_address(name: str) -> bool:
+    """Return whether a name is an address: "hf://...", or a link to a page."""
+    return name.lower().startswith(("hf://", "http://", "https://"))
 
 
 def parse(name: str) -> tuple[str, str | None]:
-    """Return the repository and the revision that a name means.
+    """Return the repository and the revision that a name means, or the link to a page of the repository.
 
     >>> parse("ada/lenet5-mnist@v1"), parse("ada/lenet5-mnist")
     (('ada/lenet5-mnist', 'v1'), ('ada/lenet5-mnist', None))
+    >>> parse("hf://ada/lenet5-mnist@v1"), parse("https://huggingface.co/ada/lenet5-mnist/blob/v1/config.json")
+    (('ada/lenet5-mnist', 'v1'), ('ada/lenet5-mnist', 'v1'))
 
     Raises:
         ValueError: If it has another form.
     """
-    if (found := _NAME.fullmatch(name)) is None or not is_name(name):
-        raise ValueError(f"repository must be OWNER/REPO or OWNER/REPO@REVISION, got {name!r}.")
+    form = _from_address(name) if is_address(name) else name
+    if (found := _NAME.fullmatch(form)) is None or {"..", "--"} & {form[i : i + 2] for i in range(len(form))}:
+        raise ValueError(
+            f"repository must be OWNER/REPO or OWNER/REPO@REVISION, or a link to its page on the Hub, got "
+            f"{name!r:.200}."
+        )
     return found[1], found[2]
+
+
+def _from_address(address: str) -> str:
+    """Return OWNER/REPO[@REVISION] of an address, and what is neither as it is.
+
+    A file in the repository is left out: a posterior is all of its files.
+    """
+    from huggingface_hub import constants
+
+    path, found = re.split("[?#]", address, maxsplit=1)[0].rstrip("/"), None
+    if path[:5].lower() == "hf://":
+        found = _HF_ADDRESS.fullmatch(path[5:].removeprefix("models/"))
+    for hub in (constants.ENDPOINT, *_WEBSITES):
+        if path.lower().startswith(f"{hub}/".lower()):
+            found = _PAGE.fullmatch(path[len(hub) + 1 :])
+    return address if found is None else found[1] + (f"@{unquote(found[2])}" if found[2] else "")
 
 
 def fetch(name: str) -> Path:
     """Return the folder of a posterior of the Hub in the Hub's cache, downloaded if need be.
 
     Args:
-        name: "OWNER/REPO", or "OWNER/REPO@REVISION" for a branch, a tag or a commit.
+        name: "OWNER/REPO", or "OWNER/REPO@REVISION" for a branch, a tag or a commit; or an address of it.
 
     Raises:
         ValueError: If there is no such repository or revision that the user may read.

@@ -8,9 +8,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from bayeslayers.card import Card
+from bayeslayers.card import Card, likelihood_in
 from bayeslayers.checks import near
-from bayeslayers.likelihoods import likelihood_named
 from bayeslayers.unwrap import unwrapped
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
@@ -84,7 +83,7 @@ def rebuild(card: Card) -> nn.Module:
 
 def describe(model: nn.Module, card: Card) -> nn.Module:
     """Give a network its card, and the likelihood that the card names."""
-    model.__dict__.update(card=card, likelihood=likelihood_named(card.likelihood))
+    model.__dict__.update(card=card, likelihood=likelihood_in(card))
     return model
 
 

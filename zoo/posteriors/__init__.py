@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 from torch import nn
 
-from bayeslayers.card import Card, PosteriorError, model_card
-from bayeslayers.checkpoint import read_card, write_folder
+from bayeslayers.card import PosteriorError, model_card
+from bayeslayers.checkpoint import Stored, read_posterior, write_folder
 from bayeslayers.checks import near
-from bayeslayers.weights import CONFIG, README, WEIGHTS, member, open_weights
+from bayeslayers.weights import CONFIG, README, WEIGHTS, read_member
 from zoo import hub
 from zoo.sketch import build, build_checked
 
 BUNDLED = Path(__file__).parent
+_README_BYTES = 4 * 2**20
 
 
 def list_posteriors() -> list[str]:
@@ -26,7 +28,8 @@ def resolve(name: str | Path) -> Path:
     """Return the folder of a posterior: a bundled name's, the folder of that path, or that of the Hub's cache.
 
     Args:
-        name: A bundled name, a path, or "OWNER/REPO[@REVISION]" on the Hub, looked for in that order.
+        name: A bundled name, a path, or "OWNER/REPO[@REVISION]" on the Hub, looked for in that order. The latter
+            may also be written "hf://OWNER/REPO[@REVISION]", or be a link to a page of the repository.
 
     Raises:
         ValueError: If there is none, PosteriorError if it is inside of the folder of that path.
@@ -34,7 +37,10 @@ def resolve(name: str | Path) -> Path:
     """
     if str(name) in list_posteriors():
         return BUNDLED / str(name)
-    if (folder := Path(name)).is_dir():
+    if isinstance(name, str) and hub.is_address(name):
+        return hub.fetch(name)
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):  # which is false of what can be no path
         if (folder / WEIGHTS).is_file():
             return folder
         if inside := sorted(str(path.parent) for path in folder.glob(f"*/{WEIGHTS}")):  # a training run
@@ -43,8 +49,8 @@ def resolve(name: str | Path) -> Path:
     if isinstance(name, str) and hub.is_name(name):
         return hub.fetch(name)
     raise ValueError(
-        f"unknown posterior {str(name)!r}: neither a bundled name nor a folder nor OWNER/REPO on the Hub."
-        f"{near(str(name), list_posteriors())} zoo.list_posteriors() has the bundled ones."
+        f"unknown posterior {str(name)!r:.200}: neither a bundled name nor a folder nor OWNER/REPO on the Hub."
+        f"{near(str(name)[:100], list_posteriors())} zoo.list_posteriors() has the bundled ones."
     )
 
 
@@ -53,7 +59,8 @@ def load(name: str | Path) -> nn.Module:
 
     Args:
         name: A bundled name, as "lenet5-mnist"; the path of a folder that `save_posterior` wrote; or
-            "OWNER/REPO[@REVISION]", a repository of the Hub, downloaded once and kept in its cache.
+            "OWNER/REPO[@REVISION]", a repository of the Hub, downloaded once and kept in its cache; or as an
+            address, as for `resolve`.
 
     Returns:
         The network. It takes images as `ToTensor` gives them, float in [0, 1], `(n, c, h, w)` at the
@@ -65,16 +72,20 @@ def load(name: str | Path) -> nn.Module:
         OSError: If the Hub cannot be asked: PermissionError, ConnectionError.
     """
     folder = resolve(name)
-    card = read_card(folder)
+    return _filled(read_posterior(folder), folder)
+
+
+def _filled(stored: Stored, folder: Path) -> nn.Module:
+    """Return the network of a posterior that was read from a folder."""
+    card, weights, _ = stored
     if card.builder is None:
         raise PosteriorError(
             f"{folder} must name its network's builder, got none. Build the network and call "
             "bayeslayers.load_posterior(folder, model)."
         )
     source = str(folder / CONFIG)
-    with open_weights(folder, card.sha256) as weights:
-        model = build(card, source) if folder.parent == BUNDLED else build_checked(card, weights, source)
-        weights.fill(model)
+    model = build(card, source) if folder.parent == BUNDLED else build_checked(card, weights, source)
+    weights.fill(model)
     return model.eval()
 
 
@@ -94,15 +105,14 @@ def publish(folder: str | Path, name: str, private: bool = False) -> str:
         OSError: If the Hub refuses or does not answer: PermissionError, ConnectionError.
     """
     repository, _ = hub.parse(name)
-    folder = Path(folder)
-    card = read_card(folder)
-    contents = _contents(folder, card)
+    folder = Path(os.path.expanduser(folder))
+    card, _, files = stored = _checked(folder)
     if card.builder is not None:
-        load(folder)
-    readme = member(folder, README).read_bytes() if (folder / README).is_file() else b""
+        _filled(stored, folder)
+    readme = read_member(folder, README, _README_BYTES) if (folder / README).is_file() else b""
     if readme in (b"", model_card(card).encode()):
         readme = model_card(dataclasses.replace(card, name=repository)).encode()
-    return hub.upload(contents | {README: readme}, name, f"Publish {card.name}", private)
+    return hub.upload(files | {README: readme}, name, f"Publish {card.name}", private)
 
 
 def download(name: str | Path, output: str | Path | None = None) -> Path:
@@ -118,18 +128,19 @@ def download(name: str | Path, output: str | Path | None = None) -> Path:
         OSError: As for `load`.
     """
     folder = resolve(name)
-    contents = _contents(folder, read_card(folder))
+    files = _checked(folder).files
     if output is None:
         return folder
     if (folder / README).is_file():
-        contents[README] = member(folder, README).read_bytes()
-    write_folder(Path(output).resolve(), contents)
-    return Path(output)
+        files[README] = read_member(folder, README, _README_BYTES)
+    output = Path(os.path.expanduser(output))
+    write_folder(output.resolve(), files)
+    return output
 
 
-def _contents(folder: Path, card: Card) -> dict[str, bytes]:
-    """Return the two files that make a posterior, every tensor checked."""
-    with open_weights(folder, card.sha256) as weights:
-        for tensor in weights.shapes:
-            weights.read(tensor)
-    return {file: member(folder, file).read_bytes() for file in (WEIGHTS, CONFIG)}
+def _checked(folder: Path) -> Stored:
+    """Return a posterior, every tensor checked."""
+    stored = read_posterior(folder)
+    for tensor in stored.weights.shapes:
+        stored.weights.read(tensor)
+    return stored
