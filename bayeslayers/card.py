@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
+from bayeslayers.display import one_line
 from bayeslayers.likelihoods import KINDS, Likelihood, likelihood_named
 
 FORMAT_VERSION = 1
@@ -34,8 +35,7 @@ class PosteriorError(ValueError):
     """
 
     def __init__(self, message: str):
-        line = "".join(character if character.isprintable() else "?" for character in " ".join(message.split()))
-        super().__init__(line if len(line) <= 600 else f"{line[:400]} ... {line[-180:]}")
+        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))

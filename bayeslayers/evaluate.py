@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.batches import Labelled, Unlabelled, input_batches, labelled_batches, with_progress
-from bayeslayers.display import as_text
+from bayeslayers.display import as_text, printable
 from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.metrics.calibration import Reliability
 from bayeslayers.metrics.classification import ClassificationRecord
@@ -69,6 +69,7 @@ class Evaluation:
 
     def __rich__(self) -> Table:
         from rich.table import Table
+        from rich.text import Text
 
         caption = (
             f"{self.likelihood}, {self.num_examples:,} examples, {self.num_samples} draw{'s' * (self.num_samples > 1)}."
@@ -76,7 +77,7 @@ class Evaluation:
         table = Table("metric", caption=caption)
         table.add_column("value", justify="right")
         for key, value in self.metrics.items():
-            table.add_row(key, f"{value:.4g}")
+            table.add_row(Text(printable(key), overflow="fold"), f"{value:.4g}")
         return table
 
     def __str__(self) -> str:

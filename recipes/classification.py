@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 import bayeslayers as bl
 import zoo
 from bayeslayers.checkpoint import load_checkpoint, write_atomically
+from bayeslayers.display import printable
 from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.plots import training_curves
 from bayeslayers.weights import Weights
@@ -82,8 +84,7 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
         where = f"in epoch {run.epoch + 1}" if run.epoch < config.epochs else "before it was measured"
         console.print(f"stopped and saved {where}; continue with --resume")
         return None
-    console.print_json(json.dumps(metrics))
-    console.print(f"written to {escape(str(folder))}, with {CURVES} and report.html")
+    console.print(Text(printable(f"written to {folder}, with {CURVES} and report.html")))
     return metrics
 
 
@@ -286,6 +287,15 @@ def figures_of(answer: Answer) -> dict[str, float]:
     counts = {"num_samples": answer.evaluation.num_samples, "seed": answer.question.seed}
     figures = {name: value for name, value in figures.items() if not math.isnan(value)}  # an AUROC without errors
     return figures | {"test_examples": answer.evaluation.num_examples} | counts
+
+
+def metrics_table(metrics: Mapping[str, float]) -> Table:
+    """Return what `train` returned as a table."""
+    table = Table("metric")
+    table.add_column("value", justify="right")
+    for key, value in metrics.items():
+        table.add_row(Text(printable(key)), f"{value:.4f}" if isinstance(value, float) else str(value))
+    return table
 
 
 def read_baseline(folder: str | None) -> dict[str, float | int | str]:

@@ -7,18 +7,25 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from recipes import commands, hub_commands, train_command
+from recipes.names import expanded
+
+METHODS = ("sample", "mean", "local", "moments", "linearised", "dropout")  # of `bl.predict`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status. Errors are one sentence; BAYESLAYERS_TRACEBACK=1 shows where."""
     words = sys.argv[1:] if argv is None else list(argv)
-    trains = words[:1] == ["train"]  # whose options are those of its configuration
-    arguments = _parser().parse_args(words[:1] if trains else words)
-    if trains:
-        arguments.words = words[1:]
     try:
+        parser = _parser(words)
+        arguments, unknown = parser.parse_known_args(words)
+        if unknown and arguments.command is train_command.train:
+            raise ValueError(train_command.unrecognized(unknown))
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        _check_numbers(arguments)
         status = arguments.command(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -28,52 +35,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has gone, as in `bayeslayers list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
         return 141
-    except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
+    except Exception as error:
         if os.environ.get("BAYESLAYERS_TRACEBACK"):
             raise
-        print("bayeslayers:", " ".join(str(error).split()), file=sys.stderr)
+        print("bayeslayers:", _sentence(error), file=sys.stderr)
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _sentence(error: Exception) -> str:
+    """Return an error as one printable line, which says so where the error is not one that we raise."""
+    from bayeslayers.display import one_line
+
+    if isinstance(error, ValueError | TypeError | OSError | ArithmeticError | RuntimeError):
+        return one_line(error)
+    return one_line(f"unexpected {type(error).__name__}: {error}. BAYESLAYERS_TRACEBACK=1 shows where it comes from.")
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser of all commands; the options of `train`, which import its recipes, only where it is named."""
     parser = argparse.ArgumentParser(prog="bayeslayers", description="Bayesian layers and a zoo of trained posteriors.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     added = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(command: Callable[[argparse.Namespace], int], *, parse_help: bool = True) -> argparse.ArgumentParser:
+    def add(command: Callable[[argparse.Namespace], int], *, allow_abbrev: bool = True) -> argparse.ArgumentParser:
         doc = (command.__doc__ or "").strip()
-        own = added.add_parser(command.__name__, help=doc, description=doc, add_help=parse_help)
+        own = added.add_parser(command.__name__, help=doc, description=doc, allow_abbrev=allow_abbrev)
         own.set_defaults(command=command)
         return own
 
     own = add(commands.demo)
-    own.add_argument("--output", type=Path, default=Path("demo.png"), help="picture to write (%(default)s)")
-    _add_draws(own)
+    own.add_argument("--output", type=_path, default=Path("demo.png"), help="picture to write (%(default)s)")
+    _add_samples(own)
+    _add_device(own)
 
     own = add(commands.list_)
     _add_json(own)
 
     own = add(commands.info)
-    own.add_argument("posterior", help="a bundled name, a folder, or OWNER/REPO[@REVISION]")
+    _add_posterior(own)
     _add_json(own)
 
     own = add(commands.predict)
-    own.add_argument("posterior", help="a bundled name, a folder, or OWNER/REPO[@REVISION]")
-    own.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files of any size, grey or RGB")
+    _add_posterior(own)
+    own.add_argument(
+        "images",
+        nargs="+",
+        type=_path,
+        metavar="IMAGE",
+        help="image files of any size, grey or RGB, and folders of them",
+    )
     own.add_argument("--invert", action="store_true", help="swap black and white first (MNIST is white on black)")
-    _add_draws(own)
+    _add_method(own)
+    _add_samples(own)
+    _add_device(own)
     _add_json(own)
 
-    add(train_command.train, parse_help=False)
+    own = add(train_command.train, allow_abbrev=False)
+    if words[:1] == ["train"]:
+        train_command.add_options(own, words[1:])
 
     own = add(hub_commands.publish)
-    own.add_argument("folder", type=Path, help="folder of the posterior")
+    own.add_argument("folder", type=_path, help="folder of the posterior")
     own.add_argument("repository", metavar="OWNER/REPO", help="repository of the Hub, made if there is none")
     own.add_argument("--private", action="store_true", help="make the repository private")
     own.add_argument("--revision", metavar="BRANCH", help="branch to commit to, made if there is none (main)")
 
     own = add(hub_commands.download)
-    own.add_argument("posterior", metavar="NAME", help="OWNER/REPO[@REVISION], or a bundled name")
-    own.add_argument("--output", type=Path, metavar="FOLDER", help="copy it there, out of the Hub's cache")
+    own.add_argument("posterior", type=expanded, metavar="NAME", help="OWNER/REPO[@REVISION], or a bundled name")
+    own.add_argument("--output", type=_path, metavar="FOLDER", help="copy it there, out of the Hub's cache")
 
     own = add(hub_commands.search)
     own.add_argument("query", nargs="?", default="", help="part of the name")
@@ -81,29 +110,36 @@ def _parser() -> argparse.ArgumentParser:
 
     own = add(commands.verify)
     which = own.add_mutually_exclusive_group(required=True)
-    which.add_argument("posterior", nargs="?", help="a bundled name, a folder, or OWNER/REPO[@REVISION]")
+    _add_posterior(which, nargs="?")
     which.add_argument("--all", action="store_true", help="every bundled posterior")
-    own.add_argument("--data-root", type=Path, metavar="PATH", help="folder of test data, to check all figures on")
+    own.add_argument("--data-root", type=_path, metavar="PATH", help="folder of test data, to check all metrics on")
     own.add_argument("--record", action="store_true", help="measure on the bundled slice, and write to the card")
     _add_json(own)
 
     own = add(commands.compare)
-    own.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a training run")
-    own.add_argument("--output", type=Path, metavar="PICTURE", help="draw the curves, as .png, .svg or .pdf")
+    own.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="folder of a training run")
+    own.add_argument("--output", type=_path, metavar="PICTURE", help="draw the curves, as .png, .svg or .pdf")
     form = own.add_mutually_exclusive_group()
     _add_json(form)
     form.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
     own = add(commands.evaluate)
-    own.add_argument("posterior", metavar="MODEL", help="a bundled name, a folder, or OWNER/REPO[@REVISION]")
-    own.add_argument("--data", metavar="NAME", help="mnist, cifar10, npz:PATH, imagefolder:PATH, ... (the card's)")
-    own.add_argument("--data-root", type=Path, metavar="PATH", help="folder of data already there (downloaded to data)")
-    own.add_argument("--ood", action="append", default=[], metavar="NAME", help="data set of strangers; repeatable")
-    own.add_argument("--method", choices=["sample", "mean"], default="sample", help="draws, or the posterior means")
+    _add_posterior(own)
+    own.add_argument(
+        "--data", type=expanded, metavar="NAME", help="mnist, cifar10, npz:PATH, imagefolder:PATH, ... (the card's)"
+    )
+    own.add_argument(
+        "--data-root", type=_path, metavar="PATH", help="folder of data already there (downloaded to data)"
+    )
+    own.add_argument(
+        "--ood", type=expanded, action="append", default=[], metavar="NAME", help="out-of-distribution data; repeatable"
+    )
+    _add_method(own)
     own.add_argument("--limit", type=int, metavar="N", help="use N examples of each set alone")
     own.add_argument("--batch-size", type=int, default=250, metavar="N", help="examples per forward pass (%(default)s)")
-    own.add_argument("--report", type=Path, metavar="FOLDER", help="write report.html and report.json there")
-    _add_draws(own)
+    own.add_argument("--report", type=_path, metavar="FOLDER", help="write report.html and report.json there")
+    _add_samples(own)
+    _add_device(own)
     _add_json(own)
 
     own = add(commands.benchmark)
@@ -136,9 +172,45 @@ def _add_json(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _add_draws(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-samples", type=int, default=64, help="draws of the weights (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (%(default)s)")
+def _add_posterior(parser: argparse._ActionsContainer, **options: str) -> None:
+    text = "a bundled name, a folder, or OWNER/REPO[@REVISION] of the Hub"
+    parser.add_argument("posterior", type=expanded, metavar="POSTERIOR", help=text, **options)  # pyright: ignore
+
+
+def _add_samples(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-samples", type=int, default=64, help="samples of the weights (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (%(default)s)")
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", choices=METHODS, help="how to predict (as the posterior's card says)")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="NAME", help="where to compute, as torch names it: cuda, cuda:1 (cpu)")
+
+
+def _path(text: str) -> Path:
+    return Path(expanded(text))
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuse a count below 1, and a seed that torch would not take, before anything heavy is imported."""
+    for name in ("num_samples", "batch_size", "limit", "rounds"):
+        if (value := getattr(arguments, name, None)) is not None and value < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {value}.")
+    if abs(seed := getattr(arguments, "seed", 0)) >= 2**63:
+        raise ValueError(f"seed must be an integer between -2**63 and 2**63, got {seed}.")
+
+
+class _Version(argparse.Action):
+    """Print the version, which is imported only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        import bayeslayers
+
+        print(f"bayeslayers {bayeslayers.__version__}")
+        parser.exit()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,25 @@ if TYPE_CHECKING:
 
 def demo(arguments: argparse.Namespace) -> int:
     """Show what bundled posteriors know and do not know, as a table and a picture."""
+    _check_picture(arguments.output)
     from recipes.demo import demo as run
 
-    run(arguments.output, arguments.num_samples, arguments.seed)
+    run(arguments.output, arguments.num_samples, arguments.seed, arguments.device)
     return 0
+
+
+def _check_picture(path: Path) -> None:
+    """Refuse a picture that could not be written, and make its folder."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"output must be a .png file, got {path}.")
+    if path.is_dir():
+        raise IsADirectoryError(f"output must be a .png file, got {path}, which is a folder.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"output must be in a folder that can be made, got {path}: {error.strerror}.") from None
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"output must be a file that you may write, got {path}.")
 
 
 def list_(arguments: argparse.Namespace) -> int:
@@ -34,16 +50,15 @@ def list_(arguments: argparse.Namespace) -> int:
         print(json.dumps({"models": zoo.list_models(), "posteriors": list(cards)}))
         return 0
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title="posteriors", title_justify="left")
-    for column in ("name", "model", "data", "accuracy", "NLL", "ECE"):
-        table.add_column(column)
-    for name, card in cards.items():
-        figures = [f"{card.metrics[key]:.4f}" if key in card.metrics else "" for key in ("accuracy", "nll", "ece")]
-        table.add_row(name, card.builder or "", card.dataset, *figures)
-    Console().print("models:", ", ".join(zoo.list_models()))
-    Console().print(table)
+    from recipes.tables import print_table
+
+    rows = [
+        (name, card.builder or "", card.dataset, *(card.metrics.get(key, "") for key in ("accuracy", "nll", "ece")))
+        for name, card in cards.items()
+    ]
+    Console(highlight=False).print("models:", ", ".join(zoo.list_models()))
+    print_table(("name", "model", "data", "accuracy", "NLL", "ECE"), rows, numbers=3, title="posteriors")
     return 0
 
 
@@ -55,6 +70,7 @@ def info(arguments: argparse.Namespace) -> int:
     import zoo
     from bayeslayers.card import model_card
     from bayeslayers.checkpoint import read_card
+    from bayeslayers.display import printable_lines
 
     card = read_card(zoo.resolve(arguments.posterior))
     if arguments.json:
@@ -63,27 +79,38 @@ def info(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.markdown import Markdown
 
-    Console().print(Markdown(model_card(card).split("---\n", 2)[2]))
+    text = printable_lines(model_card(card).split("---\n", 2)[2])
+    Console().print(Markdown(text, hyperlinks=False))  # a card's link shows where it leads
     return 0
 
 
 def predict(arguments: argparse.Namespace) -> int:
     """Predict the class of images, with its uncertainty."""
+    paths = _images(arguments.images)
     import torch
 
     import bayeslayers as bl
     import zoo
+    from recipes.devices import device_named
 
-    model = zoo.load(arguments.posterior)
-    convert = zoo.transforms(model)
-    x = torch.stack([_input(path, convert) for path in arguments.images])
-    generator = torch.Generator().manual_seed(arguments.seed)
+    device = device_named(arguments.device or "cpu")
+    model = zoo.load(arguments.posterior).to(device)
+    card, convert = zoo.card_of(model), zoo.transforms(model)
+    x = torch.stack([_input(path, convert) for path in paths])
     x = 1 - x if arguments.invert else x
-    prediction = bl.predict(model, x, arguments.num_samples, generator=generator, batch_size=256)
+    prediction = bl.predict(
+        model,
+        x,
+        arguments.num_samples,
+        generator=torch.Generator(device).manual_seed(arguments.seed),
+        batch_size=256,
+        method=arguments.method or card.method,  # pyright: ignore[reportArgumentType]
+        result_device="cpu",
+    )
     if prediction.likelihood.name != "categorical" or prediction.mean.dim() != 2:
         raise ValueError(f"posterior must be one of classes, got a {prediction.likelihood.name} one.")
     classes = prediction.probs.shape[1]
-    names = zoo.card_of(model).class_names or [str(k) for k in range(classes)]
+    names = card.class_names or [str(k) for k in range(classes)]
     if len(names) != classes:
         raise ValueError(f"posterior's card must name all {classes} classes, got {len(names)} names.")
     keys = ("confidence", "total", "aleatoric", "epistemic")
@@ -91,26 +118,43 @@ def predict(arguments: argparse.Namespace) -> int:
         {"image": str(path), "label": names[int(prediction.labels[i])]}
         | {key: round(float(getattr(prediction, key)[i]), 6) for key in keys}
         | {"probs": {name: round(float(p), 6) for name, p in zip(names, prediction.probs[i], strict=True)}}
-        for i, path in enumerate(arguments.images)
+        for i, path in enumerate(paths)
     ]
     if arguments.json:
         print(json.dumps(rows, indent=2))
-    else:
-        _print_table(rows, ("image", "label", *keys))
+        return 0
+    from recipes.names import shortest_ends
+    from recipes.tables import print_table
+
+    short = shortest_ends([path.absolute().parts[1:] for path in paths])
+    lines = [(name, row["label"], *(row[key] for key in keys)) for name, row in zip(short, rows, strict=True)]
+    print_table(("image", "label", *keys), lines, numbers=4)
     return 0
 
 
-def _input(path: Path, convert: Callable[[object], Tensor]) -> Tensor:
-    from PIL import Image, ImageOps
+def _images(paths: Sequence[Path]) -> list[Path]:
+    """Return images once each, and in place of a folder those in it and below, in order, without hidden ones."""
+    for path in paths:
+        if not (path.is_dir() or path.is_file()):
+            raise FileNotFoundError(f"image must be a file, got {path}, which is not there.")
+    from zoo.images import images_in
 
-    if not path.is_file():
-        raise FileNotFoundError(f"image must be a file, got {path}, which is none.")
-    try:
-        with Image.open(path) as image:
-            return convert(ImageOps.exif_transpose(image))  # upright, as viewers show it
-    except Exception as error:  # Pillow's formats raise what they will for a damaged file
-        reason = str(error).rstrip(".")
-        raise ValueError(f"image must be a picture that Pillow reads, got {path}: {reason}.") from None
+    found: dict[Path, None] = {}
+    for path in paths:
+        inside = images_in(path) if path.is_dir() else [path]
+        if not inside:
+            raise FileNotFoundError(f"folder must hold images, got {path} without any.")
+        found |= dict.fromkeys(inside)
+    return list(found)
+
+
+def _input(path: Path, convert: Callable[[object], Tensor]) -> Tensor:
+    from PIL import ImageOps
+
+    from zoo.images import header
+
+    with header(path) as image:
+        return convert(ImageOps.exif_transpose(image))  # upright, as viewers show it
 
 
 def verify(arguments: argparse.Namespace) -> int:
@@ -129,15 +173,17 @@ def verify(arguments: argparse.Namespace) -> int:
         plain = [{key: _finite(value) for key, value in row.items()} for row in rows]
         print(json.dumps(plain, indent=2, allow_nan=False))
     else:
+        from recipes.tables import print_table
+
+        keys = ("figure", "claimed", "measured", "tolerance", "ok")
         for (name, data), group in itertools.groupby(rows, lambda row: (row["posterior"], row["data"])):
-            print(f"{name} on {data}")
-            lines = [{key: f"{x:.5f}" if type(x) is float else x for key, x in row.items()} for row in group]
-            _print_table(lines, ("figure", "claimed", "measured", "tolerance", "ok"))
+            lines = [[f"{row[key]:.5f}" if type(row[key]) is float else row[key] for key in keys] for row in group]
+            print_table(keys, lines, title=f"{name} on {data}")
     return 0 if all(check.ok for check in checks) else 1
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Measure a posterior on data, and how well it tells strangers from it."""
+    """Measure a posterior on data, and how well it recognises out-of-distribution data."""
     from recipes.evaluate import Question
     from recipes.evaluate import evaluate as run
     from recipes.run_folder import check_folder
@@ -145,7 +191,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if (folder := arguments.report) is not None:
         check_folder("report", folder)
     options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Question)}
-    answer = run(Question(**options), arguments.data_root, progress=not arguments.json and sys.stdout.isatty())
+    shown = not arguments.json and sys.stdout.isatty()
+    answer = run(Question(**options), arguments.data_root, progress=shown, device=arguments.device)
     if folder is not None:
         from recipes.report import write_report
 
@@ -154,15 +201,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
         print(answer.to_json(), end="")
         return 0
     from rich.console import Console
-    from rich.markup import escape
 
-    console = Console()
-    console.print(f"{escape(answer.question.posterior)} on {escape(str(answer.question.data))}", highlight=False)
-    console.print(answer.evaluation)
+    from bayeslayers.display import printable
+
+    print(printable(f"{answer.question.posterior} on {answer.question.data}"))
+    Console().print(answer.evaluation)
     if folder is not None:
-        console.print(
-            f"written to {escape(str(folder / 'report.html'))} and report.json", highlight=False, soft_wrap=True
-        )
+        print(printable(f"written to {folder / 'report.html'} and report.json"))
     return 0
 
 
@@ -185,23 +230,12 @@ def benchmark(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(rows, indent=2))
     else:
-        _print_table(rows, tuple(rows[0]))
+        from recipes.tables import print_table
+
+        print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
     return 0
 
 
 def _finite(value: object) -> object:
     """Return the value, or None for a number that JSON has not."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _print_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table()
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(f"{row[c]:.4f}" if isinstance(row[c], float) else escape(str(row[c])) for c in columns))
-    Console().print(table)

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.names import shortest_ends
 from recipes.run_folder import FIGURES, OOD, Run, measured_on, read_run
+from recipes.tables import cell, print_fitting
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -67,27 +69,37 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """Return the table as Markdown, what is best in bold."""
+        from bayeslayers.display import printable
+
         lines = [
             [f"`{name}`", *words, *(f"**{text}**" if best else text for text, best in numbers)]
             for (name, *words), numbers in self._lines()
         ]
         texts = len(lines[0]) - len(self._columns())
-        table = [self._titles(), ["---"] * texts + ["---:"] * len(self._columns()), *lines]
-        escaped = ([cell.replace("|", "\\|") for cell in cells] for cells in table)
-        return "".join(f"| {' | '.join(cells)} |\n" for cells in escaped) + f"\n{self._caption()}\n"
+        table = [self.titles(), ["---"] * texts + ["---:"] * len(self._columns()), *lines]
+        escaped = ([printable(text).replace("|", "\\|") for text in row] for row in table)
+        return "".join(f"| {' | '.join(cells)} |\n" for cells in escaped) + f"\n{printable(self._caption())}\n"
 
     def __rich__(self) -> Table:
-        from rich.markup import escape
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(caption=escape(self._caption()), caption_justify="left")
-        lines, titles = self._lines(), self._titles()
+        table = Table(caption=cell(self._caption()), caption_justify="left")
+        titles = self.titles()
         texts = len(titles) - len(self._columns())
         for number, title in enumerate(titles):
-            table.add_column(escape(title).replace(" ", "\n"), justify="left" if number < texts else "right")
-        for words, numbers in lines:
-            table.add_row(*map(escape, words), *(f"[bold]{text}[/]" if best else text for text, best in numbers))
+            heading = Text("\n").join(map(cell, title.split()))
+            table.add_column(heading, justify="left" if number < texts else "right")
+        for row in self.cells():
+            table.add_row(*row)
         return table
+
+    def cells(self) -> list[list[Text]]:
+        """Return the cells of the table's rows, what is best in bold."""
+        return [
+            [*map(cell, words), *(cell(text, "bold" if best else "") for text, best in numbers)]
+            for words, numbers in self._lines()
+        ]
 
     def _columns(self) -> list[_Column]:
         strangers = dict.fromkeys(key for run in self.runs.values() for key in run.figures if key.startswith(OOD))
@@ -106,7 +118,8 @@ class Comparison:
         """Return the data sets of the runs, of those with a configuration."""
         return sorted({run.plan.data for run in self.runs.values() if run.plan})
 
-    def _titles(self) -> list[str]:
+    def titles(self) -> list[str]:
+        """Return the titles of the table's columns."""
         return ["run", "method", *["data"] * (len(self._data()) > 1), "epochs", *(c.title for c in self._columns())]
 
     def _lines(self) -> list[tuple[list[str], list[tuple[str, bool]]]]:
@@ -181,10 +194,8 @@ def show(arguments: argparse.Namespace) -> int:
         return 0
     from rich.console import Console
 
-    console = Console()
-    needed = console.measure(comparison, options=console.options.update(width=1000)).maximum
-    console.width = max(console.width, needed)  # no figure is ever cut
-    console.print(comparison)
+    console = Console(highlight=False)
+    print_fitting(console, comparison.__rich__(), comparison.titles(), comparison.cells(), fit=console.is_terminal)
     return 0
 
 

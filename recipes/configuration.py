@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import ConfigDict
 
 import bayeslayers as bl
 from bayeslayers.checks import at_least_one, near, non_negative, positive
 from bayeslayers.prediction.predict import METHODS
 from recipes.augmentation import Augmentation
+from recipes.devices import device_named
 from recipes.methods import check_options, make_optimizer, method_of
+from recipes.names import expanded
 from recipes.schedules import Schedule
 
 _LARGEST_SEED = 2**46  # torch takes 64 bits, and the order of an epoch is drawn by 100,003 times the seed
@@ -39,6 +42,9 @@ class Evaluation:
     ood: list[str] = field(default_factory=list)
     batch_size: int = 250
 
+    def __post_init__(self):
+        self.ood = [expanded(name) for name in self.ood]
+
 
 @dataclass
 class Laplace:
@@ -57,7 +63,7 @@ class Laplace:
 
 @dataclass
 class Config:
-    """A training run.
+    """A training run. A `~` that a path begins with is the home folder.
 
     Attributes:
         name: Name of the run and its posterior.
@@ -87,6 +93,8 @@ class Config:
         recipe: Which recipe reads this configuration.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
     name: str
     model: dict[str, Any]
     data: str
@@ -111,6 +119,12 @@ class Config:
     notes: str = ""
     recipe: str = "classification"
 
+    def __post_init__(self):
+        self.data = expanded(self.data)
+        for name in ("start", "baseline", "output", "data_root"):
+            if (path := getattr(self, name)) is not None:
+                setattr(self, name, expanded(path))
+
 
 def device_of(config: Config) -> torch.device:
     """Return where to train.
@@ -120,11 +134,7 @@ def device_of(config: Config) -> torch.device:
     """
     if config.device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=config.device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise ValueError(f"device must be one that torch reaches, got {config.device!r}: {reason}.") from None
+    return device_named(config.device)
 
 
 def check(config: Config) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
@@ -14,41 +13,46 @@ from torch import Tensor
 import bayeslayers as bl
 import zoo
 from bayeslayers.checks import at_least_one
+from bayeslayers.display import printable
 from bayeslayers.plots import predictive_panels
+from recipes.devices import device_named
 
 ASSETS = Path(__file__).parent / "assets" / "demo.safetensors"
 ARTICLES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
-def demo(output: Path, num_samples: int = 64, seed: int = 0) -> None:
+def demo(output: Path, num_samples: int = 64, seed: int = 0, device: str | None = None) -> None:
     """Print what each bundled posterior predicts for known and strange images, and draw it.
 
     Args:
-        output: PNG file to write.
-        num_samples: Draws per prediction.
-        seed: Of the draws.
+        output: PNG file to write, which is written first.
+        num_samples: Samples per prediction.
+        seed: Of the samples.
+        device: Where to compute, as torch names it; None for the CPU.
     """
     at_least_one("num_samples", num_samples)
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"output must be a .png file, got {output}.")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    where = device_named(device or "cpu")
     groups = demo_images()
-    console = Console()
+    tables = []
     for name in ("lenet5-mnist", "mlp-mnist"):
-        model = zoo.load(name)
-        generator = torch.Generator().manual_seed(seed)
+        model = zoo.load(name).to(where)
+        generator = torch.Generator(where).manual_seed(seed)
         predictions = {
-            title: bl.predict(model, x, num_samples, generator=generator) for title, (x, _) in groups.items()
+            title: bl.predict(model, x, num_samples, generator=generator, result_device="cpu")
+            for title, (x, _) in groups.items()
         }
-        console.print(_table(name, groups, predictions, zoo.card_of(model).class_names))
+        tables.append(_table(name, groups, predictions, zoo.card_of(model).class_names))
         if name == "lenet5-mnist":
             rows = [(title, groups[title][0], prediction) for title, prediction in predictions.items()]
             predictive_panels(rows, [str(digit) for digit in range(10)], output)
+    console = Console(highlight=False)
+    for table in tables:
+        console.print(table)
     console.print(
         "Uncertainties are entropies in nats, at most log 10 = 2.30. Aleatoric: the image itself is ambiguous. "
-        "Epistemic: the draws of the weights disagree, for the net has seen nothing like it.\n"
-        f"Picture: {escape(str(output))}"
+        "Epistemic: the samples of the weights disagree, because the network has seen nothing like the image."
     )
+    print(printable(f"Picture: {output}"))
 
 
 def demo_images() -> dict[str, tuple[Tensor, list[str]]]:
@@ -72,9 +76,9 @@ def _table(
 ) -> Table:
     table = Table(title=name, title_justify="left")
     for column in ("shown", "predicted"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for column in ("confidence", "total", "aleatoric", "epistemic"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for title, prediction in predictions.items():
         table.add_section()
         parts = [prediction.confidence, prediction.total, prediction.aleatoric, prediction.epistemic]

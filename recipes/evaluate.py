@@ -19,6 +19,7 @@ import bayeslayers as bl
 import zoo
 from bayeslayers.checks import at_least_one
 from recipes.data import Split, load_split
+from recipes.devices import device_named
 from recipes.names import by_short_name, short_name, without_folders
 
 MISTAKES = 24  # the most confident ones, which a report shows
@@ -34,7 +35,7 @@ class Question:
         ood: Data sets of strangers.
         num_samples: Draws per batch.
         seed: Of the draws.
-        method: How to predict, as in `bl.predict`: "sample", or "mean" for one pass with the means.
+        method: How to predict, as in `bl.predict`; None for what the posterior's card says.
         limit: Use so many examples of each set alone.
         batch_size: Examples per forward pass.
     """
@@ -44,7 +45,7 @@ class Question:
     ood: Sequence[str] = ()
     num_samples: int = 64
     seed: int = 0
-    method: str = "sample"
+    method: str | None = None
     limit: int | None = None
     batch_size: int = 250
 
@@ -97,7 +98,9 @@ class Answer:
         return json.dumps(plain | self.evaluation.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
-def evaluate(question: Question, data_root: str | Path | None = None, progress: bool = False) -> Answer:
+def evaluate(
+    question: Question, data_root: str | Path | None = None, progress: bool = False, device: str | None = None
+) -> Answer:
     """Measure a posterior of classes on the test split of a data set of images.
 
     Where the card and the data have the same names of classes in another order, labels go by name.
@@ -106,16 +109,18 @@ def evaluate(question: Question, data_root: str | Path | None = None, progress: 
         question: What is measured.
         data_root: Folder of data, as for `load_split`.
         progress: Whether to show a progress bar.
+        device: Where to compute, as torch names it; None for the CPU.
 
     Raises:
-        ValueError: If there is no such posterior or data, they do not fit, or a number is out of its range.
+        ValueError: If there is no such posterior, data or device, they do not fit, or a number is out of its range.
         OSError: If data or the Hub cannot be read.
     """
     for name in ("num_samples", "batch_size"):
         at_least_one(name, getattr(question, name))
     if question.limit is not None:
         at_least_one("limit", question.limit)
-    model = zoo.load(question.posterior)
+    where = device_named(device or "cpu")
+    model = zoo.load(question.posterior).to(where)
     card = zoo.card_of(model)
     if card.likelihood != "categorical":
         raise ValueError(f"posterior must be one of classes, got a {card.likelihood} one.")
@@ -134,6 +139,7 @@ def evaluate(question: Question, data_root: str | Path | None = None, progress: 
     asked = question.command()
     name = card.name if Path(question.posterior).is_dir() else question.posterior
     question = dataclasses.replace(question, posterior=name, data=short_name(question.data), ood=list(strangers))
+    question = dataclasses.replace(question, method=question.method or card.method)
     return measured(model, question, data, strangers, asked, progress)
 
 
@@ -174,9 +180,14 @@ def evaluated(
         ood={name: split.in_order(size, device) for name, split in (strangers or {}).items()},
         num_samples=question.num_samples,
         generator=torch.Generator(device).manual_seed(question.seed),
-        method=question.method,
         progress=progress,
+        **_method(question),
     )
+
+
+def _method(question: Question) -> dict[str, Any]:
+    """Return the argument that names the method, none where the question leaves it to the library."""
+    return {} if question.method is None else {"method": question.method}
 
 
 def versions(*others: str) -> dict[str, str]:
@@ -207,7 +218,7 @@ def _mistakes(model: nn.Module, data: Split, evaluation: bl.Evaluation, question
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(question.seed)
     inputs, images = data.inputs(index).to(device), data.images[index]
-    prediction = bl.predict(model, inputs, question.num_samples, generator=generator, method=question.method)  # pyright: ignore[reportArgumentType]
+    prediction = bl.predict(model, inputs, question.num_samples, generator=generator, **_method(question))
     found = []
     for number, label in enumerate(data.labels[index].tolist()):
         predicted = int(prediction.labels[number])

@@ -16,7 +16,9 @@ def publish(arguments: argparse.Namespace) -> int:
         if (named := parse(name)[1]) is not None:
             raise ValueError(f"--revision must not be given where OWNER/REPO already names the revision {named!r}.")
         name = f"{name}@{arguments.revision}"
-    print(run(arguments.folder, name, arguments.private))
+    from bayeslayers.display import printable
+
+    print(printable(run(arguments.folder, name, arguments.private)))
     return 0
 
 
@@ -32,10 +34,13 @@ def search(arguments: argparse.Namespace) -> int:
     """Search the Hugging Face Hub for posteriors."""
     from zoo.hub import search as run
 
-    found = run(arguments.query)
+    posteriors = run(arguments.query)
     if arguments.json:
-        print(json.dumps([posterior._asdict() for posterior in found], indent=2))
+        print(json.dumps([posterior._asdict() for posterior in posteriors], indent=2))
     else:
-        for posterior in found:
-            print(f"{posterior.name}  {posterior.downloads} downloads, {posterior.likes} likes, {posterior.updated}")
+        from bayeslayers.display import printable
+
+        for found in posteriors:
+            words = f"{found.name}  {found.downloads} downloads, {found.likes} likes, {found.updated}"
+            print(printable(words))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +53,18 @@ def shortest_ends(paths: Sequence[Sequence[str]]) -> list[str]:
     return names
 
 
+def expanded(name: str) -> str:
+    """Return a path, or the name of a data set, with the home folder in place of a `~` that its path begins with.
+
+    >>> expanded("npz:~/letters.npz") == "npz:" + expanded("~/letters.npz"), expanded("svhn")
+    (True, 'svhn')
+    """
+    kind, colon, path = name.partition(":")
+    if colon and kind in ("npz", "imagefolder"):
+        return f"{kind}:{os.path.expanduser(path)}"
+    return os.path.expanduser(name)
+
+
 def without_folders(word: str) -> str:
     """Return a word of a command without the folders of the files in it, but those below the working folder.
 
@@ -59,7 +72,7 @@ def without_folders(word: str) -> str:
     ("--evaluation.ood=['npz:dtd.npz','imagefolder:pets']", 'runs/a.yaml')
     """
     option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-    if Path(value).is_absolute() or value.startswith(".."):
+    if Path(value).is_absolute() or value.startswith(("..", "~")):
         value = Path(value).name
     pattern = r"(npz|imagefolder):(.+)" if value.startswith(("npz:", "imagefolder:")) else _IN_A_LIST
     return option + equals + re.sub(pattern, lambda found: f"{found[1]}:{Path(found[2]).name}", value)

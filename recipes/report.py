@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import math
 import re
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bayeslayers import plots
 from bayeslayers.checkpoint import write_atomically
+from bayeslayers.display import printable
 from bayeslayers.plots.canvas import rendered
 from recipes.evaluate import Answer, Mistake
 from recipes.run_folder import REPORT
@@ -133,6 +134,11 @@ def write_report(answer: Answer, folder: str | Path) -> None:
         write_atomically(Path(folder) / name, content.encode())
 
 
+def escape(text: str) -> str:
+    """Return text, wherever it came from, as HTML that shows it and does nothing else."""
+    return html.escape(printable(text))
+
+
 def meaning(key: str) -> str:
     """Return one line on what a figure is, empty for one that is not known.
 
@@ -191,7 +197,7 @@ def _training(answer: Answer) -> str:
     return f'<h2>Training</h2><div class="wide">{figure}</div>'
 
 
-def _weights(method: str, draws: int) -> str:
+def _weights(method: str | None, draws: int) -> str:
     """Return by which weights was predicted.
 
     >>> _weights("dropout", 64)
@@ -204,7 +210,7 @@ def _weights(method: str, draws: int) -> str:
         "local": f"{drawn} the activations",
         "linearised": f"{drawn} the outputs, linear in the weights",
         "dropout": f"the means of the weights, with {drawn} dropout",
-    }.get(method, f"{drawn} the weights")
+    }.get(method or "sample", f"{drawn} the weights")
 
 
 def _figure(figure: Figure, title: str, text: str) -> str:

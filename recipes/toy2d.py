@@ -12,19 +12,21 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from pydantic import ConfigDict
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 import bayeslayers as bl
 import zoo
 from bayeslayers.checkpoint import write_atomically
 from bayeslayers.checks import at_least_one, fraction, non_negative
+from bayeslayers.display import printable
 from bayeslayers.optim import TemperatureWarmup
 from bayeslayers.plots import decision_boundary, training_gif
 from bayeslayers.plots.canvas import finish
@@ -33,6 +35,7 @@ from recipes.cli import main
 from recipes.configuration import check_seed
 from recipes.evaluate import versions
 from recipes.methods import check_options, make_optimizer
+from recipes.names import expanded
 from recipes.run_folder import LOG, METRICS, POSTERIOR, check_folder, log_text
 from recipes.verify import figures
 from zoo.registry import describe
@@ -69,6 +72,8 @@ class Config:
         notes: Text for the card.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
     recipe: str = "toy2d"
     name: str = "mlp-blobs"
     data: Blobs = field(default_factory=Blobs)
@@ -95,6 +100,9 @@ class Config:
     frames: int = 15
     output: str | None = None
     notes: str = ""
+
+    def __post_init__(self):
+        self.output = self.output and expanded(self.output)
 
 
 def train(config: Config, resume: bool = False, command: str = "") -> dict[str, float] | None:
@@ -134,8 +142,7 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
     save(both, found, folder / POSTERIOR, command)
     metrics = _flat(found)
     write_atomically(folder / METRICS, json.dumps(metrics, indent=2).encode())
-    Console().print(_table(found))
-    Console().print(f"written to {escape(str(folder))}: {GIF}, {PNG}, {LOG}, {METRICS}, {POSTERIOR}/")
+    console.print(Text(printable(f"written to {folder}: {GIF}, {PNG}, {LOG}, {METRICS}, {POSTERIOR}/")))
     return metrics
 
 
@@ -282,12 +289,14 @@ def _flat(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {f"{name}_{key}": value for name, own in found.items() for key, value in own.items()}
 
 
-def _table(found: Mapping[str, Mapping[str, float]]) -> Table:
-    table = Table("figure", caption="total: entropy in nats; ring: points around the data")
+def metrics_table(metrics: Mapping[str, float]) -> Table:
+    """Return what `train` returned as a table."""
+    table = Table("metric", caption=f"total: entropy in nats; ring: points around the data; pictures: {GIF}, {PNG}")
     for name in NAMES.values():
         table.add_column(name, justify="right")
-    for key in found["vogn"]:
-        table.add_row(key, *(f"{found[name][key]:.4f}" if key in found[name] else "" for name in NAMES))
+    for key in (key.removeprefix("vogn_") for key in metrics if key.startswith("vogn_")):
+        found = (metrics.get(f"{name}_{key}") for name in NAMES)
+        table.add_row(key, *("" if value is None else f"{value:.4f}" for value in found))
     return table
 
 

@@ -25,7 +25,7 @@ HEAVY = {
     "huggingface_hub",
     "tensorboard",
     "rich",
-    "jsonargparse",
+    "yaml",
     "PIL",
     "zoo",
     "recipes",
