@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from bayeslayers.checks import positive
 from bayeslayers.curvature.accumulate import Leaves
 from bayeslayers.curvature.kronecker import KroneckerLeaves
-from bayeslayers.layers.scope import NOTHING, scope_for
+from bayeslayers.layers.scope import NOTHING, OUTSIDE, scope_for
 from bayeslayers.perturbation import Op, Perturbation
 
 DEFAULT_PRIOR_PRECISION = 50.0  # a standard deviation of 0.14, the usual initial one of a unit with 50 inputs
@@ -109,6 +109,18 @@ class BayesianLayer(nn.Module):
         """Return the tensor to compute with: the scope's draw, the mean outside one, None if there is no such."""
         draw = self.drawn.get(name)
         return getattr(self, name) if draw is None else draw
+
+    def operands(self) -> tuple[Any, Any, Any, Perturbation | None]:
+        """Return what a forward of weight and bias computes with, by one look at the scope.
+
+        Returns:
+            Weight, bias, `active_leaves()` and `perturbation`.
+        """
+        weight, bias, scope = self.weight, self.bias, scope_for(self)
+        if scope is OUTSIDE:
+            return weight, bias, None, None
+        drawn = scope.drawn.get(self, NOTHING)
+        return drawn.get("weight", weight), drawn.get("bias", bias), self.active_leaves(), scope.perturbations.get(self)
 
     def active_leaves(self) -> Any:
         """Return the leaves to fill, of a kind that the layer's rule takes, or None where no gradient will flow."""

@@ -18,9 +18,9 @@ class BayesLinear(BayesianLayer, nn.Linear):
     """`nn.Linear` with a Gaussian posterior; takes `(*, in_features)`, dimension 0 running over examples."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if (perturbation := self.perturbation) is not None:
+        weight, bias, leaves, perturbation = self.operands()
+        if perturbation is not None:
             return self._perturbed(perturbation, F.linear, input)
-        weight, bias, leaves = self.value("weight"), self.value("bias"), self.active_leaves()
         if leaves is None:
             return F.linear(input, weight, bias)
         return curvature.linear(input, weight, bias, leaves)
@@ -30,9 +30,9 @@ class _BayesConv(BayesianLayer, _ConvNd):
     """A convolution: the op itself is torch's, with the drawn weight in place of the mean."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if (perturbation := self.perturbation) is not None:
+        weight, bias, leaves, perturbation = self.operands()
+        if perturbation is not None:
             return self._perturbed(perturbation, self._conv_forward, input)
-        weight, bias, leaves = self.value("weight"), self.value("bias"), self.active_leaves()
         if leaves is None:
             return self._conv_forward(input, weight, bias)
         input, padding = self._zero_padded(input)
@@ -69,7 +69,7 @@ class _BayesConvTranspose(BayesianLayer, _ConvTransposeNd):
     function: ClassVar[Callable[..., Tensor]]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        weight, bias, leaves = self.value("weight"), self.value("bias"), self.active_leaves()
+        weight, bias, leaves, perturbation = self.operands()
         extra = self._output_padding(
             input,
             output_size,
@@ -83,7 +83,7 @@ class _BayesConvTranspose(BayesianLayer, _ConvTransposeNd):
         def op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return self.function(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
 
-        if (perturbation := self.perturbation) is not None:
+        if perturbation is not None:
             return self._perturbed(perturbation, op, input)
         if leaves is None:
             return op(input, weight, bias)

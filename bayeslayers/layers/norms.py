@@ -23,7 +23,7 @@ class _BayesNorm(BayesianLayer):
     _normalise: Callable[..., Tensor]  # (input, weight=None, bias=None), each kind of norm has its own
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias, leaves = self.value("weight"), self.value("bias"), self.active_leaves()
+        weight, bias, leaves, _ = self.operands()
         if leaves is None or weight is None:
             return self._normalise(input, weight, bias)
         return curvature.affine(self._normalise(input), weight, bias, leaves, self._positions(input))
