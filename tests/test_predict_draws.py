@@ -1,4 +1,4 @@
-"""Draws at once, in pairs, until they suffice, over a stream; of outputs and of dropout masks."""
+"""Draws at once, in pairs, until they suffice, over a stream; of outputs."""
 
 from __future__ import annotations
 
@@ -301,41 +301,6 @@ def test_local_draws_serve_each_draw_its_own_norm():
     blocks = [bl.predict(net, x, 10, method="local", sample_chunk=10, generator=generator(seed)) for seed in range(60)]
     spread = torch.stack([block.mean for block in blocks]).std(0)  # draws at once are independent
     assert_close(spread, one.standard_error * math.sqrt(num_samples / 10), rtol=5 / math.sqrt(2 * 59), atol=0)
-
-
-def dropout_network(kind=nn.Dropout, p=0.3):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), kind(p), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).double()
-
-
-@pytest.mark.parametrize("kind", [nn.Dropout, nn.Dropout2d])
-def test_dropout_masks_are_torchs(kind):
-    net, x, num_samples = dropout_network(kind), inputs(2, 2, 4, 4), 3000
-    found = bl.predict(net, x, num_samples, method="dropout", generator=generator())
-    torch.manual_seed(1)
-    with torch.no_grad():
-        draws = torch.stack([net.train()(x).softmax(1) for _ in range(num_samples)])
-    error = (found.standard_error.square() + draws.var(0) / num_samples).sqrt()
-    assert ((found.mean - draws.mean(0)) / error).abs().max() < 5
-    assert_close(found.standard_error, draws.std(0) / math.sqrt(num_samples), rtol=0.15, atol=0)
-    assert not net[1]._forward_hooks and net[1].training
-
-
-def test_dropout_follows_its_generator_and_leaves_weights_at_their_means():
-    torch.manual_seed(0)
-    net = nn.Sequential(network(), nn.Dropout(0.5))
-    x = inputs(5, 4)
-    first, second, other = (
-        bl.predict(net, x, 20, method="dropout", generator=generator(seed)).mean for seed in (0, 0, 1)
-    )
-    assert torch.equal(first, second) and not torch.equal(first, other)
-    off = bl.predict(nn.Sequential(net[0], nn.Dropout(0.0)), x, 4, method="dropout")
-    assert_close(off.probs, net[0](x).detach().softmax(1))
-    assert_close(off.standard_error, torch.zeros_like(off.mean), atol=1e-12, rtol=0)
-    all_off = bl.predict(nn.Sequential(net[0], nn.Dropout(1.0)), x, 4, method="dropout")
-    assert_close(all_off.probs, torch.full_like(all_off.probs, 1 / 3))
-    with pytest.raises(ValueError, match="a rule for every dropout, got AlphaDropout"):
-        bl.predict(nn.Sequential(net, nn.AlphaDropout()), x, 4, method="dropout")
 
 
 def test_linearised_draws_average_its_outputs():

@@ -1,59 +1,158 @@
-"""The method "dropout" of `predict`: dropout masks are drawn, the weights stay at their means."""
+"""The method "dropout" of `predict`: dropout masks are drawn, the weights stay at their means.
+
+What a network drops is found by running it once in training mode and noting which operations draw
+(`randomness`): modules, functions that are called with `training=self.training`, the dropout of recurrent
+layers and of attention, stochastic depth. The modules that draw are then put in training mode, and no other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from bayeslayers.layers.base import POSTERIOR_SUFFIXES
+from bayeslayers.outputs import tensor_output
 from bayeslayers.prediction.chunks import AtOnce, Plan, Run
+from bayeslayers.prediction.randomness import Randomness
 
 
 def dropout_draws(model: nn.Module, plan: Plan) -> Iterator[Run]:
     """Draw dropout masks, the weights at their means: Monte-Carlo dropout.
 
-    The masks are those of the `nn.Dropout` modules; what a network calls as a function stays off.
+    Normalisation layers stay in eval mode, and so does every module that draws nothing itself. The
+    modes are those of a copy, which shares the model's tensors.
     Source: Gal & Ghahramani 2016 (arXiv 1506.02142).
 
     Raises:
-        ValueError: If no module of the network is a dropout, or one is of a kind without a rule.
+        ValueError: If nothing in the network draws in training mode, if that mode fails, or if it changes
+            more than what is dropped.
     """
-    dropouts = [module for module in model.modules() if isinstance(module, _DropoutNd)]
-    if not dropouts:
-        raise ValueError("model must have nn.Dropout modules for method 'dropout', got none: no draw would differ.")
-    for module in dropouts:
-        if type(module) not in _MASK_DIMENSIONS:
-            raise ValueError(f"method 'dropout' must have a rule for every dropout, got {type(module).__name__}.")
-    at_once = AtOnce(model, plan)
+    network, folds = _copy(model, [*model.parameters(), *model.buffers()]), None
+    at_once = AtOnce(network, plan)
 
     def forward(draws: slice, batch: Tensor) -> Tensor:
-        handles = [module.register_forward_hook(partial(_mask, plan.generator)) for module in dropouts]
-        try:
-            return folded(model, draws, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        nonlocal folds
+        if folds is None:
+            folds = _switch_on(model, network, batch[:1])
+        number = draws.stop - draws.start
+        with Randomness(plan.generator):
+            if not folds:
+                return torch.stack([tensor_output(network(batch)) for _ in range(number)])
+            rows = batch.repeat(number, *[1] * (batch.dim() - 1)) if number > 1 else batch
+            return tensor_output(network(rows)).unflatten(0, (number, -1))
 
     for count in plan.counts(at_once):
         yield partial(at_once.outputs, forward, count)
         at_once.settle()
 
 
-_MASK_DIMENSIONS = {nn.Dropout: None, nn.Dropout1d: 2, nn.Dropout2d: 2, nn.Dropout3d: 2}  # None: all of the input's
+class _Draw(NamedTuple):
+    """Numbers that a network drew: by which operation, how many, and in which modules, the innermost last."""
+
+    operation: str
+    count: int
+    path: tuple[str, ...]
 
 
-def _mask(generator: torch.Generator | None, module: _DropoutNd, arguments: object, output: Tensor) -> Tensor:
-    """Return the output of a dropout in eval mode, dropped: units or whole channels, the rest scaled up."""
-    shape = output.shape[: _MASK_DIMENSIONS[type(module)]]
-    kept = output.new_empty(shape + (1,) * (output.dim() - len(shape))).bernoulli_(1 - module.p, generator=generator)
-    return output * kept / (1 - module.p) if module.p < 1 else torch.zeros_like(output)
+def _switch_on(model: nn.Module, network: nn.Module, example: Tensor) -> bool:
+    """Put what drops something in training mode, and return whether draws may be folded into the batch.
+
+    Args:
+        model: The network, in eval mode.
+        network: Its copy, whose modes are set.
+        example: A batch of one.
+    """
+    two, four = (example.repeat(rows, *[1] * (example.dim() - 1)) for rows in (2, 4))
+    expected = tensor_output(model(two)).shape
+    drawn = _drawn_in_training(model, two)
+    names = {name: module for name, module in model.named_modules() if not isinstance(module, _NormBase)}
+    on = {draw.path[-1] for draw in drawn}
+    on |= {name for name, module in names.items() if isinstance(module, _DropoutNd) and module.p > 0}
+    if not on:
+        raise ValueError(
+            "model must have nn.Dropout modules for method 'dropout', got none with p > 0, nor any other operation "
+            "that draws in training mode: no draw would differ."
+        )
+    trial = _copy(model, _posterior_tensors(model))
+    while True:
+        _set_training(trial, on)
+        found, output = _run(trial, two)
+        missing = Counter(draw[:2] for draw in drawn) - Counter(draw[:2] for draw in found)
+        if not missing or on == names.keys():
+            break
+        on |= _enclosing([draw for draw in drawn if draw[:2] in missing], on) or names.keys()
+    _check_changes(model, trial, output, expected)
+    _set_training(network, on)
+    return [(draw.operation, 2 * draw.count) for draw in found] == [draw[:2] for draw in _run(trial, four)[0]]
 
 
-def folded(model: nn.Module, draws: slice, batch: Tensor) -> Tensor:
-    """Return as many outputs as `draws` counts, `(s, n, *)`, of networks whose noise differs between examples."""
-    number = draws.stop - draws.start
-    repeated = batch.repeat(number, *[1] * (batch.dim() - 1)) if number > 1 else batch
-    return model(repeated).unflatten(0, (number, len(batch)))
+def _drawn_in_training(model: nn.Module, x: Tensor) -> list[_Draw]:
+    """Return what a network draws in training mode, its normalisation layers in eval mode."""
+    trial, path = _copy(model, _posterior_tensors(model)), []
+    _set_training(trial, (name for name, module in trial.named_modules() if not isinstance(module, _NormBase)))
+    for name, module in trial.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: path.append(name))
+        module.register_forward_hook(lambda *_: (path.pop(), None)[1], always_call=True)
+    try:
+        return _run(trial, x, path)[0]
+    except Exception as error:
+        raise ValueError(
+            "method 'dropout' runs the model in training mode to find what it drops, and there it failed: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def _run(network: nn.Module, x: Tensor, path: Iterable[str] = ()) -> tuple[list[_Draw], object]:
+    """Run a network once, and return what it drew and its output; the generator is one of its own."""
+    draws: list[_Draw] = []
+    generator = torch.Generator(x.device).manual_seed(0)
+    with Randomness(generator, lambda operation, count: draws.append(_Draw(operation, count, tuple(path)))):
+        return draws, network(x)
+
+
+def _enclosing(draws: Iterable[_Draw], on: set[str]) -> set[str]:
+    """Return the modules nearest around draws that are not in training mode: they skip those inside them."""
+    nearest = (next((name for name in reversed(draw.path) if name not in on), None) for draw in draws)
+    return {name for name in nearest if name is not None}
+
+
+def _check_changes(model: nn.Module, trial: nn.Module, output: object, expected: torch.Size) -> None:
+    """Refuse a network whose modules do more in training mode than to drop something."""
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if shape != tuple(expected):
+        raise ValueError(
+            f"method 'dropout' must not change what the model returns, got {shape} in place of {tuple(expected)} with "
+            "the modules that drop something in training mode. Call dropout in modules of its own."
+        )
+    before = dict(model.named_buffers())
+    for name, buffer in trial.named_buffers():
+        if not torch.equal(buffer, before[name]):
+            raise ValueError(
+                f"method 'dropout' must leave buffer '{name}' as it is, got another value with the modules that drop "
+                "something in training mode. Call dropout in modules of its own."
+            )
+
+
+def _posterior_tensors(model: nn.Module) -> list[Tensor]:
+    """Return the tensors that no forward pass changes: parameters, and the buffers of posteriors."""
+    buffers = [buffer for name, buffer in model.named_buffers() if name.endswith(POSTERIOR_SUFFIXES)]
+    return [*model.parameters(), *buffers]
+
+
+def _copy(model: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
+    """Return a copy of the modules, which shares some tensors."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def _set_training(network: nn.Module, on: Iterable[str]) -> None:
+    names = set(on)
+    for name, module in network.named_modules():
+        module.training = name in names

@@ -45,6 +45,7 @@ METHODS: dict[str, Callable[[nn.Module, Plan], Iterator[Run]]] = {
 _WITHOUT_DRAWS = ("mean", "moments")
 _OF_ANY_NETWORK = ("mean", "dropout")  # which read no posterior
 _COMPILED = ("sample", "mean")  # which call a network as it is; the others take it apart
+_CHECKED = ("moments", "dropout")  # which check the outputs themselves
 
 
 def predict(
@@ -123,7 +124,7 @@ def predict(
         at_least_one("batch_size", batch_size)
     likelihood = likelihood or likelihood_of(model)
     model = compiled_or_unwrapped(model) if name in _COMPILED else unwrapped(model)
-    network = model if name == "moments" else TensorNetwork(model)  # a traced network's output is checked there
+    network = model if name in _CHECKED else TensorNetwork(model)
     number = itertools.count()
 
     def result(inputs: Tensor) -> Prediction:

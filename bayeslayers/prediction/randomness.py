@@ -1,0 +1,145 @@
+"""Every operation of torch that draws takes one generator, and is noted, whatever function or kernel it belongs to."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Note = Callable[[str, int], None]
+_aten = torch.ops.aten
+
+
+class Randomness(TorchDispatchMode):
+    """A scope in which operations of this thread draw from one generator.
+
+    Recurrent layers, attention and functional dropout come down to the same few operations, which torch
+    itself marks as random.
+
+    Args:
+        generator: Source of the draws; torch's default one if None.
+        note: Called for each draw, with the operation's name and how many numbers it drew.
+
+    Raises:
+        ValueError: In the scope, if an operation takes no generator and has no rule here.
+    """
+
+    def __init__(self, generator: torch.Generator | None, note: Note | None = None):
+        super().__init__()
+        self.generator, self.note = generator, note
+        self._on_other_devices: dict[torch.device, torch.Generator] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not _is_random(func):
+            return func(*args, **kwargs)
+        given = _arguments(func, args, kwargs)
+        if _is_off(given):
+            return func(*args, **kwargs)
+        if func in _FUSED_ATTENTION:
+            with self:  # which draws, and is noted, in its parts
+                return _attention(func, given)
+        result = func(*args, **kwargs) if self.generator is None else self._drawn(func, given)
+        if self.note is not None:
+            first = result[0] if isinstance(result, tuple | list) else result
+            self.note(str(func), first.numel())
+        return result
+
+    def _drawn(self, func: OpOverload, given: dict[str, Any]) -> Any:
+        first = next((value for value in given.values() if isinstance(value, Tensor)), None)
+        generator = self._generator(torch.device(given.get("device") or "cpu") if first is None else first.device)
+        if (variant := _with_generator(func)) is not None:
+            return variant(**given | {"generator": given.get("generator") or generator})
+        if func not in _RULES:
+            raise ValueError(f"method 'dropout' must have a rule for '{func}', which draws without a generator.")
+        return _RULES[func](func, given, generator)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        """Return the generator; for a device that is not its own, another one that it has seeded."""
+        assert self.generator is not None
+        if device.type == self.generator.device.type:
+            return self.generator
+        if device not in self._on_other_devices:
+            self._on_other_devices[device] = torch.Generator(device).manual_seed(_seed(self.generator))
+        return self._on_other_devices[device]
+
+
+@functools.cache
+def _is_random(func: OpOverload) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
+@functools.cache
+def _with_generator(func: OpOverload) -> OpOverload | None:
+    """Return the operation, or that of the same arguments besides a generator, if there is one that takes it."""
+    wanted = {argument.name for argument in func._schema.arguments} | {"generator"}
+    packet = func.overloadpacket
+    for overload in (func, *(getattr(packet, name) for name in packet.overloads())):
+        if {argument.name for argument in overload._schema.arguments} == wanted:
+            return overload
+    return None
+
+
+def _arguments(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return all arguments of a call by their names."""
+    schema = func._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    return defaults | {argument.name: value for argument, value in zip(schema, args, strict=False)} | kwargs
+
+
+def _is_off(given: dict[str, Any]) -> bool:
+    """Whether a call that can drop something does not."""
+    modes = given.get("train"), given.get("training")
+    return False in modes or 0 in (given.get("dropout_p"), given.get("dropout"))
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.empty((), dtype=torch.int64, device=generator.device).random_(generator=generator))
+
+
+def _dropout(func: OpOverload, given: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    x, p = given["input"], given["p"]
+    kept = torch.empty_like(x).bernoulli_(1 - p, generator=generator)
+    return x * kept / (1 - p), kept.bool()
+
+
+def _cudnn_rnn(func: OpOverload, given: dict[str, Any], generator: torch.Generator) -> Any:
+    """Run cuDNN's recurrent layers with a state of its own generator that this one seeds."""
+    state = _aten._cudnn_init_dropout_state(
+        given["dropout"], True, _seed(generator), dtype=torch.uint8, device=given["input"].device
+    )
+    return func(**given | {"dropout_state": state})
+
+
+def _attention(func: OpOverload, given: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the output of a fused attention from its parts, which draw by operations with a generator."""
+    query, key, value = given["query"], given["key"], given["value"]
+    output = _aten._scaled_dot_product_attention_math(
+        query,
+        key,
+        value,
+        given.get("attn_bias"),
+        given["dropout_p"],
+        given["is_causal"],
+        scale=given["scale"],
+        enable_gqa=query.shape[-3] != key.shape[-3],
+    )[0]
+    # What a backward pass would need besides.
+    rest = (query.new_empty(0) if str(part.type) == "Tensor" else 0 for part in func._schema.returns[1:])
+    return output, *rest
+
+
+_FUSED_ATTENTION = (
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+)
+_RULES: dict[OpOverload, Callable[[OpOverload, dict[str, Any], torch.Generator], Any]] = {
+    _aten.native_dropout.default: _dropout,
+    _aten._cudnn_rnn.default: _cudnn_rnn,
+}
