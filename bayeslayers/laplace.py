@@ -16,6 +16,8 @@ from bayeslayers.card import ABOUT_DATA, Card
 from bayeslayers.checks import positive
 from bayeslayers.convert import ConversionReport, to_bayesian, to_deterministic
 from bayeslayers.convert.selection import Selectors
+from bayeslayers.curvature.counts import IGNORED
+from bayeslayers.curvature.elements import Elements, LossFunctions, refuse_empty
 from bayeslayers.gaussian import in_double
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.likelihoods import Likelihood, likelihood_of
@@ -35,7 +37,7 @@ class LaplaceFit:
         log_marginal_likelihood: Laplace's estimate of log p(data | prior), in nats, the likelihood to the
             power 1/T: it compares priors, and networks, on the same data.
         log_likelihood: log p(data | means), in nats.
-        dataset_size: Examples that the pass saw, N.
+        dataset_size: Labelled examples that the pass saw, N.
         prior_precision: By layer, the prior precision found or given; empty where the layers kept theirs.
         report: What became Bayesian; None where the network's own Bayesian layers were taken.
     """
@@ -56,10 +58,14 @@ def laplace(
     layers: Selectors | None = None,
     temperature: float = 1.0,
     progress: bool = False,
+    elements_per_example: float | None = None,
 ) -> Network:
     """Return a trained network with its Laplace posterior; its attribute `laplace` holds what was found on the way.
 
-        p = (1/T) sum_i (grad loss_i(m))^2 + p0
+        p = (1/T) P sum_i (grad loss_i(m))^2 + p0
+
+    for losses that are means over P elements of an example, as over the pixels of an image: each example
+    counts as one observation, whatever P. Ignored labels (-100) count in neither N nor P.
 
     The weights m stay what they are; one pass over the data, in eval mode, gives the sum of squared
     per-example gradients, the diagonal of the empirical Fisher matrix, in the Hessian's place. The
@@ -89,6 +95,8 @@ def laplace(
             deterministic, also of a network that was Bayesian. None takes all, or those that are Bayesian.
         temperature: T of the tempered posterior; T < 1 sharpens.
         progress: Whether to show a progress bar.
+        elements_per_example: Elements (pixels, labels) that `likelihood.loss` takes the mean over for each
+            example; None finds it for the likelihoods of this library and most others, see `VOGN`.
 
     Raises:
         ValueError: If an argument breaks its rule, or no prior precision has the most evidence.
@@ -105,6 +113,8 @@ def laplace(
         (20, torch.Size([3, 8]), 'linearised')
     """
     positive("temperature", temperature)
+    if elements_per_example is not None:
+        positive("elements_per_example", elements_per_example)
     if isinstance(prior_precision, str):
         if prior_precision not in ("marglik", "marglik_per_layer"):
             raise ValueError(
@@ -119,7 +129,7 @@ def laplace(
     batches = labelled_batches(
         "data", with_progress("laplace", data) if progress and not isinstance(data, tuple) else data
     )
-    squares, log_likelihood, examples = _one_pass(net, sites, batches, meaning)
+    squares, log_likelihood, examples = _one_pass(net, sites, batches, meaning, elements_per_example)
     curvature = {name: square / temperature for name, square in squares.items()}
     found = _set_prior_precision(sites, curvature, prior_precision)
     with torch.no_grad():
@@ -153,32 +163,65 @@ def _bayesian_copy(model: Network, layers: Selectors | None) -> tuple[Network, C
 
 
 def _one_pass(
-    net: nn.Module, sites: Sequence[Site], batches: Iterator[tuple[Tensor, Tensor]], likelihood: Likelihood
+    net: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterator[tuple[Tensor, Tensor]],
+    likelihood: Likelihood,
+    elements_per_example: float | None,
 ) -> tuple[dict[str, Tensor], float, int]:
-    """Return sums of squared per-example gradients by name, the log likelihood, and the number of examples."""
+    """Return sums of squared per-example gradients by name, the log likelihood, and the number of examples.
+
+    They are those of N times the mean over all elements of the data, so that batches of any size give the same.
+    """
     uncertain = {site.mean for site in sites}
     flags = {parameter: parameter.requires_grad for parameter in net.parameters()}
     for parameter in flags:  # so that no gradient is computed that is not squared
         parameter.requires_grad_(parameter in uncertain)
-    log_likelihood, examples, device = 0.0, 0, sites[0].mean.device
-    with torch.enable_grad(), evaluation_mode(net), tracked(net) as tracker:
+    squares = {site.name: torch.zeros_like(site.mean, requires_grad=False) for site in sites}
+    total, examples, elements = 0.0, 0, 0.0
+    with torch.enable_grad(), evaluation_mode(net):
         for x, y in batches:
-            loss = likelihood.loss(tensor_output(net(x.to(device))), y.to(device)) * len(y)
-            if not loss.isfinite():
-                raise FloatingPointError(f"the loss must be finite, got {loss.item()} on a batch of {len(y)} examples.")
-            loss.backward()
-            log_likelihood -= loss.item()
-            examples += len(y)
-        squares = {site.name: _square(site, tracker.leaves.get(site.name)) for site in sites}
-        if tracker.examples != examples:
-            raise RuntimeError(
-                f"dimension 0 of every Bayesian layer's input must run over the {examples} examples of the targets, "
-                f"got {tracker.examples}. Choose other layers."
-            )
+            seen, loss = _add_squares(squares, net, sites, x, y, likelihood, elements_per_example)
+            total += loss * seen.number
+            examples += seen.examples
+            elements += seen.number
     for parameter, flag in flags.items():
         parameter.grad = None
         parameter.requires_grad_(flag)
-    return squares, log_likelihood, examples
+    if examples == 0:
+        raise ValueError("data must hold at least one labelled example, got none.")
+    per_element = examples / elements
+    return {name: square * per_element for name, square in squares.items()}, -total * per_element, examples
+
+
+def _add_squares(
+    squares: dict[str, Tensor],
+    net: nn.Module,
+    sites: Sequence[Site],
+    x: Tensor,
+    y: Tensor,
+    likelihood: Likelihood,
+    elements_per_example: float | None,
+) -> tuple[Elements, float]:
+    """Add the squares of a batch, its loss a sum over elements; return what these are, and their mean loss."""
+    refuse_empty(len(y))
+    if not (y.is_floating_point() or (y != IGNORED).any()):
+        return Elements(0.0, 0), 0.0
+    device = sites[0].mean.device
+    with tracked(net) as tracker, LossFunctions() as losses:
+        loss = likelihood.loss(tensor_output(net(x.to(device))), y.to(device))
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss must be finite, got {loss.item()} on a batch of {len(y)} examples.")
+        loss.backward()
+        if tracker.examples != len(y):
+            raise RuntimeError(
+                f"dimension 0 of every Bayesian layer's input must run over the {len(y)} examples of the targets, "
+                f"got {tracker.examples}. Choose other layers."
+            )
+    seen = losses.elements(len(y), elements_per_example)
+    for site in sites:
+        squares[site.name].add_(_square(site, tracker.leaves.get(site.name)), alpha=seen.number**2)
+    return seen, loss.item()
 
 
 def _square(site: Site, leaf: Tensor | None) -> Tensor:

@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.checks import at_least_one
+from bayeslayers.checks import at_least_one, positive
+from bayeslayers.curvature.counts import Reduction
+from bayeslayers.curvature.elements import Elements, LossFunctions, refuse_other_reduction
 from bayeslayers.optim.adam import adam_update
 from bayeslayers.optim.averages import Averages, Recorded
 from bayeslayers.optim.groups import PosteriorGroups, Rules
@@ -38,6 +40,7 @@ class VariationalOptimizer(PosteriorGroups):
         num_samples: Draws per `step(closure)`.
         generator: Source of the draws; torch's default one if None.
         sync: Average over the ranks of the default process group before each step.
+        elements_per_example: Elements that an example's loss is a mean over; None for those that are seen.
     """
 
     _drawing_twin: ClassVar[str | None] = None  # the method that draws weights, for one that computes at the mean
@@ -45,6 +48,7 @@ class VariationalOptimizer(PosteriorGroups):
     _step_supports_amp_scaling = True  # see _unscale
     _statistic: ClassVar[str] = "curvature"  # what messages call the statistics
     _loss_power: int = 2  # the power of the loss they are proportional to
+    loss_reduction: Reduction = "mean"  # what the loss is of those of the examples
 
     def __init__(
         self,
@@ -60,10 +64,15 @@ class VariationalOptimizer(PosteriorGroups):
         num_samples: int = 1,
         generator: torch.Generator | None = None,
         sync: bool = False,
+        elements_per_example: float | None = None,
     ):
+        if elements_per_example is not None:
+            positive("elements_per_example", elements_per_example)
+        self.elements_per_example = elements_per_example
         self.num_samples = at_least_one("num_samples", num_samples)
         self.sync = sync
         self._inside = False  # an open scope
+        self._losses = LossFunctions()
         self._forget()
         super().__init__(
             model,
@@ -134,8 +143,9 @@ class VariationalOptimizer(PosteriorGroups):
         if all(grad is None for grad in earlier.values()):  # cleared past the optimizer: no draw to average with
             self._forget()
         self._restore(dict.fromkeys(self._names))
+        self._losses.clear()
         try:
-            with in_use(self.model, trains=True), scope():
+            with in_use(self.model, trains=True), scope(), self._losses:
                 self._inside = True
                 yield
             self._collect(earlier)
@@ -157,11 +167,19 @@ class VariationalOptimizer(PosteriorGroups):
     def _forget(self) -> None:
         """Drop the draws since the last step."""
         self._averages = Averages()
+        self._seen: Elements | None = None
+        self._loss_scale = 1.0
+
+    def _elements(self, examples: int) -> Elements:
+        """Return what the losses of the last scope are means over."""
+        self._seen = self._losses.elements(examples, self.elements_per_example)
+        return self._seen
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients; inside a scope those of this draw alone, outside one those of every draw."""
         super().zero_grad(set_to_none)
         if self._inside:
+            self._losses.clear()
             self._clear_record()
         else:
             self._forget()
@@ -299,6 +317,7 @@ class VariationalOptimizer(PosteriorGroups):
 
     def _rescale(self, loss_scale: float) -> None:
         """Take the loss scale out of the statistics."""
+        self._loss_scale = loss_scale
         self._averages.scale /= loss_scale**self._loss_power
 
     def _average_over_ranks(self) -> None:
@@ -314,6 +333,8 @@ class VariationalOptimizer(PosteriorGroups):
                 "step() must follow a backward pass under drawn weights, got none since the last step. Pass a "
                 "closure, or call loss.backward() inside `with optimizer.sampled():`."
             )
+        if self._seen is not None:
+            refuse_other_reduction(self._seen, self.loss_reduction, self._loss_scale)
         grads = {p: p.grad for p in self._names if p.grad is not None}
         # What the step adds to the precision is this much larger, and must be finite too.
         statistics = self._averages.statistics

@@ -62,6 +62,7 @@ class NoisyKFAC(KroneckerFactored):
             lr, beta1, factor_lr, temperature, damping, prior_precision.
         deterministic_lr: Learning rate of parameters that are not Bayesian; None for `lr`.
         sync: Average over the ranks of torch.distributed's default group before each step.
+        elements_per_example: Elements that an example's loss is a mean over, for fisher="empirical"; see `VOGN`.
 
     The loss is a mean over the batch's examples. Under `torch.compile` use `fisher="empirical"`.
 
@@ -101,6 +102,7 @@ class NoisyKFAC(KroneckerFactored):
         groups: Sequence[Mapping[str, Any]] | None = None,
         deterministic_lr: float | None = None,
         sync: bool = False,
+        elements_per_example: float | None = None,
     ):
         super().__init__(
             model,
@@ -117,6 +119,7 @@ class NoisyKFAC(KroneckerFactored):
             groups=groups,
             deterministic_lr=deterministic_lr,
             sync=sync,
+            elements_per_example=elements_per_example,
         )
 
 
@@ -149,6 +152,7 @@ class KFAC(KroneckerFactored):
         groups: Parameter groups with hyperparameters of their own.
         deterministic_lr: Learning rate of parameters that are not Bayesian.
         sync: Average over ranks before each step.
+        elements_per_example: Elements that an example's loss is a mean over.
 
     Raises:
         ValueError: If an argument breaks its rule, or the model has no Bayesian layer.
@@ -175,6 +179,7 @@ class KFAC(KroneckerFactored):
         groups: Sequence[Mapping[str, Any]] | None = None,
         deterministic_lr: float | None = None,
         sync: bool = False,
+        elements_per_example: float | None = None,
     ):
         super().__init__(
             model,
@@ -190,4 +195,5 @@ class KFAC(KroneckerFactored):
             groups=groups,
             deterministic_lr=deterministic_lr,
             sync=sync,
+            elements_per_example=elements_per_example,
         )

@@ -148,7 +148,7 @@ class KroneckerFactored(VariationalOptimizer):
         else:
             sums = {name: leaf.grad for name, leaf in self._tracker.leaves.items() if leaf.grad is not None}
             examples = self._tracker.examples
-            unit = examples**2  # gradients of a mean over examples are this much smaller, squared
+            unit = examples * self._elements(examples).number  # squares of a mean's gradients are this much smaller
         for parameter, site in self._sites.items():
             if parameter.grad is not None and not {site.name, self._weight_name(site) + _INPUT} & sums.keys():
                 raise self._past_its_layer(site)
@@ -161,6 +161,7 @@ class KroneckerFactored(VariationalOptimizer):
 
     def _rescale(self, loss_scale: float) -> None:
         """Take the loss scale out of what is squared from gradients of the user's loss."""
+        self._loss_scale = loss_scale
         if self.fisher == "empirical":
             statistics = self._averages.statistics
             for name, value in statistics.items():

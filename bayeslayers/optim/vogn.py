@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bayeslayers.checks import fraction, non_negative, positive
+from bayeslayers.curvature.counts import Reduction
 from bayeslayers.gaussian import natural_gradient_step_
 from bayeslayers.optim.adam import corrected_weight, momentum_average
 from bayeslayers.optim.averages import Recorded
@@ -19,8 +20,6 @@ from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.groups import first_precision
 from bayeslayers.sampling import Tracker, layers_with_curvature
 from bayeslayers.sampling.placement import placed
-
-LossReduction = Literal["mean", "sum"]
 
 _RULES = {
     "lr": non_negative,
@@ -42,7 +41,7 @@ class _GaussNewton(VariationalOptimizer):
         *,
         init_precision: float | Literal["curvature"] | None,
         curvature_fraction: float,
-        loss_reduction: LossReduction,
+        loss_reduction: Reduction,
         vectorise: bool = False,
         **options: Any,
     ):
@@ -81,19 +80,21 @@ class _GaussNewton(VariationalOptimizer):
             elif parameter.grad is not None:
                 raise self._past_its_layer(site)
         # What makes sums over examples and draws, in the units of the loss, means over them.
+        seen = self._elements(examples)
         if self.loss_reduction == "sum":
-            return Recorded(squares, 1 / (examples * self._at_once), 1 / (examples * self._at_once))
-        return Recorded(squares, examples / self._at_once, 1 / self._at_once)
+            mean = 1 / (seen.examples * self._at_once)
+            return Recorded(squares, mean * seen.number / seen.examples, mean)
+        return Recorded(squares, seen.number / self._at_once, 1 / self._at_once)
 
     def _run_draws(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
         if not self.vectorise or self.num_samples == 1:
             return super()._run_draws(closure)
-        self._at_once = self.num_samples
+        self._at_once, self._losses.batched = self.num_samples, True
         try:
             with torch.enable_grad(), self._recording(self._track):
                 losses, outputs = self._run_at_once(closure)
         finally:
-            self._at_once = 1
+            self._at_once, self._losses.batched = 1, False
         return losses.mean(), None if outputs is None else outputs.detach().mean(0)
 
     def _run_at_once(self, closure: Callable[[], Any]) -> tuple[Tensor, Tensor | None]:
@@ -167,6 +168,9 @@ class VOGN(_GaussNewton):
         num_samples: Draws per `step(closure)`.
         generator: Source of the draws, on the model's device; torch's default one if None.
         loss_reduction: "mean" if the loss is a mean over the batch's examples, "sum" if their sum.
+        elements_per_example: Elements (pixels, tokens, labels) that an example's loss is a mean over; 1
+            where it is their sum. None finds it: of torch's loss functions, whose ignored labels do
+            not count, and of losses that are a mean as a whole; another loss has 1.
         curvature_fraction: Part of the batch, in (0, 1], whose squared gradients estimate the
             curvature of linear and convolution weights: a run of examples from a random one on, which
             is unbiased. What costs nothing (biases, norms) always sees the whole batch.
@@ -203,12 +207,13 @@ class VOGN(_GaussNewton):
         damping: float = 0.0,
         num_samples: int = 1,
         generator: torch.Generator | None = None,
-        loss_reduction: LossReduction = "mean",
+        loss_reduction: Reduction = "mean",
         curvature_fraction: float = 1.0,
         groups: Sequence[Mapping[str, Any]] | None = None,
         deterministic_lr: float | None = None,
         sync: bool = False,
         vectorise: bool = False,
+        elements_per_example: float | None = None,
     ):
         super().__init__(
             model,
@@ -226,6 +231,7 @@ class VOGN(_GaussNewton):
             num_samples=num_samples,
             generator=generator,
             loss_reduction=loss_reduction,
+            elements_per_example=elements_per_example,
             curvature_fraction=curvature_fraction,
             groups=groups,
             deterministic_lr=deterministic_lr,
@@ -254,6 +260,7 @@ class OGN(_GaussNewton):
         damping: Added to the curvature in the mean's step.
         generator: Source of the part of the batch that `curvature_fraction` picks.
         loss_reduction: "mean" or "sum" over the batch's examples.
+        elements_per_example: Elements that an example's loss is a mean over.
         curvature_fraction: Part of the batch that estimates the curvature.
         groups: Parameter groups with hyperparameters of their own.
         deterministic_lr: Learning rate of parameters that are not Bayesian.
@@ -277,11 +284,12 @@ class OGN(_GaussNewton):
         temperature: float = 1.0,
         damping: float = 0.0,
         generator: torch.Generator | None = None,
-        loss_reduction: LossReduction = "mean",
+        loss_reduction: Reduction = "mean",
         curvature_fraction: float = 1.0,
         groups: Sequence[Mapping[str, Any]] | None = None,
         deterministic_lr: float | None = None,
         sync: bool = False,
+        elements_per_example: float | None = None,
     ):
         super().__init__(
             model,
@@ -297,6 +305,7 @@ class OGN(_GaussNewton):
             init_precision=init_precision,
             generator=generator,
             loss_reduction=loss_reduction,
+            elements_per_example=elements_per_example,
             curvature_fraction=curvature_fraction,
             groups=groups,
             deterministic_lr=deterministic_lr,
