@@ -77,6 +77,16 @@ def tally(examples: int) -> Tensor:
     return torch.tensor([examples, 1.0], dtype=torch.float64)
 
 
+def owned(output: Tensor) -> Tensor:
+    """Return the output of a rule's forward as a tensor that is no view of another.
+
+    Many ops of torch return a view of what they have computed, as `F.linear` with a bias in three
+    dimensions, and autograd refuses an in-place op on a view that left a custom function. Nothing else
+    holds the memory, so none is copied.
+    """
+    return torch.ops.aten._unsafe_view(output, output.shape)
+
+
 def autocast_operand(x: Tensor) -> Tensor:
     """Cast to autocast's dtype, where it is on, by a differentiable cast.
 

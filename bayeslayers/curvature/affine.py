@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayeslayers.curvature.accumulate import Leaves, sum_of_squares, tally
+from bayeslayers.curvature.accumulate import Leaves, owned, sum_of_squares, tally
 
 
 def affine(x_hat: Tensor, scale: Tensor, shift: Tensor | None, leaves: Leaves, positions: tuple[int, ...]) -> Tensor:
@@ -32,7 +32,7 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def forward(x_hat, scale, shift, scale_leaf, shift_leaf, tally_leaf, part, positions):
         y = x_hat * _broadcast(scale, x_hat, positions)
-        return y if shift is None else y + _broadcast(shift, x_hat, positions)
+        return owned(y if shift is None else y + _broadcast(shift, x_hat, positions))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayeslayers.curvature import kronecker
-from bayeslayers.curvature.accumulate import Leaves, autocast_operand, chunks, full_precision, sum_of_squares, tally
+from bayeslayers.curvature.accumulate import (
+    Leaves,
+    autocast_operand,
+    chunks,
+    full_precision,
+    owned,
+    sum_of_squares,
+    tally,
+)
 from bayeslayers.curvature.kronecker import KroneckerLeaves
 from bayeslayers.curvature.linear import GRAM_POSITIONS, outer_product_squares
 from bayeslayers.curvature.settings import Settings
@@ -48,7 +56,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, weight_leaf, bias_leaf, tally_leaf, part, *settings):
-        return torch.convolution(x, weight, bias, *settings)
+        return owned(torch.convolution(x, weight, bias, *settings))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

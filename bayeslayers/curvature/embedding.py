@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayeslayers.curvature.accumulate import Leaves, tally, wide
+from bayeslayers.curvature.accumulate import Leaves, owned, tally, wide
 
 
 def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None, leaves: Leaves) -> Tensor:
@@ -26,7 +26,7 @@ def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None, leaves: Leav
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ids, weight, weight_leaf, tally_leaf, padding_idx):
-        return F.embedding(ids, weight)
+        return owned(F.embedding(ids, weight))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

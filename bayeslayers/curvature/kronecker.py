@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayeslayers.curvature.accumulate import chunks, full_precision, tally, wide
+from bayeslayers.curvature.accumulate import chunks, full_precision, owned, tally, wide
 from bayeslayers.curvature.settings import Settings
 
 
@@ -72,7 +72,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, input_leaf, output_leaf, tally_leaf, backward):
         ctx.save_for_backward(x, weight)
         ctx.passes, ctx.size = backward, len(input_leaf)
-        return F.linear(x, weight, bias)
+        return owned(F.linear(x, weight, bias))
 
     @staticmethod
     def backward(ctx, g):
@@ -101,7 +101,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, weight, bias, input_leaf, output_leaf, tally_leaf, backward, *settings):
         ctx.save_for_backward(x, weight)
         ctx.passes, ctx.size, ctx.settings = backward, len(input_leaf), settings
-        return torch.convolution(x, weight, bias, *settings)
+        return owned(torch.convolution(x, weight, bias, *settings))
 
     @staticmethod
     def backward(ctx, g):

@@ -12,6 +12,7 @@ from bayeslayers.curvature.accumulate import (
     autocast_operand,
     chunks,
     full_precision,
+    owned,
     sum_of_squares,
     tally,
     wide,
@@ -45,7 +46,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, weight_leaf, bias_leaf, tally_leaf, part):
-        return F.linear(x, weight, bias)
+        return owned(F.linear(x, weight, bias))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
