@@ -213,14 +213,14 @@ def _add_squares(
         if not loss.isfinite():
             raise FloatingPointError(f"the loss must be finite, got {loss.item()} on a batch of {len(y)} examples.")
         loss.backward()
-        if tracker.examples != len(y):
-            raise RuntimeError(
-                f"dimension 0 of every Bayesian layer's input must run over the {len(y)} examples of the targets, "
-                f"got {tracker.examples}. Choose other layers."
-            )
     seen = losses.elements(len(y), elements_per_example)
     for site in sites:
         squares[site.name].add_(_square(site, tracker.leaves.get(site.name)), alpha=seen.number**2)
+    if tracker.examples != len(y):
+        raise RuntimeError(
+            f"dimension 0 of every Bayesian layer's input must run over the {len(y)} examples of the targets, "
+            f"got {tracker.examples}. Choose other layers."
+        )
     return seen, loss.item()
 
 

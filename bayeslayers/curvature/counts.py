@@ -121,3 +121,5 @@ _COUNTERS: dict[Any, Callable[[SimpleNamespace], Count]] = {
     **dict.fromkeys((F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.huber_loss), _weighted_values),
     **dict.fromkeys((F.mse_loss, F.l1_loss), _averaged_values),
 }
+
+LOSSES = frozenset(_COUNTERS)

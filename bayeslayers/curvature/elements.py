@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bayeslayers.curvature.counts import Count, Number, Reduction, count
+from bayeslayers.curvature.counts import LOSSES, Count, Number, Reduction, count
 
+_SEEN = frozenset({*LOSSES, Tensor.backward})
 _LARGEST_RATIO = 2.0  # of the numbers of elements of losses that one effective number may stand for
 _SCALINGS = ("MulBackward0", "DivBackward0", "NegBackward0", "AddBackward0", "SubBackward0", "ToCopyBackward0")
 _SHAPES = ("ViewBackward0", "UnsafeViewBackward0", "SqueezeBackward0", "SqueezeBackward1")
@@ -72,11 +73,17 @@ class LossFunctions(TorchFunctionMode):
         self._roots: list[tuple[float, float]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        # As short as can be: it runs for each function, and torch.compile traces it.
+        if func in _SEEN and not torch.compiler.is_compiling():
+            return self._call(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call a function that tells of a loss."""
         if func is Tensor.backward:
             self._see_root(args[0])
         output = func(*args, **kwargs)
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and (found := count(func, args, kwargs)):
+        if torch.is_grad_enabled() and (found := count(func, args, kwargs)):
             self._see(output, *found)
         return output
 
