@@ -25,7 +25,7 @@ from bayeslayers.display import printable
 from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.plots import training_curves
 from bayeslayers.weights import Weights
-from recipes.configuration import Config, check, device_of
+from recipes.configuration import Config, check, device_of, make_model
 from recipes.data import Split, num_batches
 from recipes.evaluate import Answer, Question, evaluated, measured, versions
 from recipes.methods import make_optimizer, method_of
@@ -55,7 +55,7 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
     folder = folder_of(config, resume)
     baseline = read_baseline(config.baseline)
     torch.manual_seed(config.seed)
-    model = zoo.create(**config.model).to(device_of(config))
+    model = make_model(config).to(device_of(config))
     if config.start is not None and not resume:
         go_on_from(config.start, model)
     sets = read_sets(config, zoo.card_of(model).input_size)

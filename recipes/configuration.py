@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import ConfigDict
+from torch import nn
 
 import bayeslayers as bl
+import zoo
 from bayeslayers.checks import at_least_one, near, non_negative, positive
 from bayeslayers.prediction.predict import METHODS
 from recipes.augmentation import Augmentation
@@ -124,6 +126,18 @@ class Config:
         for name in ("start", "baseline", "output", "data_root"):
             if (path := getattr(self, name)) is not None:
                 setattr(self, name, expanded(path))
+
+
+def make_model(config: Config) -> nn.Module:
+    """Return the network of a configuration.
+
+    Raises:
+        ValueError: If there is no such network, or its arguments are not what it takes.
+    """
+    try:
+        return zoo.create(**config.model)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:  # of whatever a builder does with a value
+        raise ValueError(f"model {config.model['name']!r} cannot be made: {error}") from None
 
 
 def device_of(config: Config) -> torch.device:

@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -85,6 +86,7 @@ def add_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
             parser.add_argument(f"--{name}", action="append", dest="overrides", type=_at(path), help=argparse.SUPPRESS)
 
 
+@cache
 def _fields() -> dict[tuple[str, ...], list[str]]:
     """Return the path of each option of any recipe, with what it is in each of them that has it."""
     from recipes.options import options, type_name
