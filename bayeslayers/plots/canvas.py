@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bayeslayers.checkpoint import write_atomically
 from bayeslayers.checks import near
+from bayeslayers.display import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,7 +82,7 @@ def legend_below(figure: Figure, handles: Sequence[Any], title: str | None = Non
 
 def short(name: str, width: int = 28) -> str:
     """Return a name as a legend shows it: cut in the middle to its room, with no formula begun by a dollar sign."""
-    line = " ".join(name.split())
+    line = " ".join(printable(name).split())
     if len(line) > width:
         line = f"{line[: width // 2]}…{line[len(line) - (width - 1) // 2 :]}"
     return f"{' ' * line.startswith('_')}{line}".replace("$", r"\$")  # matplotlib hides labels that begin with "_"
