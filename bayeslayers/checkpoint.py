@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +38,8 @@ def save_posterior(model: nn.Module, folder: str | Path, **fields: Any) -> Card:
     """Write a model's posterior to a folder: weights, `config.json` and a model card.
 
     The folder is written beside its place and moved there when complete, so that an interruption
-    leaves what was there before. (Only a power cut between the two renames of a replacement can leave
-    it aside, whole, as `.NAME-*.old`.)
+    leaves what was there before. (Only a power cut or a kill between the two renames of a replacement can
+    leave it aside, whole, as `.NAME-*.old`.)
 
     Args:
         model: Model with Bayesian layers, also in torch's wrappers (`DataParallel`, `AveragedModel`, `torch.compile`):
@@ -282,16 +283,26 @@ def _put_together(node: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that its old or its new content is there at any time, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    """Write a file so that its old or its new content is there at any time, also after a power cut.
+
+    Raises:
+        OSError: If it cannot be written, as on a full disk; named by `path`, which is as it was.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -7,8 +7,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,15 +28,28 @@ from bayeslayers.weights import Weights
 from recipes.configuration import Config, check, device_of, make_model
 from recipes.data import Split, num_batches
 from recipes.evaluate import Answer, Question, evaluated, measured, versions
+from recipes.interruption import interruption
 from recipes.methods import make_optimizer, method_of
 from recipes.names import short_name, without_folders
 from recipes.report import write_report
-from recipes.run_folder import CONFIG, LOG, METRICS, OOD, POSTERIOR, REPORT, check_folder, plan_of
+from recipes.run_folder import (
+    BEST,
+    CHECKPOINT,
+    CONFIG,
+    CURVES,
+    METRICS,
+    OOD,
+    POSTERIOR,
+    check_folder,
+    clear_leftovers,
+    has_checkpoint,
+    kept,
+    plan_of,
+)
+from recipes.run_lock import locked, refuse_many_processes
 from recipes.schedules import make_schedulers
 from recipes.sets import Sets, check_classes, read_sets
-from recipes.training import CHECKPOINT, Training
-
-CURVES, BEST = "curves.png", "best"
+from recipes.training import Training
 
 
 def train(config: Config, resume: bool = False, command: str = "") -> dict[str, float] | None:
@@ -48,11 +61,26 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
         command: How this run was asked for, for the card.
 
     Returns:
-        The metrics, or None if Ctrl-C stopped the run, which is then saved.
+        The metrics, or None if Ctrl-C or SIGTERM stopped the run, which is then saved.
+
+    Raises:
+        BlockingIOError: If another training writes to the same folder.
     """
-    console = Console(stderr=True)
+    refuse_many_processes()
     check(config)
-    folder = folder_of(config, resume)
+    folder = Path(config.output or f"runs/{config.name}")
+    check_folder("output", folder)
+    if resume and not folder.exists():
+        load_checkpoint(folder / CHECKPOINT)  # raises
+    with locked(folder):
+        goes_on = has_checkpoint(folder, resume)
+        if resume and not goes_on:
+            Console(stderr=True).print("no checkpoint yet: the run starts from the beginning")
+        return _train(config, folder, goes_on, command)
+
+
+def _train(config: Config, folder: Path, resume: bool, command: str) -> dict[str, float] | None:
+    console = Console(stderr=True)
     baseline = read_baseline(config.baseline)
     torch.manual_seed(config.seed)
     model = make_model(config).to(device_of(config))
@@ -64,9 +92,42 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
     run = experiment.training()
     if resume:
         run.resume()
-    write_atomically(folder / CONFIG, json.dumps(dataclasses.asdict(config), indent=2).encode())
+    clear_leftovers(folder)
+    with kept(folder):
+        write_atomically(folder / CONFIG, json.dumps(dataclasses.asdict(config), indent=2).encode())
+        finished, metrics, written = _run(run, config), None, False
+        with suppress(KeyboardInterrupt), interruption(at_once=True):  # all is saved
+            if run.rows:
+                training_curves(run.rows, folder / CURVES)
+            if finished:
+                answer = experiment.measure(progress=console.is_terminal)
+                metrics = figures_of(answer)
+                with shown_on_error(metrics, console):
+                    experiment.write(answer, run.rows, metrics)
+                written = True
+    if not written:
+        late = "before it was measured" if metrics is None else "before its report was written"
+        where = f"in epoch {run.epoch + 1}" if run.epoch < config.epochs else late
+        console.print(f"stopped and saved {where}; continue with --resume")
+        return None
+    console.print(Text(printable(f"written to {folder}, with {CURVES} and report.html")))
+    return metrics
+
+
+@contextmanager
+def shown_on_error(metrics: Mapping[str, float], console: Console) -> Iterator[None]:
+    """Print metrics that could not be written."""
     try:
-        finished = run.run()
+        yield
+    except BaseException:
+        console.print_json(json.dumps(metrics))
+        raise
+
+
+def _run(run: Training, config: Config) -> bool:
+    """Run the training; return whether it came to its end."""
+    try:
+        return run.run()
     except RuntimeError as error:
         if config.compile and type(error).__module__.startswith("torch._"):
             reason = str(error).strip().partition("\n")[0]
@@ -74,18 +135,6 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
                 f"compile must be false where torch cannot compile, got {reason}. Add --compile false."
             ) from error
         raise
-    if run.rows:
-        training_curves(run.rows, folder / CURVES)
-    metrics = None
-    if finished:
-        with suppress(KeyboardInterrupt):  # all is saved
-            metrics = experiment.finish(run.rows, progress=console.is_terminal)
-    if metrics is None:
-        where = f"in epoch {run.epoch + 1}" if run.epoch < config.epochs else "before it was measured"
-        console.print(f"stopped and saved {where}; continue with --resume")
-        return None
-    console.print(Text(printable(f"written to {folder}, with {CURVES} and report.html")))
-    return metrics
 
 
 def go_on_from(start: str, model: nn.Module) -> None:
@@ -104,17 +153,6 @@ def go_on_from(start: str, model: nn.Module) -> None:
     except ValueError as error:
         name = zoo.card_of(model).name
         raise ValueError(f"start must be of the run's model, {name}, got {start}: {error}") from None
-
-
-def folder_of(config: Config, resume: bool) -> Path:
-    """Return the folder of a run, and refuse to write over another run."""
-    folder = Path(config.output or f"runs/{config.name}")
-    check_folder("output", folder)
-    there = [] if resume else [name for name in _OUTPUTS if (folder / name).exists()]
-    if there:
-        advice = "Add --resume or choose another" if CHECKPOINT in there else "Choose another"
-        raise FileExistsError(f"output must be a new run, got {folder} with {there[0]}. {advice}.")
-    return folder
 
 
 @dataclass
@@ -158,27 +196,34 @@ class Experiment:
             measure=self._measure,
             chosen_by=f"{self.sets.part}_nll",
             on_best=self._save_best,
+            checkpoint_minutes=config.checkpoint_minutes,
             identity={name: value for name, value in dataclasses.asdict(config).items() if name not in _MAY_DIFFER}
             | {"data": short_name(config.data), "training examples": len(train), "training labels": _digest(train)},
         )
 
-    def finish(self, rows: Sequence[Mapping[str, float]], progress: bool) -> dict[str, float]:
-        """Measure the trained network, and write figures, report and posterior.
+    def measure(self, progress: bool) -> Answer:
+        """Return what the trained network is worth.
 
         Args:
-            rows: The training's log.
             progress: Whether to show a progress bar.
         """
         config = self.config
         if config.laplace:
             self.model = fit_laplace(self.model, config, self.sets.train)
         question = self._question(config.evaluation.num_samples, trained=True)
-        answer = measured(self.model, question, self.sets.test, self.sets.strangers, self.command, progress)
+        return measured(self.model, question, self.sets.test, self.sets.strangers, self.command, progress)
+
+    def write(self, answer: Answer, rows: Sequence[Mapping[str, float]], metrics: Mapping[str, float]) -> None:
+        """Write posterior, report and metrics; these come last, for they say that the run is finished.
+
+        Args:
+            answer: What `measure` returned.
+            rows: The training's log.
+            metrics: Metrics of the card.
+        """
+        self._save(POSTERIOR, rows[-1], metrics, self.config.notes)
         write_report(dataclasses.replace(answer, log=rows, log_question=self._epoch_question()), self.folder)
-        metrics = figures_of(answer)
         write_atomically(self.folder / METRICS, json.dumps(metrics, indent=2).encode())
-        self._save(POSTERIOR, rows[-1], metrics, config.notes)
-        return metrics
 
     def _measure(self) -> dict[str, float]:
         found = evaluated(self.model, self._epoch_question(), self.sets.held_out).metrics
@@ -244,7 +289,6 @@ class Experiment:
 
 
 LOGGED = ("accuracy", "nll", "brier", "ece")
-_OUTPUTS = (CHECKPOINT, LOG, METRICS, REPORT, POSTERIOR, BEST)
 _MAY_DIFFER = (
     "name",
     "evaluation",

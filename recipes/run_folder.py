@@ -6,15 +6,21 @@ import csv
 import io
 import json
 import math
+import shutil
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bayeslayers.card import PosteriorError
 from recipes.names import short_name
 
 LOG, METRICS, REPORT, CONFIG, POSTERIOR = "log.csv", "metrics.json", "report.json", "config.json", "posterior"
+CURVES, BEST, CHECKPOINT = "curves.png", "best", "checkpoint.safetensors"
+_OUTPUTS = (CHECKPOINT, LOG, METRICS, REPORT, POSTERIOR, BEST)
+_WRITTEN = (LOG, METRICS, REPORT, "report.html", CONFIG, POSTERIOR, CURVES, BEST, CHECKPOINT)
 EPOCH_FIGURES = ("accuracy", "nll", "ece")
 FIGURES = (*EPOCH_FIGURES, "misclassification_auroc_confidence")
 OOD = "ood_auroc_"
@@ -75,6 +81,50 @@ def check_folder(name: str, folder: Path) -> None:
     """Refuse a file where a folder is to be written."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{name} must be a folder, got {folder}, which is a file.")
+
+
+def has_checkpoint(folder: Path, resume: bool) -> bool:
+    """Return whether there is a checkpoint to resume, and refuse to write over another run.
+
+    A run that ended before its first checkpoint has left nothing that would be lost by starting again.
+
+    Args:
+        folder: Run folder.
+        resume: Whether the run in it, if any, is to be resumed.
+
+    Raises:
+        FileExistsError: If a run is there, which is not to be resumed.
+        PosteriorError: If more than the beginning of a run is there, and its checkpoint is gone.
+    """
+    there = [name for name in _OUTPUTS if (folder / name).exists()]
+    lost = CHECKPOINT not in there and not set(there) <= {BEST}
+    if there and not resume:
+        advice = "Choose another" if lost else "Add --resume or choose another"
+        raise FileExistsError(f"output must be a new run, got {folder} with {there[0]}. {advice}.")
+    if lost:
+        raise PosteriorError(f"{folder / CHECKPOINT} must be a training checkpoint, got no such file.")
+    return CHECKPOINT in there
+
+
+@contextmanager
+def kept(folder: Path) -> Iterator[None]:
+    """Say what a run has kept, and what to do, when one of its files cannot be written, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        saved = (folder / CHECKPOINT).exists()
+        advice = "The last checkpoint is kept: repair this, and add --resume" if saved else "Nothing was saved yet"
+        if error.errno is None:
+            raise OSError(f"{str(error).rstrip('.')}. {advice}.") from error
+        name = f", {error.filename}" if error.filename else ""
+        raise OSError(error.errno, f"{error.strerror}{name}. {advice}.") from error
+
+
+def clear_leftovers(folder: Path, names: Sequence[str] = _WRITTEN) -> None:
+    """Remove what was being written when a run was killed: `.NAME-*`, beside files that are whole."""
+    for path in folder.iterdir():
+        if path.name.startswith(tuple(f".{name}-" for name in names)):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def log_text(rows: Sequence[Mapping[str, float]]) -> str:

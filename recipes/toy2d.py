@@ -34,9 +34,11 @@ from recipes.blobs import CLASSES, STRANGERS, Blobs
 from recipes.cli import main
 from recipes.configuration import check_seed
 from recipes.evaluate import versions
+from recipes.interruption import interruption
 from recipes.methods import check_options, make_optimizer
 from recipes.names import expanded
-from recipes.run_folder import LOG, METRICS, POSTERIOR, check_folder, log_text
+from recipes.run_folder import LOG, METRICS, POSTERIOR, check_folder, clear_leftovers, log_text
+from recipes.run_lock import LOCK, locked, refuse_many_processes
 from recipes.verify import figures
 from zoo.registry import describe
 
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 NAMES = {"adam": "Adam", "vogn": "VOGN"}
 GIF, PNG = "boundary.gif", "boundary.png"
+_FILES = (GIF, PNG, LOG, POSTERIOR, METRICS)  # in the order in which they are written
 _BERNOULLI = bl.Bernoulli()
 _GRID = 80  # points along each side of a frame
 _DRAWS = 20  # boundaries of single draws in a frame
@@ -114,8 +117,8 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
         command: How this run was asked for, for the card.
 
     Returns:
-        Figures of each network after the last epoch, as "vogn_nll"; None if Ctrl-C stopped the run, of which
-        nothing is written then.
+        Figures of each network after the last epoch, as "vogn_nll"; None if Ctrl-C or SIGTERM stopped the run, of
+        which nothing is written then.
 
     Raises:
         ValueError: If the configuration breaks a rule.
@@ -123,16 +126,24 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
     """
     if resume:
         raise ValueError("resume must be off for toy2d, which takes seconds and keeps no checkpoint. Start it anew.")
+    refuse_many_processes()
     folder = Path(config.output or f"runs/{config.name}")
-    check(config, folder)
+    check_folder("output", folder)
+    with locked(folder):
+        check(config, folder)
+        return _train(config, folder, command)
+
+
+def _train(config: Config, folder: Path, command: str) -> dict[str, float] | None:
     both = Both(config)
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
-        with Progress(*columns, console=console) as progress:
+        with interruption(at_once=True), Progress(*columns, console=console) as progress:
             frames = list(progress.track(both.run(), total=config.epochs + 1, description="training"))
             shown = [frame for frame in frames if frame is not None]
             found = both.measure()
+            clear_leftovers(folder, _FILES)
             training_gif(progress.track(shown, description="animation"), folder / GIF, duration=0.25, last=3.0)
     except KeyboardInterrupt:
         console.print(f"stopped after {len(both.rows)} of {config.epochs} epochs; nothing is written")
@@ -141,7 +152,7 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
     write_atomically(folder / LOG, log_text(both.rows).encode())
     save(both, found, folder / POSTERIOR, command)
     metrics = _flat(found)
-    write_atomically(folder / METRICS, json.dumps(metrics, indent=2).encode())
+    write_atomically(folder / METRICS, json.dumps(metrics, indent=2).encode())  # last: the run is finished
     console.print(Text(printable(f"written to {folder}: {GIF}, {PNG}, {LOG}, {METRICS}, {POSTERIOR}/")))
     return metrics
 
@@ -161,8 +172,15 @@ def check(config: Config, folder: Path) -> None:
     if not 2 <= config.data.centres <= min(config.data.examples, config.data.test_examples):
         raise ValueError(f"data.centres must be from 2 to the number of examples, got {config.data.centres}.")
     check_folder("output", folder)
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not _unfinished(folder):
         raise FileExistsError(f"output must be a new folder, got {folder}, which holds something. Choose another.")
+
+
+def _unfinished(folder: Path) -> bool:
+    """Return whether a folder holds at most what a run of the toy that was killed while it wrote leaves."""
+    held = {path.name for path in folder.iterdir()} - {LOCK}
+    whole = {name for name in held if not name.startswith(tuple(f".{file}-" for file in _FILES))}
+    return not whole or (GIF in whole and whole <= set(_FILES) - {METRICS})
 
 
 class Both:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from recipes.interruption import exit_status
 from recipes.names import without_folders
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -46,7 +47,7 @@ def train(arguments: argparse.Namespace) -> int:
         return 0
     metrics = recipe.train(config, arguments.resume, _command(arguments.words))
     if metrics is None:
-        return 130
+        return exit_status()
     if arguments.json:
         print(json.dumps(metrics, indent=2))
     else:
