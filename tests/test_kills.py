@@ -8,7 +8,7 @@ import os
 import signal
 
 import pytest
-from tiny import assert_same_run, tiny
+from tiny import assert_same_run, quick, tiny
 
 from recipes.classification import train
 
@@ -28,12 +28,6 @@ def whole(tmp_path_factory):
         at_each_write(patch, lambda: next(count))
         train(tiny(root, root / "counted", checkpoint_minutes=OFTEN))
     return root / "whole", next(count)
-
-
-def quick(patch):
-    """Draw no pictures, which take most of the time of a run as small as this; they are written all the same."""
-    patch.setattr("bayeslayers.plots.canvas.rendered", lambda figure, kind="png", dpi=110: b"picture")
-    patch.setattr("recipes.report.rendered", lambda figure, kind="png", dpi=110: b"picture")
 
 
 def at_each_write(patch, act):

@@ -36,6 +36,12 @@ def tiny(root, folder, **fields):
     return dataclasses.replace(given, **fields)
 
 
+def quick(patch):
+    """Draw no pictures, which take most of the time of a run as small as this; they are written all the same."""
+    patch.setattr("bayeslayers.plots.canvas.rendered", lambda figure, kind="png", dpi=110: b"picture")
+    patch.setattr("recipes.report.rendered", lambda figure, kind="png", dpi=110: b"picture")
+
+
 def log_of(folder):
     with open(folder / "log.csv", newline="") as file:
         return [{key: float(value) for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
