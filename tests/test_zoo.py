@@ -275,3 +275,100 @@ print("done")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 255.0), (-2.1, 2.6), (-1.0, 1.0), (0.0, 2.0)])
+def test_images_of_another_range_warn_once(low, high):
+    model, x = zoo.create("lenet5"), torch.linspace(low, high, 28 * 28).reshape(1, 1, 28, 28)
+    good = torch.rand(1, 1, 28, 28)
+    model(good)
+    with pytest.warns(UserWarning, match=rf"x must hold images with values from 0 to 1, got {low:.4g} to {high:.4g}\."):
+        model(x)
+    model(x)  # a second warning would be an error
+    for fine in (good, 1.4 * good - 0.2, torch.full_like(good, math.nan)):
+        zoo.create("lenet5")(fine)
+    zoo.create("mlp", input_size=[4])(torch.full((1, 4), 255.0))  # features have no range
+
+
+def test_the_range_is_not_read_where_values_cannot_be(recwarn):
+    bytes_ = torch.full((2, 1, 28, 28), 255.0)
+
+    def model():
+        return zoo.create("lenet5").eval()
+
+    torch.vmap(model())(bytes_[:, None])
+    torch.export.export(model(), (bytes_,)).module()(bytes_)
+    torch.compile(model(), backend="eager", fullgraph=True)(bytes_)
+    model().to("meta")(bytes_.to("meta"))
+    torch.func.grad(lambda x: model()(x).sum())(bytes_)
+    model()(bytes_[:0])
+    assert not recwarn.list
+
+
+def test_modes_i_and_f_mean_what_their_range_says():
+    grey = np.random.default_rng(0).integers(0, 256, (6, 8), dtype=np.uint8)
+    convert = zoo.transforms(GREY)
+    expected = convert(grey)
+    for array in (grey.astype(np.int32), grey.astype(np.float32), grey / np.float32(255), grey.astype(np.int32) * 257):
+        assert_close(convert(Image.fromarray(array)), expected, rtol=0, atol=1e-6)
+    assert_close(convert(Image.fromarray(grey).convert("I")), expected)
+    assert_close(convert(Image.fromarray(grey).convert("F")), expected)
+    assert_close(convert(Image.fromarray(grey.astype(np.uint16))), expected / 257)  # 16 bits by its mode
+    for array, message in (
+        (np.full((6, 8), -1, np.int32), "must hold values from 0 to 65535, got -1 to -1"),
+        (np.full((6, 8), 2**17, np.int32), "must hold values from 0 to 65535, got 131072 to 131072"),
+        (np.full((6, 8), 300, np.float32), "must hold values from 0 to 1, got 1.176 to 1.176"),
+        (np.full((6, 8), -0.5, np.float32), "must hold values from 0 to 1, got -0.5 to -0.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(Image.fromarray(array))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_transforms_turns_an_image_upright(orientation, tmp_path):
+    picture = np.full((30, 40, 3), 255, np.uint8)
+    picture[:10], picture[:, :5] = (255, 0, 0), (0, 0, 255)
+    upright = Image.fromarray(picture)
+    stored = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}  # how cameras hold what they see
+    sideways, tag = upright, Image.Exif()
+    for method in stored[orientation]:
+        sideways = sideways.transpose(Image.Transpose(method))
+    tag[0x0112] = orientation
+    sideways.save(tmp_path / "tagged.png", exif=tag)
+    convert = zoo.transforms(zoo.create("mlp", input_size=[3, 15, 20]))
+    with Image.open(tmp_path / "tagged.png") as image:
+        assert_close(convert(image), convert(upright))
+    assert (orientation == 1) == torch.equal(convert(sideways), convert(upright))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "array", "floats"])
+def test_large_images_shrink_before_they_are_floats(mode):
+    y, x = np.mgrid[:2400, :3000]
+    picture = np.stack([y % 256, x % 256, (x + y) // 22], 2).astype(np.uint8)
+    picture[1000:, 1000:, :2] = 40
+    small = Image.fromarray(picture).resize((40, 32), Image.Resampling.BOX)  # of 2400 x 3000, of the same proportions
+    large = {
+        "RGB": lambda: Image.fromarray(picture),
+        "RGBA": lambda: Image.fromarray(np.dstack([picture, np.full_like(picture[..., :1], 255)])),
+        "array": lambda: picture,
+        "floats": lambda: picture / 255,
+    }[mode]()
+    convert = zoo.transforms(zoo.create("mlp", input_size=[3, 8, 10], widths=[2]))
+    assert_close(convert(large), convert(small), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
+def test_an_image_that_claims_too_many_pixels_is_not_decoded(mode, tmp_path):
+    Image.new(mode, (9400, 9400)).save(tmp_path / "bomb.png")
+    with Image.open(tmp_path / "bomb.png") as image:
+        image.load = None  # whoever decodes it calls this
+        with pytest.raises(ValueError, match=r"9400 x 9400 pixels are more than 67108864"):
+            zoo.transforms(RGB)(image)
+
+
+@pytest.mark.parametrize(("size", "resize"), [([3, 224, 224], 225 * 8), ([3, 3000, 3000], 5000)])
+def test_what_a_card_asks_to_resize_to_is_bounded(size, resize):
+    model = zoo.create("mlp", input_size=[1, 2, 2], widths=[2])
+    describe(model, dataclasses.replace(zoo.card_of(model), input_size=size, resize=resize))
+    with pytest.raises(ValueError, match=r"resize must (be from 1 to 8 times|give images of at most 33554432)"):
+        zoo.transforms(model)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bayeslayers.card import LARGEST_INPUT
 from bayeslayers.checks import at_least_one
 
+_TOLERANCE = 0.5  # around [0, 1]: noise and sharpening go that far, normalised images and bytes farther
 _LARGEST_RESIZE = 8  # for a card from elsewhere is not to be trusted with memory
 
 
@@ -32,6 +35,22 @@ def check_resize(name: str, resize: int, size: Sequence[int]) -> None:
         raise ValueError(
             f"{name} must be from 1 to {_LARGEST_RESIZE} times the side of an input {tuple(size)}, got {resize}."
         )
+    if size[0] * resize**2 > LARGEST_INPUT:
+        raise ValueError(f"{name} must give images of at most {LARGEST_INPUT} numbers, got {resize}.")
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether the values of a tensor can be read: not while torch traces, captures a graph or maps over a batch."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, nn.Parameter)
+        and x.numel() > 0
+        and not x.is_meta
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 class Normalise(nn.Module):
@@ -48,6 +67,7 @@ class Normalise(nn.Module):
 
     mean: Tensor
     std: Tensor
+    range_known: bool = False  # whether there is nothing more to say of the values of its inputs
 
     def __init__(
         self,
@@ -81,7 +101,21 @@ class Normalise(nn.Module):
             raise ValueError(
                 f"x must have the shape (n, {expected}), got {tuple(x.shape)}. zoo.transforms(model) resizes images."
             )
+        if not self.range_known and len(self.size) == 3 and _readable(x):
+            self._check_range(x)
         return (x.to(self.mean.dtype) - self.mean) / self.std
+
+    def _check_range(self, x: Tensor) -> None:
+        """Warn of images that are far from [0, 1]: once, and on an accelerator, which must wait, by the first call."""
+        low, high = map(float, x.detach().aminmax())
+        far = low < -_TOLERANCE or high > 1 + _TOLERANCE
+        self.range_known = far or x.device.type != "cpu"
+        if far:
+            warnings.warn(
+                f"x must hold images with values from 0 to 1, got {low:.4g} to {high:.4g}. zoo.transforms(model) "
+                "converts images; divide bytes by 255, and leave normalisation to the model.",
+                stacklevel=3,
+            )
 
     def _fits(self, size: tuple[int, ...]) -> bool:
         """Return whether examples of this shape are taken."""

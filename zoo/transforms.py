@@ -7,11 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.images import open_image, reduced
+from zoo.inputs import check_resize
 from zoo.registry import card_of
 
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGB with opacity
+_AMPLE_PIXELS = 2**22  # an image of no more is used as it is
+_GAP = 4  # sides of an averaged image over those that it is resized to; beyond 3 the result looks the same
+_STRIP = 2**20  # pixels that are floats at once
 
 
 def transforms(model: nn.Module) -> Callable[[Any], Tensor]:
@@ -19,7 +25,11 @@ def transforms(model: nn.Module) -> Callable[[Any], Tensor]:
 
     It takes a PIL image of any mode, a NumPy array or tensor `(h, w)`, `(h, w, c)` or `(c, h, w)`,
     of bytes, 16-bit integers, booleans or floats in [0, 1], grey or RGB; what is transparent becomes
-    white. Normalisation is the model's own.
+    white. Normalisation is the model's own. PIL's modes "I" and "F" do not say what white is: integers
+    up to 255 are taken for bytes, larger ones for 16 bits, and floats above 1 for bytes.
+
+    An image is turned upright as its EXIF orientation says. One of PIL with more than 2^26 pixels is refused
+    before it is decoded, and large ones shrink before they become floats.
 
     Of an image of other proportions the middle is taken, not squashed. Where the card says that images are
     resized to more than that size, the middle is the input.
@@ -34,18 +44,24 @@ def transforms(model: nn.Module) -> Callable[[Any], Tensor]:
     if len(size) != 3 or size[0] not in (1, 3):
         raise ValueError(f"model must take grey or RGB images, got one for inputs of shape {tuple(size)}.")
     colours = v2.Grayscale() if size[0] == 1 else v2.RGB()
+    if card.resize is not None:
+        check_resize("resize", card.resize, size)
     sides = size[1:] if card.resize is None else [card.resize] * 2
-    return lambda image: middle(fitted(colours(_opaque(_unit_floats(_pixels(image)))), sides), size[1:])
+    return lambda image: middle(fitted(colours(_floats(_pixels(image, sides), sides)), sides), size[1:])
 
 
 def fitted(x: Tensor, size: Sequence[int]) -> Tensor:
     """Return the middle of images `(*, h, w)` in [0, 1], of the proportions of `size`, resized to it."""
     from torchvision.transforms.v2.functional import resize
 
-    scale = min(extent / side for extent, side in zip(x.shape[-2:], size, strict=True))
-    x = middle(x, [max(1, round(side * scale)) for side in size])
     # Resizing averages, but its weights sum to 1 only within rounding.
-    return resize(x, list(size), antialias=True).clamp(0, 1)
+    return resize(_of_proportions(x, size), list(size), antialias=True).clamp(0, 1)
+
+
+def _of_proportions(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Return the middle of images `(*, h, w)`, of the proportions of `size`."""
+    scale = min(extent / side for extent, side in zip(x.shape[-2:], size, strict=True))
+    return middle(x, [max(1, round(side * scale)) for side in size])
 
 
 def middle(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -54,12 +70,12 @@ def middle(x: Tensor, size: Sequence[int]) -> Tensor:
     return x[..., top : top + size[0], left : left + size[1]]
 
 
-def _pixels(image: Any) -> Tensor:
-    """Return an image's values as they are, `(c, h, w)`."""
+def _pixels(image: Any, size: Sequence[int]) -> Tensor:
+    """Return an image's values as they are, `(c, h, w)`, of which enough remain for resizing it to `size`."""
     from PIL import Image
 
     if isinstance(image, Image.Image):
-        array = _pil_array(image)
+        array = _pil_array(open_image(image), size)
     elif isinstance(image, np.ndarray | Tensor):
         array = image
     else:
@@ -79,14 +95,43 @@ def _tensor(array: np.ndarray | Tensor) -> Tensor:
     return array if isinstance(array, Tensor) else torch.from_numpy(np.array(array))
 
 
-def _pil_array(image: Any) -> np.ndarray:
-    if image.mode.startswith("I"):  # 16 bits, in any byte order
-        return np.array(image).clip(0, 2**16 - 1).astype(np.uint16)
-    if image.mode == "F":
-        return np.array(image)
+def _pil_array(image: Any, size: Sequence[int]) -> np.ndarray:
+    """Return the values of a PIL image that is upright: bytes, 16-bit integers or floats."""
+    if image.mode.startswith("I;16"):  # in any byte order
+        return np.array(image).astype(np.uint16)
+    if image.mode in ("I", "F"):
+        return _of_its_range(np.array(image))
     if image.has_transparency_data:
         return np.array(image.convert("RGBA"))
-    return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+    return np.array(reduced(image.convert("L" if image.mode in ("1", "L") else "RGB"), size))
+
+
+def _of_its_range(array: np.ndarray) -> np.ndarray:
+    """Return values of PIL's modes "I" and "F", which do not say what white is, as the array that their range means.
+
+    Integers up to 255 are bytes, others of 16 bits; floats above 1 are bytes too, as `image.convert("F")` gives them.
+    """
+    if array.dtype.kind == "i":
+        low, high = array.min(), array.max()
+        if not (0 <= low and high < 2**16):
+            raise ValueError(f"image must hold values from 0 to 65535, got {low} to {high}.")
+        return array.astype(np.uint8 if high < 2**8 else np.uint16)
+    return array / np.float32(255) if array.max() > 1 else array
+
+
+def _floats(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Return an image `(c, h, w)` as floats in [0, 1] without transparency.
+
+    A large one is cut to the proportions of `size` and averaged over squares of pixels, a strip at a time, so that
+    its floats are never all in memory.
+    """
+    side = min(extent // (_GAP * target) for extent, target in zip(x.shape[1:], size, strict=True))
+    if side < 2 or x.shape[1:].numel() <= _AMPLE_PIXELS:
+        return _opaque(_unit_floats(x))
+    x = _of_proportions(x, size)
+    rows = side * max(1, _STRIP // (side * x.shape[2]))
+    strips = (F.avg_pool2d(_opaque(_unit_floats(strip)), side) for strip in x.split(rows, 1) if strip.shape[1] >= side)
+    return torch.cat([*strips], 1)
 
 
 def _unit_floats(x: Tensor) -> Tensor:
@@ -94,11 +139,11 @@ def _unit_floats(x: Tensor) -> Tensor:
     if x.is_complex():
         raise TypeError(f"image must hold real values, got {x.dtype}.")
     kind = 1.0 if x.is_floating_point() or x.dtype == torch.bool else 65535.0 if x.dtype == torch.uint16 else 255.0
-    values = x.double() / kind
-    low, high = float(values.min()), float(values.max())
-    if not (low >= 0 and high <= 1):  # NaN too
-        raise ValueError(f"image must hold values from 0 to {kind:.0f}, got {low * kind:.4g} to {high * kind:.4g}.")
-    return values.float()
+    x = x.to(torch.int64) if x.dtype in (torch.uint32, torch.uint64) else x.int() if x.dtype == torch.uint16 else x
+    low, high = map(float, (x.byte() if x.dtype == torch.bool else x).aminmax())
+    if not (low >= 0 and high <= kind):  # NaN too
+        raise ValueError(f"image must hold values from 0 to {kind:.0f}, got {low:.4g} to {high:.4g}.")
+    return x.float() / kind
 
 
 def _opaque(x: Tensor) -> Tensor:
