@@ -21,6 +21,7 @@ from bayeslayers.unwrap import unwrapped
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+    from torch.onnx import ONNXProgram
 
 OUTPUTS = ("mean", "total", "aleatoric", "epistemic")
 _ONE_FILE_BYTES = 2**31 - 2**20  # what protobuf lets a file hold, less room for the graph
@@ -142,8 +143,9 @@ def to_onnx(
 ) -> Path:
     """Write an ONNX file of fixed draws, for batches of any size; needs the extra `bayeslayers[onnx]`.
 
-    The input is "x", the outputs are those named in `OUTPUTS`. Weights beyond 2 GB go into a second
-    file `PATH.data` beside it.
+    The input is "x", the outputs are those named in `OUTPUTS`, whatever the network calls its own tensors.
+    Weights beyond 2 GB go into a second file `PATH.data` beside it. The file is checked once written, and
+    loaded by onnxruntime where that is installed.
 
     Args:
         model: Model with Bayesian layers, left as it is.
@@ -160,6 +162,7 @@ def to_onnx(
         ValueError: As for `to_exported`.
         TypeError: As for `to_exported`.
         ImportError: If onnx or onnxscript is not installed.
+        RuntimeError: If the file is not one that a runtime loads; it is removed then.
     """
     try:
         import onnx  # noqa: F401
@@ -173,8 +176,46 @@ def to_onnx(
         warnings.simplefilter("ignore")  # the exporter's and its libraries' own deprecations
         program = torch.onnx.export(exported, input_names=["x"], output_names=list(OUTPUTS), dynamo=True, verbose=False)
     assert program is not None
+    _name_apart(program)
     size = sum(t.numel() * t.element_size() for t in exported.state_dict.values())
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     program.save(str(path), external_data=size > _ONE_FILE_BYTES)
+    _check_file(path)
     return path
+
+
+def _name_apart(program: ONNXProgram) -> None:
+    """Rename the values inside a program's graph, so that none is called like an input or an output."""
+    from onnxscript import ir
+
+    graph = program.model.graph
+    named = {*graph.inputs, *graph.outputs}
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        for value in node.outputs:
+            if value.name and value not in named:  # an output that is left out has no name
+                value.name = f"internal.{value.name}"
+    reserved = {value.name for value in named}
+    for value in list(graph.initializers.values()):
+        if value.name in reserved and value not in named:
+            value.name = f"internal.{value.name}"
+
+
+def _check_file(path: Path) -> None:
+    """Remove a file that is no ONNX model, or that onnxruntime does not load, and say so."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path))
+        try:
+            import onnxruntime  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            return
+        onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # each library and release has its own kinds
+        for written in (path, path.with_name(f"{path.name}.data")):
+            written.unlink(missing_ok=True)
+        reason = " ".join(str(error).split())[:300]
+        raise RuntimeError(
+            f"the ONNX file must be one that a runtime loads, got: {reason} Use bl.to_exported, and report the network."
+        ) from error

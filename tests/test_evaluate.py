@@ -387,6 +387,44 @@ def test_memory_holds_bins_and_a_few_numbers_per_example(new_tensors):
     assert grown(22) == 20 * 4 * 5  # images and their scores
 
 
+def test_many_classes_need_no_memory_of_their_square():
+    torch.manual_seed(0)
+    classes = 100_000  # whose pairs would take 80 GB
+    model, x, y = bl.BayesLinear(4, classes), torch.randn(2, 4), torch.randint(classes, (2,))
+    evaluation = bl.evaluate(model, (x, y), method="mean")
+    expected = nn.functional.cross_entropy(model(x), y).item()
+    assert evaluation.metrics["nll"] == pytest.approx(expected, rel=1e-5) and evaluation.class_iou is None
+
+
+def test_a_segmentation_of_many_classes_needs_none_either():
+    torch.manual_seed(0)
+    classes = 20_000  # 3.2 GB
+    probs = torch.full((1, classes, 2), 1e-9)
+    probs[0, 7, 0] = probs[0, 9, 1] = 1.0
+    model = nn.Sequential(bl.BayesLinear(1, 1), nn.Identity())
+    model.forward = lambda x: probs.log()  # type: ignore[method-assign]
+    iou = bl.evaluate(model, (torch.ones(1, 1), torch.tensor([[7, 8]])), method="mean").class_iou
+    assert iou is not None
+    assert iou[7:10].tolist() == [1.0, 0.0, 0.0] and int(iou.isnan().sum()) == classes - 3
+
+
+def test_a_baseline_without_bayesian_layers_is_evaluated_at_its_weights():
+    torch.manual_seed(0)
+    net, x = nn.Linear(4, 3), torch.randn(30, 4)
+    y = torch.where(torch.arange(30) < 20, net(x).argmax(1), 0)  # mostly right
+    evaluation = bl.evaluate(net, (x, y), ood={"far": 9 * x}, method="mean")
+    assert evaluation.metrics["nll"] == pytest.approx(nn.functional.cross_entropy(net(x), y).item(), rel=1e-5)
+    assert evaluation.num_samples == 1 and "far/auroc_entropy" in evaluation.metrics
+    assert bl.recalibrate(net, (x, y), method="mean").nll_after <= evaluation.metrics["nll"] + 1e-6
+    for call in (
+        lambda: bl.evaluate(net, (x, y)),
+        lambda: bl.predict(net, x),
+        lambda: bl.predict(net, x, method="local"),
+    ):
+        with pytest.raises(ValueError, match=r"must have Bayesian layers, got none: .*method='mean' predicts"):
+            call()
+
+
 class Broken(Scaled):
     def forward(self, x):
         return super().forward(x) * math.nan

@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import bayeslayers as bl
+import bayeslayers.export
 import zoo
 from bayeslayers.export import OUTPUTS, FixedDraws
 
@@ -42,7 +43,55 @@ def mlp(outputs, **likelihood):
     return uncertain(net), (4,), likelihood
 
 
+class NamedLikeOutputs(nn.Module):
+    """Calls its layers and values what the program calls its input and outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.total, self.x = bl.BayesLinear(4, 4), bl.BayesLinear(4, 4), bl.BayesLinear(4, 3)
+        self.register_buffer("aleatoric", torch.rand(4))
+
+    def forward(self, epistemic):
+        mean = self.mean(epistemic)
+        total = self.total(mean).mean(1, keepdim=True)
+        x = mean.sum(1, keepdim=True) + total * self.aleatoric
+        return self.x(mean + x)
+
+
+class Embedded(nn.Module):
+    """Words whose padding has a mean that is not 0 and a wide posterior."""
+
+    def __init__(self, bag=False):
+        super().__init__()
+        kind = nn.EmbeddingBag if bag else nn.Embedding
+        self.words, self.head, self.bag = kind(6, 4, padding_idx=0), nn.Linear(4, 2), bag
+
+    def forward(self, x):
+        vectors = self.words(x.long())
+        return self.head(vectors if self.bag else vectors.sum(1))
+
+
+def embedded():
+    net, _ = bl.to_bayesian(Embedded())
+    with torch.no_grad():
+        net.words.weight[0] = 0.5
+    return uncertain(net), (5,), {}
+
+
+def with_attached_embedding(bag=False):
+    net = Embedded(bag)
+    bl.attach_posterior(net.words, 50.0, 30.0)
+    bl.attach_posterior(net.head, 50.0, 30.0)
+    with torch.no_grad():
+        net.words.weight[0] = 0.5
+    return net.eval(), (5,), {}
+
+
 CASES = {
+    "resnet20": lambda: (uncertain(zoo.create("resnet20")), (3, 32, 32), {}),
+    "names": lambda: (uncertain(NamedLikeOutputs()), (4,), {}),
+    "embedding": embedded,
+    "embedding by attach_posterior": with_attached_embedding,
     "lenet5": lambda: (uncertain(zoo.create("lenet5", mean=[0.1307], std=[0.3081])), (1, 28, 28), {}),
     "lenet5_bn": lambda: (with_batchnorm(), (1, 28, 28), {}),
     "bernoulli": lambda: mlp(1, likelihood=bl.Bernoulli()),
@@ -64,12 +113,43 @@ def test_an_exported_posterior_predicts_as_the_posterior_does(case, tmp_path):
     assert tuple(output.name for output in session.get_outputs()) == OUTPUTS
     for n in (1, 2, 5):
         x = torch.rand(n, *size)
+        x = torch.cat([x[:, :2] * 6 // 1, 0 * x[:, 2:]], 1) if "embedding" in case else x  # words, then padding
         expected = bl.predict(net, x, DRAWS, generator=generator(), **likelihood)
         outputs = {"exported": exported(x), "onnx": [torch.from_numpy(a) for a in session.run(None, {"x": x.numpy()})]}
         assert float(expected.epistemic.mean()) > 1e-4
         for kind, found in outputs.items():
             for name, value in zip(OUTPUTS, found, strict=True):
                 assert_close(value, getattr(expected, name), rtol=1e-4, atol=1e-5, msg=lambda m, k=kind: f"{k}: {m}")
+
+
+def test_padding_is_the_same_in_every_fixed_draw():
+    for make in (embedded, lambda: with_attached_embedding(bag=True), with_attached_embedding):
+        net = make()[0]
+        rows = torch.stack([network.words.weight for network in FixedDraws(net, 3, generator=generator()).networks])
+        assert bool((rows[:, 0] == 0.5).all()) and float(rows[:, 1:].std(0).min()) > 1e-3
+
+
+def test_a_file_that_no_runtime_loads_is_removed_and_raises(tmp_path, monkeypatch):
+    monkeypatch.setattr(bayeslayers.export, "_name_apart", lambda program: None)
+    net = uncertain(NamedLikeOutputs())
+    with pytest.raises(RuntimeError, match=r"the ONNX file must be one that a runtime loads, got: .*mean") as caught:
+        bl.to_onnx(net, tmp_path / "net.onnx", torch.rand(2, 4), 2)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_a_posterior_that_predicts_by_another_method_is_exported_with_a_warning():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    data, x = [(torch.randn(30, 4), torch.arange(30) % 3)], torch.rand(2, 4)
+    whole = bl.laplace(plain, data)
+    with pytest.warns(UserWarning, match=r"the card of the model says 'linearised'.*method='sample'.*bl\.last_layer"):
+        FixedDraws(whole, 2)
+    with pytest.warns(UserWarning, match="the exported program gives other numbers"):
+        bl.to_exported(whole, x, 2)
+    last = bl.laplace(plain, data, layers=bl.last_layer)  # which is linear in what is drawn: no warning
+    expected = bl.predict(last, data[0][0], 4000, generator=generator())
+    found = FixedDraws(last, 4000, generator=generator())(data[0][0])[0]
+    assert float(((found - expected.mean) / expected.standard_error).abs().max()) < 5 * 2**0.5
 
 
 def test_draws_share_what_has_no_posterior():

@@ -70,7 +70,8 @@ class ClassificationRecord:
         self.num_examples = 0
         self._sums = torch.zeros(4, dtype=torch.float64)  # elements, right ones, negative log-likelihood, Brier score
         self._top, self._each = CalibrationBins(), CalibrationBins(num_classes)
-        self._confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        # By class, positions that are predicted and true, predicted, and true: a matrix of all pairs is never read.
+        self._positions = torch.zeros(3, num_classes if self.dense else 0, dtype=torch.int64)
         self._histograms = {name: ScoreHistogram() for name in SCORES}
         self._scores: list[dict[str, Tensor]] = []
 
@@ -110,13 +111,12 @@ class ClassificationRecord:
     def _add_positions(
         self, scores: dict[str, Tensor], correct: Tensor, counted: Tensor, labels: Tensor, predicted: Tensor
     ) -> None:
-        from torchmetrics.functional.classification import multiclass_confusion_matrix
-
         for name, histogram in self._histograms.items():
             histogram.add(as_uncertainty(name, scores[name])[counted], ~correct[counted])
-        self._confusion += multiclass_confusion_matrix(
-            predicted[counted], labels[counted], len(self._confusion), validate_args=False
-        ).cpu()
+        for count, classes in zip(
+            self._positions, (labels[counted & correct], predicted[counted], labels[counted]), strict=True
+        ):
+            count += classes.bincount(minlength=len(count)).cpu()
         share = (correct & counted).flatten(1).sum(1) / counted.flatten(1).sum(1)
         self._scores.append({name: per_example(score) for name, score in scores.items()} | {"correct": share.cpu()})
 
@@ -173,5 +173,5 @@ class ClassificationRecord:
 
     def class_iou(self) -> Tensor:
         """Return intersection over union of each class's predicted and true positions, `(c,)`; NaN if it has none."""
-        both = self._confusion.diagonal()
-        return both / (self._confusion.sum(0) + self._confusion.sum(1) - both)
+        both, predicted, true = self._positions
+        return both / (predicted + true - both)
