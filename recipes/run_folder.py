@@ -113,7 +113,11 @@ def kept(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         saved = (folder / CHECKPOINT).exists()
-        advice = "The last checkpoint is kept: repair this, and add --resume" if saved else "Nothing was saved yet"
+        advice = (
+            "The last checkpoint is kept: repair this, and add --resume"
+            if saved
+            else "Nothing was saved yet: start again"
+        )
         if error.errno is None:
             raise OSError(f"{str(error).rstrip('.')}. {advice}.") from error
         name = f", {error.filename}" if error.filename else ""
