@@ -4,8 +4,33 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from numbers import Integral
+
+from torch import nn
+
+
+def network(name: str, value: object) -> None:
+    """Raise if `value` is no `nn.Module`, as where an optimiser of torch takes parameters.
+
+    Raises:
+        TypeError: If so.
+    """
+    if not isinstance(value, nn.Module):
+        raise TypeError(
+            f"{name} must be a torch.nn.Module, got {type(value).__name__}. Pass the model, not its parameters: "
+            "VOGN(model, ...) where torch's optimisers take model.parameters()."
+        )
+
+
+def size(name: str, value: float) -> float:
+    """Return `value` if it is a finite number > 0, and not the data whose size it should be."""
+    if isinstance(value, Sized) and not isinstance(value, str) and getattr(value, "shape", None) != ():
+        raise TypeError(
+            f"{name} must be the number of training examples, got {type(value).__name__}. Pass the length of the data "
+            "set: len(dataset), or len(loader.dataset)."
+        )
+    return positive(name, value)
 
 
 def _number(name: str, value: float) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bayeslayers.batches import Labelled, labelled_batches, with_progress
 from bayeslayers.card import ABOUT_DATA, Card
-from bayeslayers.checks import positive
+from bayeslayers.checks import network, positive
 from bayeslayers.convert import ConversionReport, to_bayesian, to_deterministic
 from bayeslayers.convert.selection import Selectors
 from bayeslayers.curvature.counts import IGNORED
@@ -112,6 +112,7 @@ def laplace(
         >>> net.laplace.dataset_size, net[2].weight_precision.shape, net.card.method
         (20, torch.Size([3, 8]), 'linearised')
     """
+    network("model", model)
     positive("temperature", temperature)
     if elements_per_example is not None:
         positive("elements_per_example", elements_per_example)

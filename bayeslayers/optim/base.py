@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +18,7 @@ from bayeslayers.curvature.elements import Elements, LossFunctions, refuse_other
 from bayeslayers.optim.adam import adam_update
 from bayeslayers.optim.averages import Averages, Recorded
 from bayeslayers.optim.groups import PosteriorGroups, Rules
+from bayeslayers.optim.guard import Snapshot, adam_ratio, is_harmless, magnitudes
 from bayeslayers.optim.ranks import average_over_ranks, copy_from_first_rank
 from bayeslayers.sampling import Site
 from bayeslayers.sampling.sharing import in_use
@@ -212,13 +214,48 @@ class VariationalOptimizer(PosteriorGroups):
         if self.sync:
             self._average_over_ranks()
         self._refuse_bad_step()
+        self._move()
+        self._forget()
+        return loss if output is None else (loss, output)
+
+    def _move(self) -> None:
+        """Move all groups, or none if one would leave the range of its floating-point numbers."""
+        harmless = all(is_harmless(self._reach(group), group["params"]) for group in self.param_groups)
+        if harmless:
+            return self._update_groups()
+        before = Snapshot(self._sites, self._names, self.state)
+        try:
+            self._update_groups()
+            before.refuse_values_outside_range()
+        except BaseException:
+            before.restore()
+            self._forget()
+            raise
+
+    def _update_groups(self) -> None:
         for group in self.param_groups:
             if group["kind"] == "bayesian":
                 self._update(group)
             else:
                 adam_update(group["params"], group, self.state)
-        self._forget()
-        return loss if output is None else (loss, output)
+
+    def _reach(self, group: dict[str, Any]) -> float:
+        """Return a bound on what the coming step makes of a group; infinite if none is at hand."""
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return 0.0
+        if group["kind"] == "bayesian":
+            return self._posterior_reach(group, parameters)
+        return magnitudes(parameters)[0] + group["lr"] * adam_ratio(group["beta1"], group["beta2"])
+
+    def _posterior_reach(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> float:
+        """Return the bound for uncertain parameters with gradients."""
+        return math.inf
+
+    def _momenta(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """Return the gradients of parameters, and what they are averaged with."""
+        averages = [self.state[p]["momentum"] for p in parameters if "momentum" in self.state.get(p, ())]
+        return [*(p.grad for p in parameters if p.grad is not None), *averages]
 
     def _run(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
         """Run the closure under all draws; return the means of loss and output.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from bayeslayers.checks import fraction, non_negative, positive
 from bayeslayers.optim.adam import adam_direction
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
+from bayeslayers.optim.guard import adam_ratio, magnitudes
 from bayeslayers.perturbation import How
 from bayeslayers.sampling import Sampler
 
@@ -120,6 +122,12 @@ class BBB(VariationalOptimizer):
             elif parameter.grad is not None:
                 raise self._past_its_layer(site)
         return Recorded(gradients)
+
+    def _posterior_reach(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> float:
+        precisions = [self._sites[p].precision for p in parameters]
+        mean, largest, smallest = magnitudes(parameters, precisions, [1 / p.amin() for p in precisions])
+        step = group["lr"] * adam_ratio(group["beta1"], group["beta2"])
+        return mean + step + max(largest, smallest) * math.exp(min(2 * step, 700.0))
 
     def _update(self, group: dict[str, Any]) -> None:
         for parameter in group["params"]:

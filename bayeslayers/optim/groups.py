@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.checks import near, positive
+from bayeslayers.checks import near, network, positive, size
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.sampling import Sampler, Site, posterior
 
@@ -50,8 +50,9 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
         init_precision: float | None,
         generator: torch.Generator | None,
     ):
+        network("model", model)
         self.model = model
-        self.dataset_size = positive("dataset_size", dataset_size)
+        self.dataset_size = size("dataset_size", dataset_size)
         self._rules = {**rules, "prior_precision": positive}
         for name, value in (("prior_precision", prior_precision), ("init_precision", init_precision)):
             if value is not None:

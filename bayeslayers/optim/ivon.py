@@ -17,6 +17,7 @@ from bayeslayers.optim.adam import momentum_average
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.groups import listed
+from bayeslayers.optim.guard import natural_reach
 from bayeslayers.sampling import posterior
 
 Estimator = Literal["price", "gradsq"]
@@ -238,8 +239,16 @@ class IVON(VariationalOptimizer):
             target = torch.add(site.prior_precision, statistic, alpha=ess**2 * scale)
         return retracted_precision(site.precision, target, 1 - group["beta2"])
 
+    def _posterior_reach(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> float:
+        sites = [self._sites[p] for p in parameters]
+        least = [self._averages.statistics[p] for p in parameters]  # the new precisions
+        return natural_reach(sites, self._momenta(parameters), least, self._ess(group), self._lr(group))
+
+    def _lr(self, group: Mapping[str, Any]) -> float:
+        return group["lr"] * (group["hess_init"] + group["weight_decay"] if self.rescale_lr else 1.0)
+
     def _update(self, group: dict[str, Any]) -> None:
-        lr = group["lr"] * (group["hess_init"] + group["weight_decay"] if self.rescale_lr else 1.0)
+        lr = self._lr(group)
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.checks import at_least_one, fraction, non_negative, positive
+from bayeslayers.checks import at_least_one, fraction, network, non_negative, positive
 from bayeslayers.curvature.accumulate import full_precision, wide
 from bayeslayers.gaussian import natural_gradient_step_
 from bayeslayers.layers import BayesianLayer
@@ -61,6 +61,7 @@ class KroneckerFactored(VariationalOptimizer):
         if not callable(inverse_every):
             at_least_one("inverse_every", inverse_every)
         self.inverse_every = inverse_every
+        network("model", model)
         self.fisher, self.likelihood = fisher, likelihood or likelihood_of(model)
         if fisher == "sampled":
             check_likelihood(self.likelihood)

@@ -18,6 +18,7 @@ from bayeslayers.optim.adam import corrected_weight, momentum_average
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.groups import first_precision
+from bayeslayers.optim.guard import natural_reach
 from bayeslayers.sampling import Tracker, layers_with_curvature
 from bayeslayers.sampling.placement import placed
 
@@ -119,6 +120,12 @@ class _GaussNewton(VariationalOptimizer):
         self._refuse_bad_loss(losses)
         losses.sum().backward()
         return losses.detach(), outputs[0] if outputs else None
+
+    def _posterior_reach(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> float:
+        sites = [self._sites[p] for p in parameters]
+        # The new precision is a mean of the old one and of the prior's, and more.
+        least = [precision for site in sites for precision in (site.precision, site.prior_precision)]
+        return natural_reach(sites, self._momenta(parameters), least, self._ess(group), group["lr"])
 
     def _update(self, group: dict[str, Any]) -> None:
         for parameter in group["params"]:

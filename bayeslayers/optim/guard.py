@@ -1,0 +1,132 @@
+"""Steps that would leave the range of floating-point numbers: they are seen coming, or undone.
+
+A bound on what a step can reach costs a reduction or two for each tensor. Where it does not show the
+step to be harmless, the step is made from a snapshot, looked at, and undone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayeslayers.layers import BayesianLayer
+from bayeslayers.sampling import Site
+
+_HEADROOM = 1e3  # between the bound and the largest number
+
+
+def magnitudes(*lists: Sequence[Tensor]) -> list[float]:
+    """Return for each list of tensors the largest absolute value in it, 0 of an empty list."""
+    norms = [
+        torch._foreach_norm(list(tensors), math.inf)  # pyright: ignore[reportPrivateImportUsage]
+        if tensors
+        else ()
+        for tensors in lists
+    ]
+    like = next(norm for own in norms for norm in own)
+    largest = [torch.stack([n.float() for n in own]).amax() if own else like.new_zeros(()).float() for own in norms]
+    return torch.stack(largest).tolist()
+
+
+def natural_reach(
+    sites: Sequence[Site], gradients: Sequence[Tensor], precisions: Sequence[Tensor], ess: float, lr: float
+) -> float:
+    """Return a bound on the means after m - lr (ess g + p0 (m - m0)) / p.
+
+    Args:
+        sites: Uncertain tensors that move.
+        gradients: The g, and what they are averaged with.
+        precisions: Bounds below p.
+        ess: Effective sample size.
+        lr: Step size.
+    """
+    priors = [site.prior_precision for site in sites]
+    reciprocal = [1 / precision.amin() for precision in precisions if precision.numel()]
+    mean, center, prior, gradient, variance = magnitudes(
+        [site.mean for site in sites], [site.prior_mean for site in sites], priors, gradients, reciprocal
+    )
+    return mean + lr * (ess * gradient + prior * (mean + center)) * variance
+
+
+def adam_ratio(beta1: float, beta2: float) -> float:
+    """Return a bound on Adam's m / sqrt(v), which does not depend on the gradients (Cauchy-Schwarz).
+
+    m_t^2 <= v_t (1 - beta1)^2 / ((1 - beta2) (1 - beta1^2 / beta2)),  before the correction of both
+    """
+    rest = (1 - beta2) * (1 - beta1**2 / beta2) if beta2 > 0 else 0.0
+    return 1 / math.sqrt(rest) if rest > 0 else math.inf
+
+
+def is_harmless(reach: float, parameters: Iterable[Tensor]) -> bool:
+    """Return whether a bound is so far below the largest number that nothing can overflow.
+
+    Args:
+        reach: The bound.
+        parameters: What it bounds.
+    """
+    dtypes = {p.dtype for p in parameters} | {torch.float32}
+    return reach < min(torch.finfo(dtype).max for dtype in dtypes) / _HEADROOM
+
+
+class Snapshot:
+    """What a step changes, as it was before.
+
+    Args:
+        sites: Uncertain tensors.
+        names: All parameters, and their names.
+        state: The optimiser's state.
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[nn.Parameter, Site],
+        names: Mapping[nn.Parameter, str],
+        state: MutableMapping[Any, dict[str, Any]],
+    ):
+        self._sites, self._names, self._state = sites, names, state
+        moving = [p for p in names if p.grad is not None]
+        self._values = {p: p.detach().clone() for p in moving}
+        self._precisions = {p: sites[p].precision.clone() for p in moving if p in sites}
+        self._states = {p: {k: _copied(v, p) for k, v in state[p].items()} for p in moving if p in state}
+        self._layers = {m: m.roots for p in moving if p in sites and isinstance(m := sites[p].module, BayesianLayer)}
+
+    def refuse_values_outside_range(self) -> None:
+        """Raise if a mean, a precision or a deterministic value has left the range.
+
+        Raises:
+            FloatingPointError: If so.
+        """
+        for parameter in self._values:
+            uncertain = parameter in self._sites
+            self._refuse("mean" if uncertain else "value", parameter, ~parameter.isfinite())
+            if uncertain:
+                precision = self._sites[parameter].precision
+                self._refuse("precision", parameter, ~(precision.isfinite() & (precision > 0)))
+
+    def _refuse(self, quantity: str, parameter: nn.Parameter, outside: Tensor) -> None:
+        if entries := int(outside.sum()):
+            raise FloatingPointError(
+                f"the {quantity} of '{self._names[parameter]}' would not be finite in {entries} entries: the step is "
+                "refused, the posterior is as it was. Lower lr."
+            )
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for parameter, value in self._values.items():
+            parameter.copy_(value)
+            if parameter in self._precisions:
+                self._sites[parameter].precision.copy_(self._precisions[parameter])
+            self._state.pop(parameter, None)
+            if parameter in self._states:
+                self._state[parameter] = self._states[parameter]
+        for layer, roots in self._layers.items():
+            layer.drop_roots() if roots is None else layer.set_roots(*roots)
+
+
+def _copied(value: Any, parameter: Tensor) -> Any:
+    """Return a copy of a state's tensor that steps change in place, which has the parameter's shape."""
+    return value.clone() if isinstance(value, Tensor) and value.shape == parameter.shape else value
