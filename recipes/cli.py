@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown and arguments.command is train_command.train:
             raise ValueError(train_command.unrecognized(unknown))
         if unknown:
-            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+            shown = (word if word.isprintable() else ascii(word) for word in unknown)
+            parser.error(f"unrecognized arguments: {' '.join(shown)}")
         _check_numbers(arguments)
         status = arguments.command(arguments)
         if sys.stdout is not None:
@@ -44,11 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sentence(error: Exception) -> str:
     """Return an error as one printable line, which says so where the error is not one that we raise."""
+    text = str(error)
+    if not isinstance(error, ValueError | TypeError | OSError | ArithmeticError | RuntimeError):
+        text = f"unexpected {type(error).__name__}: {text}. BAYESLAYERS_TRACEBACK=1 shows where it comes from."
+    if "bayeslayers" not in sys.modules:  # said at once, before torch is imported
+        return line if (line := " ".join(text.split())).isprintable() else ascii(line)
     from bayeslayers.display import one_line
 
-    if isinstance(error, ValueError | TypeError | OSError | ArithmeticError | RuntimeError):
-        return one_line(error)
-    return one_line(f"unexpected {type(error).__name__}: {error}. BAYESLAYERS_TRACEBACK=1 shows where it comes from.")
+    return one_line(text)
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 import bayeslayers as bl
 import zoo
 from bayeslayers.checkpoint import read_card
-from recipes.cli import main
+from bayeslayers.prediction.predict import METHODS as predict_methods
+from recipes.cli import METHODS, main
 from recipes.demo import ASSETS
 from recipes.train_command import CONFIGS
 
@@ -252,6 +253,112 @@ def test_demo_refuses_what_it_could_not_write_before_it_works(capsys, tmp_path):
     assert "num_samples must be an integer >= 1" in failure(capsys, "demo", "--num-samples", "0")
     (tmp_path / "file").write_text("x")
     failure(capsys, "demo", "--output", str(tmp_path / "file/demo.png"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("demo --num-samples 0", "num_samples must be an integer >= 1, got 0."),
+        ("demo --output demo.xyz", "output must be a .png file, got demo.xyz."),
+        ("demo --output folder.png", "output must be a .png file, got folder.png, which is a folder."),
+        (
+            "demo --output file/a/demo.png",
+            "output must be in a folder that can be made, got file/a/demo.png: Not a dir",
+        ),
+        ("predict lenet5-mnist none.png", "image must be a file, got none.png, which is not there."),
+        ("predict lenet5-mnist file --num-samples -1", "num_samples must be an integer >= 1, got -1."),
+        ("predict lenet5-mnist file --seed 99999999999999999999", "seed must be an integer between -2**63 and 2**63"),
+        ("evaluate lenet5-mnist --limit 0", "limit must be an integer >= 1, got 0."),
+        ("benchmark step --rounds 0", "rounds must be an integer >= 1, got 0."),
+        ("search x y", "unrecognized arguments: y"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_heavy_is_imported(tmp_path, words, message):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    code = "import sys\nfrom recipes.cli import main\ntry: main(sys.argv[1:])\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, cwd=tmp_path)
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not {"torch", "numpy", "PIL", "huggingface_hub", "rich"} & set(done.stdout.split())
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
+def test_demo_refuses_a_folder_that_may_not_be_written(capsys, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    assert "that you may write" in failure(capsys, "demo", "--output", str(tmp_path / "locked/demo.png"))
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0 and capsys.readouterr().out == f"bayeslayers {bl.__version__}\n"
+
+
+def test_predict_takes_folders_and_leaves_out_what_is_hidden(capsys, tmp_path, images):
+    for name in ("b/2.png", "b/a/1.PNG", "b/.hidden/3.png", "b/._4.png", "b/__MACOSX/5.png", "b/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((tmp_path / "grey.png").read_bytes())
+    words = ["predict", "lenet5-mnist", "--num-samples", "2", str(tmp_path / "b"), images[0], images[0]]
+    assert main([*words, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["image"] for row in rows] == [*(str(tmp_path / name) for name in ("b/2.png", "b/a/1.PNG")), images[0]]
+    assert {row["label"] for row in rows} == {"7"}
+
+
+def test_predict_obeys_method_and_card_and_device(capsys, tmp_path, images):
+    words = [images[2], "--num-samples", "3", "--json"]  # black on white, of which it is uncertain
+
+    def row(*words):
+        assert main(["predict", *words]) == 0
+        return json.loads(capsys.readouterr().out)[0]
+
+    assert row("lenet5-mnist", *words, "--method", "mean")["epistemic"] == 0 < row("lenet5-mnist", *words)["epistemic"]
+    bl.save_posterior(zoo.load("lenet5-mnist"), tmp_path / "means", method="mean")
+    assert row(str(tmp_path / "means"), *words)["epistemic"] == 0
+    assert row("lenet5-mnist", *words, "--device", "cpu") == row("lenet5-mnist", *words)
+    assert "device must be one that torch reaches, got 'cuda:99'" in failure(
+        capsys, "predict", "lenet5-mnist", *words, "--device", "cuda:99"
+    )
+    assert "device must be" in failure(capsys, "evaluate", "lenet5-mnist", "--device", "meta")
+    assert "device must be" in failure(capsys, "demo", "--device", "nonsense", "--output", str(tmp_path / "x.png"))
+
+
+def test_the_methods_of_the_command_line_are_those_of_the_library():
+    assert METHODS == tuple(predict_methods)
+
+
+def test_home_folders_are_found_in_every_command(capsys, tmp_path, monkeypatch, images):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    bl.save_posterior(zoo.load("mlp-mnist"), tmp_path / "mine")
+    assert main(["info", "~/mine"]) == 0
+    assert main(["predict", "~/mine", "~/grey.png", "--num-samples", "2"]) == 0
+    assert main(["download", "~/mine", "--output", "~/copy"]) == 0 and (tmp_path / "copy/config.json").is_file()
+    capsys.readouterr()
+    for words in (["compare", "~/run"], ["evaluate", "mlp-mnist", "--data", "npz:~/x.npz"], ["verify", "~/none"]):
+        assert str(tmp_path) in failure(capsys, *words)
+
+
+@pytest.mark.parametrize("words", [["list"], ["predict", "lenet5-mnist"], ["compare"]])
+def test_tables_fit_60_columns_and_cut_nothing(capsys, tmp_path, monkeypatch, words, images):
+    monkeypatch.setenv("COLUMNS", "60")
+    if words == ["compare"]:
+        (tmp_path / "a-run-with-a-name-of-quite-some-length-vogn").mkdir()
+        (tmp_path / "a-run-with-a-name-of-quite-some-length-vogn/log.csv").write_text(
+            "epoch,seconds,train_accuracy,test_accuracy,test_nll,test_ece\n1,1.5,0.98765,0.91234,0.51234,0.01234\n"
+        )
+        monkeypatch.setattr("rich.console.Console.is_terminal", True)  # elsewhere a table is as wide as it must be
+        monkeypatch.setenv("NO_COLOR", "1")
+        wanted = ["a-run-with-a-name-of-quite-some-length-vogn", "98.77 %", "91.23 %", "0.5123", "0.0123", "1.5"]
+        words = [*words, str(tmp_path / wanted[0])]
+    elif words == ["list"]:
+        wanted = [*zoo.list_posteriors(), "cifar10 (50000 train, 8000 test)", "accuracy", "0.6625"]
+    else:
+        words = [*words, *images, "--num-samples", "2"]
+        wanted = ["grey.png", "rgb[bold].jpg", "confidence", "total", "aleatoric", "epistemic"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 60 and "…" not in out
+    assert [text for text in wanted if text not in out] == []
 
 
 def test_benchmark_measures_vogn_beside_adam(capsys):

@@ -244,6 +244,18 @@ def test_without_hub_or_cache_the_reason_is_said(home, hub, monkeypatch):
         client.search("x")
 
 
+def test_search_without_a_network_says_so_at_once(home, monkeypatch, capsys, caplog):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: pytest.fail("it tries again"))
+    monkeypatch.setattr(settings, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    assert main(["search", "x"]) == 1
+    out, error = capsys.readouterr()
+    assert error.startswith("bayeslayers: http://127.0.0.1:") and error.count("\n") == 1 and not out
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    monkeypatch.setattr(settings, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match=r"search must ask http.*, which HF_HUB_OFFLINE forbids\. Unset it"):
+        client.search("x")
+
+
 @pytest.mark.parametrize(("token", "name"), [(None, "ada/x"), ("hf_of_eve", "ada/x"), (TOKEN, "eve/x")])
 def test_who_may_not_write_is_told(home, monkeypatch, token, name):
     monkeypatch.delenv("HF_TOKEN")

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 from bayeslayers.card import PosteriorError
 from bayeslayers.weights import CONFIG, README, WEIGHTS
 
+_PATIENCE = 10  # seconds to wait for a first answer
 LIBRARY = "bayeslayers"  # the Hub's tag of our posteriors, from `library_name` in their README.md
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _NAME = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/+-]*))?")
@@ -157,9 +158,14 @@ def search(query: str = "", limit: int = 20) -> list[Found]:
     Raises:
         ConnectionError: If the Hub does not answer.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import get_session
 
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError(f"search must ask {constants.ENDPOINT}, which HF_HUB_OFFLINE forbids. Unset it.")
     with _in_a_sentence(query, None):
+        # Without a network this fails at once, where the client would warn and retry for half a minute.
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
         models = list(HfApi().list_models(search=query or None, filter=LIBRARY, sort="downloads", limit=limit))
     return [
         Found(model.id, model.downloads or 0, model.likes or 0, str(model.last_modified or "")[:10]) for model in models
