@@ -24,6 +24,7 @@ ABOUT_DATA = (  # true of another posterior too
     "resize",
     "dataset",
 )
+METHODS = ("sample", "mean", "local", "moments", "linearised", "dropout")  # those of `bl.predict`
 LARGEST_INPUT = 2**25  # numbers of one example, or of the image that it is taken from: 128 MiB
 _DEEPEST, _LONGEST_TEXT, _MOST_FIGURES = 32, 100_000, 1000
 
@@ -95,6 +96,13 @@ class Card:
     @classmethod
     def _as_json_has_it(cls, value: Any) -> Any:
         return _plain(value)
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        if value not in METHODS:
+            raise ValueError(f"must be one of {', '.join(METHODS)}, got {value[:40]!r}")
+        return value
 
     @field_validator("input_size")
     @classmethod

@@ -13,8 +13,10 @@ from torch.optim.swa_utils import AveragedModel
 
 import bayeslayers as bl
 import zoo
+from bayeslayers import card as cards
 from bayeslayers.card import LARGEST_INPUT, Card, card_from_json, model_card
 from bayeslayers.checkpoint import read_card
+from bayeslayers.prediction.predict import METHODS
 
 
 class Net(nn.Module):
@@ -100,6 +102,7 @@ def test_a_card_of_an_older_release_loads(tmp_path):
         ({"likelihood": "bernoulli", "likelihood_parameters": {"variance": 1.0}}, "must be numbers named nothing, got"),
         ({"likelihood_parameters": []}, "bad field 'likelihood_parameters'"),
         ({"input_size": [3, 8000, 8000]}, f"'input_size': must be integers >= 1 whose product is at most {2**25}, got"),
+        ({"method": "__class__"}, "'method': must be one of sample, .*, got '__class__'"),
         ({"input_size": [3, -2, -2]}, "'input_size': must be integers >= 1"),
         ({"notes": "x" * 200_000}, "'notes': must hold texts of at most 100000 characters, got one of 200000"),
         ({"kwargs": {"a": [[]] * 3 + [json.loads("[" * 40 + "]" * 40)]}}, "'kwargs': must be nested at most 32 levels"),
@@ -202,6 +205,7 @@ def test_a_users_card_declares_no_licence_for_them_and_promises_what_works(tmp_p
 
 
 def test_how_a_posterior_predicts_is_not_lost(tmp_path):
+    assert set(cards.METHODS) == set(METHODS)
     net = Net()
     bl.save_posterior(net, tmp_path / "p", method="linearised")
     assert bl.load_posterior(tmp_path / "p", other := Net()).method == "linearised"

@@ -175,3 +175,44 @@ def test_a_network_refused_at_any_point_leaves_no_trace(calls):
         zoo.create("lenet5_bn")
     assert torch.is_grad_enabled() and torch.get_default_device().type == "cpu"
     assert torch.ones(1).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("builder", "kwargs", "size", "message"),
+    [
+        ("resnet20", {}, [3, 8000, 8000], "'input_size': must be integers >= 1 whose product is at most 33554432"),
+        ("unet_small", {"width": 64}, [3, 2400, 2400], "one example takes a tensor of 368640000 numbers, more than"),
+        ("segnet_basic", {}, [3, 3000, 3000], "one example takes a tensor of 579076096 numbers, more than 268435456"),
+        ("torchvision:resnet18", {}, [3, 8000, 8000], "product is at most 33554432"),
+        ("timm:resnet18", {}, [1, 8000, 8000], "product is at most 33554432"),
+        ("smp:Unet/resnet18", {"decoder_channels": [512, 256, 128, 64, 64]}, [3, 3008, 3008], "numbers, more than 2"),
+    ],
+)
+def test_the_size_of_an_example_is_bounded_by_what_it_costs(builder, kwargs, size, message, tmp_path):
+    sized = {} if builder == "resnet20" else {"input_size": [size[0], 64, 64]}
+    model = zoo.create(builder, **kwargs, **sized)
+    bl.save_posterior(model, tmp_path / "p")
+    zoo.load(tmp_path / "p")
+    card = json.loads((tmp_path / "p" / CONFIG).read_text())
+    card |= {"input_size": size, "kwargs": card["kwargs"] | {"input_size": size}}
+    (tmp_path / "p" / CONFIG).write_text(json.dumps(card))
+    with pytest.raises(bl.PosteriorError, match=message):
+        zoo.load(tmp_path / "p")
+
+
+def test_a_card_names_no_more_classes_than_its_network_has(valid):
+    card = json.loads((valid / CONFIG).read_text())
+    (valid / CONFIG).write_text(json.dumps(card | {"class_names": ["x"] * 100_000}))
+    with pytest.raises(bl.PosteriorError, match="at most the 2 classes of its network in class_names, got 100000"):
+        zoo.load(valid)
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+@pytest.mark.parametrize("patterns", [["*"] * 20_000, ["?" * 200_000], ["*conv1"] * 1001])
+def test_patterns_of_a_card_are_counted(argument, patterns, valid):
+    card = json.loads((valid / CONFIG).read_text()) | {"builder": "torchvision:resnet18", "input_size": [3, 224, 224]}
+    (valid / CONFIG).write_text(json.dumps(card | {"kwargs": {argument: patterns}}))
+    with pytest.raises(
+        bl.PosteriorError, match=f"{argument} must hold at most 1000 patterns|at most 100000 characters"
+    ):
+        zoo.load(valid)

@@ -22,6 +22,7 @@ from zoo.inputs import Normalise, image_size
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Arguments of the libraries that fetch or read files, or make a network return something else than its outputs.
+_PATTERNS, _CHARACTERS = 1000, 100_000  # name patterns of layers, and how long they are together
 _REFUSED = ("pretrained", "weights", "checkpoint", "cache_dir", "encoder_weights", "features_only", "aux_params")
 
 
@@ -88,6 +89,8 @@ def build(
         raise ValueError(f"unknown library {library!r} in model {name!r}.{near(library, LIBRARIES)}")
     chosen = {"include": include, "exclude": exclude}
     _check_arguments(name, {**arguments, **chosen})
+    for key, value in chosen.items():
+        _check_patterns(key, [value] if isinstance(value, str) else value or [])
     source = LIBRARIES[library](network, bool(pretrained))
     size = _size(source.size, in_channels, input_size)
     classes = at_least_one("num_classes", source.num_classes if num_classes is None else num_classes)
@@ -123,6 +126,16 @@ def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
         values = value if isinstance(value, list | tuple) else [value]
         if not all(item is None or isinstance(item, bool | int | float | str) for item in values):
             raise ValueError(f"argument {key!r} must be a plain value or a list of plain values, got {value!r}.")
+
+
+def _check_patterns(argument: str, patterns: Sequence[str]) -> None:
+    """Refuse more patterns than a list by hand has: each is matched with all names of a network."""
+    length = sum(len(str(pattern)) for pattern in patterns)
+    if len(patterns) > _PATTERNS or length > _CHARACTERS:
+        raise ValueError(
+            f"{argument} must hold at most {_PATTERNS} patterns of {_CHARACTERS} characters together, got "
+            f"{len(patterns)} of {length}. One pattern can match many layers, as 'layer4*'."
+        )
 
 
 def _size(

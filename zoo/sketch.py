@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from bayeslayers.card import Card, PosteriorError
 from bayeslayers.weights import Weights
+from zoo.cost import check_cost
 from zoo.inputs import check_resize
 from zoo.registry import card_of, describe, rebuild
 
@@ -48,6 +49,7 @@ def build_checked(card: Card, weights: Weights, source: str) -> nn.Module:
         with torch.device("meta"), _Sketch(calls, _VALUES):
             sketch = build(card, source)
     weights.check_shapes(sketch)
+    check_cost(sketch, card, source)
     return build(card, source)
 
 

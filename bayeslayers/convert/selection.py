@@ -53,10 +53,11 @@ def select(
         TypeError: If a selector is none of the three.
     """
     modules = dict(net.named_modules(remove_duplicate=False))
+    own_names = _own_names(modules)
     chosen: set[nn.Module] = set()
     for selector in _flat(selectors):
         if isinstance(selector, str):
-            chosen |= _by_name(selector, modules, argument, is_layer)
+            chosen |= _by_name(selector, modules, own_names, argument, is_layer)
             continue
         if isinstance(selector, type):
             paths: list[str] = [path for path, module in modules.items() if isinstance(module, selector)]
@@ -82,16 +83,27 @@ def _flat(selectors: Any) -> Iterator[Any]:
             yield from _flat(selector)
 
 
+def _own_names(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Return the names of each module's own parameters, by its path."""
+    return {
+        path: [f"{path}.{key}" if path else key for key, _ in module.named_parameters(recurse=False)]
+        for path, module in modules.items()
+    }
+
+
 def _by_name(
-    pattern: str, modules: Mapping[str, nn.Module], argument: str, is_layer: Callable[[nn.Module], bool]
+    pattern: str,
+    modules: Mapping[str, nn.Module],
+    own_names: Mapping[str, list[str]],
+    argument: str,
+    is_layer: Callable[[nn.Module], bool],
 ) -> set[nn.Module]:
     """Return the modules whose path a pattern matches, or all of whose own parameters' names."""
     chosen = {m for path, module in modules.items() if fnmatchcase(path, pattern) for m in module.modules()}
-    names, found = list(modules), bool(chosen)
-    for path, module in modules.items():
-        own = [f"{path}.{key}" if path else key for key, _ in module.named_parameters(recurse=False)]
-        matched = [name for name in own if fnmatchcase(name, pattern)]
-        names, found = names + own, found or bool(matched)
+    found = bool(chosen)
+    for path, own in own_names.items():
+        matched, module = [name for name in own if fnmatchcase(name, pattern)], modules[path]
+        found = found or bool(matched)
         if matched and len(matched) == len(own):
             chosen.add(module)
         elif matched and is_layer(module) and module not in chosen:
@@ -100,5 +112,6 @@ def _by_name(
                 f"layer {path!r} alone."
             )
     if not found:
+        names = [*modules, *(name for own in own_names.values() for name in own)]
         raise ValueError(f"{argument} must name modules of the network, got {pattern!r}.{near(pattern, names)}")
     return chosen
