@@ -77,6 +77,39 @@ def marginal_precision(input_root: Tensor, output_root: Tensor) -> Tensor:
     return 1 / torch.outer(output_root.square().sum(1), input_root.square().sum(1))
 
 
+def kl_divergence(
+    mean: Tensor, input_root: Tensor, output_root: Tensor, prior_mean: Tensor, prior_precision: Tensor
+) -> Tensor:
+    """Return KL(N(M, covariance) || N(M0, 1/P0)), the entries independent under the prior, in nats.
+
+        KL = 1/2 sum [p0 v + p0 (m - m0)^2 - 1 - log p0] - i log |det R_out| - o log |det R_in|
+
+    with v the variance of each entry by itself.
+
+    Args:
+        mean: M, `(o, i)`.
+        input_root: R_in, `(i, i)`.
+        output_root: R_out, `(o, o)`.
+        prior_mean: M0, a scalar or the shape of `mean`.
+        prior_precision: P0, > 0, likewise.
+    """
+    o, i = mean.shape
+    variance = 1 / marginal_precision(wide(input_root), wide(output_root))
+    terms = prior_precision * (variance + (mean - prior_mean).square()) - 1 - prior_precision.log()
+    volumes = [torch.linalg.slogdet(wide(root)).logabsdet for root in (output_root, input_root)]
+    return 0.5 * terms.sum() - i * volumes[0] - o * volumes[1]
+
+
+def leading_root(root: Tensor, size: int) -> Tensor:
+    """Return a root `(size, size)` of the covariance of the first entries of a vector that a root belongs to.
+
+    Raises:
+        FloatingPointError: As for `inverse`.
+    """
+    rows = wide(root[:size])
+    return _cholesky(rows @ rows.mT).to(root.dtype)
+
+
 def _cholesky(matrix: Tensor) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(wide(matrix))
     if failed or not lower.isfinite().all():

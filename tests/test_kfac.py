@@ -600,3 +600,78 @@ def test_init_precision_takes_the_place_of_a_matrix_variate_posterior():
     assert net[0].roots is not None
     make_optimizer(net, init_precision=3.0)
     assert net[0].roots is None
+
+
+def matrix_posterior(bias=True, joint=True):
+    """A layer with a matrix-variate posterior of any roots, and its distribution by its definition."""
+    g = torch.Generator().manual_seed(0)
+    layer = bl.BayesLinear(3, 4, bias=bias).double()
+    columns = 4 if bias and joint else 3
+    roots = [torch.randn(n, n, generator=g, dtype=torch.float64) for n in (columns, 4)]
+    layer.set_roots(*roots)
+    covariance = torch.kron(roots[1] @ roots[1].T, roots[0] @ roots[0].T)
+    parts = [layer.weight, layer.bias[:, None]] if columns == 4 else [layer.weight]
+    return layer, torch.cat(parts, 1).flatten(), covariance
+
+
+@pytest.mark.parametrize(("bias", "joint"), [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("tensors", [False, True])
+def test_kl_divergence_of_a_matrix_variate_posterior_is_that_of_its_gaussian(bias, joint, tensors):
+    layer, mean, covariance = matrix_posterior(bias, joint)
+    if tensors:  # a posterior has become the prior
+        for key in ("weight", "bias") if bias else ("weight",):
+            values = torch.rand_like(getattr(layer, key), requires_grad=False) + 0.5
+            setattr(layer, f"{key}_prior_precision", values)
+            setattr(layer, f"{key}_prior_mean", -values)
+    columns = len(layer.roots[0])
+    full = lambda name: torch.cat(  # noqa: E731
+        [getattr(layer, f"weight_{name}").expand_as(layer.weight)]
+        + ([getattr(layer, f"bias_{name}").expand_as(layer.bias)[:, None]] if columns == 4 else []),
+        1,
+    ).flatten()
+    prior = torch.distributions.MultivariateNormal(full("prior_mean"), torch.diag(1 / full("prior_precision")))
+    expected = torch.distributions.kl_divergence(torch.distributions.MultivariateNormal(mean, covariance), prior)
+    if bias and not joint:
+        one = torch.distributions.Normal(layer.bias, layer.bias_precision.rsqrt())
+        other = torch.distributions.Normal(layer.bias_prior_mean, layer.bias_prior_precision.rsqrt())
+        expected = expected + torch.distributions.kl_divergence(one, other).sum()
+    assert_close(bl.kl_divergence(layer), expected)
+
+
+@pytest.mark.parametrize("name", ["KFAC", "NoisyKFAC"])
+def test_a_weight_that_is_frozen_midway_keeps_its_posterior_and_the_bias_moves_its_own(name):
+    torch.manual_seed(0)
+    net = bl.BayesLinear(3, 2).double()
+    x, y = torch.randn(8, 3).double(), torch.randint(2, (8,))
+    optimizer = getattr(bl, name)(net, 100, generator=torch.Generator().manual_seed(0))
+
+    def step():
+        with optimizer.sampled():
+            F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(3):
+        step()
+    rows = net.roots[0][:3]
+    covariance, output_root = rows @ rows.T, net.roots[1].clone()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    net.weight.requires_grad_(False)
+    for _ in range(5):
+        step()
+    assert [tuple(root.shape) for root in net.roots] == [(3, 3), (2, 2)]  # the bias is diagonal from there
+    assert_close(net.roots[0] @ net.roots[0].T, covariance)
+    assert_close(net.roots[1], output_root)
+    for key in ("weight", "weight_precision"):
+        assert_close(net.state_dict()[key], before[key], rtol=0, atol=0)
+    assert not torch.equal(net.bias_precision, before["bias_precision"])
+    drawn = []
+    for _ in range(4000):
+        with bl.sampled(net, torch.Generator().manual_seed(len(drawn))), torch.no_grad():
+            drawn.append(net(torch.zeros(1, 3).double())[0])
+    variance = torch.stack(drawn).var(0)
+    assert_close(variance * net.bias_precision, torch.ones(2).double(), rtol=0, atol=0.15)
+    net.weight.requires_grad_(True)
+    for _ in range(12):
+        step()
+    assert [tuple(root.shape) for root in net.roots] == [(4, 4), (2, 2)]

@@ -16,7 +16,7 @@ from bayeslayers.gaussian import natural_gradient_step_
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.layers.scope import OUTSIDE, current
 from bayeslayers.likelihoods import Likelihood, likelihood_of
-from bayeslayers.matrix_gaussian import as_matrix, damp, inverse, inverse_root, marginal_precision
+from bayeslayers.matrix_gaussian import as_matrix, damp, inverse, inverse_root, leading_root, marginal_precision
 from bayeslayers.optim.adam import corrected_weight, momentum_average
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
@@ -284,7 +284,10 @@ class KroneckerFactored(VariationalOptimizer):
         return momentum_average(state, grad, group["beta1"]) + prior
 
     def _update_diagonal(self, site: Site, group: dict[str, Any]) -> None:
-        """Move a tensor without factors as VOGN does, its curvature averaged as factors are."""
+        """Move a tensor without factors as VOGN does, its curvature averaged as factors are.
+
+        The bias of a weight that has been frozen since leaves the weight's roots.
+        """
         state, squares, ess = self.state[site.mean], self._averages.statistics.get(site.name), self._ess(group)
         grad: Any = site.mean.grad
         if squares is not None:
@@ -297,6 +300,9 @@ class KroneckerFactored(VariationalOptimizer):
             site.precision.copy_(ess * state["curvature"] + site.prior_precision + rest)
         elif "updates" not in state:
             return
+        layer, columns = site.module, site.module.get_parameter("weight").shape[1:].numel()
+        if isinstance(layer, BayesianLayer) and layer.roots is not None and len(layer.roots[0]) > columns:
+            layer.set_roots(leading_root(layer.roots[0], columns), layer.roots[1])
         state["step"] = state.get("step", 0) + 1
         natural_gradient_step_(
             site.mean,

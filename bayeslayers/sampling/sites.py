@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bayeslayers import gaussian
+from bayeslayers import gaussian, matrix_gaussian
+from bayeslayers.layers import BayesianLayer
 from bayeslayers.layers.base import HALF_PRECISIONS
 from bayeslayers.layers.scope import NOTHING, scope_for
 
@@ -90,9 +91,32 @@ def posterior(model: nn.Module) -> Iterator[Site]:
 
 
 def kl_divergence(model: nn.Module) -> Tensor:
-    """Return KL(posterior || prior) of all Bayesian layers of `model`, in nats."""
-    sites = posterior(model)
-    terms = [gaussian.kl_divergence(s.mean, s.precision, s.prior_mean, s.prior_precision) for s in sites]
-    if not terms:
+    """Return KL(posterior || prior) of all Bayesian layers of `model`, in nats, with the correlations of matrices."""
+    sites = {site.mean: site for site in posterior(model)}
+    if not sites:
         raise ValueError("model must have Bayesian layers, got none. Build it from them, as BayesLinear.")
+    terms = []
+    for site in list(sites.values()):
+        if site.key == "weight" and isinstance(site.module, BayesianLayer) and site.module.roots is not None:
+            bias = sites.get(site.module.bias) if _joint(site.module) else None  # pyright: ignore
+            terms.append(_kl_of_matrix([each for each in (site, bias) if each], *site.module.roots))
+            for each in (site, bias):
+                if each is not None:
+                    del sites[each.mean]
+    terms += [gaussian.kl_divergence(s.mean, s.precision, s.prior_mean, s.prior_precision) for s in sites.values()]
     return torch.stack(terms).sum()
+
+
+def _joint(layer: BayesianLayer) -> bool:
+    """Return whether the roots of a layer's posterior have the bias in them."""
+    weight = layer.get_parameter("weight")
+    return layer.roots is not None and len(layer.roots[0]) > weight.shape[1:].numel()
+
+
+def _kl_of_matrix(sites: list[Site], input_root: Tensor, output_root: Tensor) -> Tensor:
+    priors = [
+        matrix_gaussian.as_matrix(*(getattr(site, name).expand_as(site.mean) for site in sites))
+        for name in ("prior_mean", "prior_precision")
+    ]
+    mean = matrix_gaussian.as_matrix(*(site.mean for site in sites))
+    return matrix_gaussian.kl_divergence(mean, input_root, output_root, *priors)
