@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bayeslayers.card import PosteriorError
 from recipes.names import short_name
 
 LOG, METRICS, REPORT, CONFIG, POSTERIOR = "log.csv", "metrics.json", "report.json", "config.json", "posterior"
@@ -102,6 +101,8 @@ def has_checkpoint(folder: Path, resume: bool) -> bool:
         advice = "Choose another" if lost else "Add --resume or choose another"
         raise FileExistsError(f"output must be a new run, got {folder} with {there[0]}. {advice}.")
     if lost:
+        from bayeslayers.card import PosteriorError  # `compare`, which reads runs, needs no torch
+
         raise PosteriorError(f"{folder / CHECKPOINT} must be a training checkpoint, got no such file.")
     return CHECKPOINT in there
 
