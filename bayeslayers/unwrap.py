@@ -37,6 +37,11 @@ def compiled_or_unwrapped(model: nn.Module) -> nn.Module:
     return network if outer is None or not _is_compiled(outer) else outer
 
 
+def holds_compiled(model: nn.Module) -> bool:
+    """Whether a module of the model is compiled, from outside or in place: a hook on it would be compiled too."""
+    return any(_is_compiled(module) or module._compiled_call_impl is not None for module in model.modules())
+
+
 def _inside(model: nn.Module) -> nn.Module | None:
     if isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
         return model.module

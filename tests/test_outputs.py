@@ -55,6 +55,9 @@ ENTRANCES = {
         for method in ("sample", "mean", "local", "moments", "dropout")
     },
     "several draws": lambda net: bl.predict(net, X, 4, sample_chunk=4),
+    "predict linearised": lambda net: bl.predict(net, X, 4, method="linearised"),
+    "linearised_moments": lambda net: bl.linearised_moments(net, X),
+    "linearised_outputs": lambda net: bl.linearised_outputs(net, X, 2),
     "evaluate": lambda net: bl.evaluate(net, (X, Y), num_samples=2),
     "recalibrate": lambda net: bl.recalibrate(net, (X, Y), num_samples=2),
     "laplace": lambda net: bl.laplace(net, (X, Y)),

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torch.testing import assert_close
 
 import bayeslayers as bl
 import zoo
+from bayeslayers.export import FixedDraws
 from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.unwrap import compiled_or_unwrapped, unwrapped
 
@@ -92,3 +94,40 @@ def test_the_compiled_forward_stays_unless_it_goes_through_a_wrapper():
 def test_the_card_is_that_of_the_network(wrap):
     model = zoo.create("lenet5")
     assert zoo.card_of(wrap(model)) == zoo.card_of(model)
+
+
+X, Y = torch.randn(12, 4, generator=torch.Generator().manual_seed(1)), torch.arange(24).view(12, 2) % 2
+
+
+@each_wrapper
+@pytest.mark.parametrize("method", ["sample", "mean", "local", "linearised", "moments", "dropout"])
+def test_a_wrapped_network_predicts_what_it_predicts_alone(wrap, method):
+    net = network(bl.Bernoulli())
+    net = nn.Sequential(net[0], nn.ReLU(), nn.Dropout(0.5), net[2])
+    net.likelihood = bl.Bernoulli()
+    expected, found = (
+        bl.predict(model, X, 8, method=method, generator=torch.Generator().manual_seed(1)) for model in (net, wrap(net))
+    )
+    assert found.likelihood == bl.Bernoulli()
+    assert_close(found.mean, expected.mean)
+    assert_close(found.epistemic, expected.epistemic)
+
+
+@each_wrapper
+def test_every_entrance_takes_the_network_inside(wrap):
+    net = network(bl.Bernoulli())
+    wrapped, data = wrap(net), (X, Y)
+
+    def seeded():
+        return torch.Generator().manual_seed(1)
+
+    metrics = [bl.evaluate(model, data, num_samples=4, generator=seeded()).metrics for model in (net, wrapped)]
+    assert metrics[0] == pytest.approx(metrics[1], nan_ok=True)
+    assert bl.recalibrate(wrapped, data, num_samples=4).likelihood == "bernoulli"
+    posterior = bl.laplace(wrapped, data, prior_precision=1.0)
+    assert list(posterior.state_dict()) == list(net.state_dict()) and posterior.likelihood == bl.Bernoulli()
+    merged = bl.merge([wrapped, wrapped], method="average")
+    assert list(merged.state_dict()) == list(net.state_dict()) and merged.likelihood == bl.Bernoulli()
+    assert_close(FixedDraws(wrapped, 4, generator=seeded())(X)[0], bl.predict(net, X, 4, generator=seeded()).mean)
+    assert bl.KFAC(wrapped, dataset_size=12).likelihood == bl.Bernoulli()
+    assert_close(bl.linearised_moments(wrapped, X)[1], bl.linearised_moments(net, X)[1])

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bayeslayers.unwrap import holds_compiled
+
 Run: TypeAlias = Callable[[Tensor], Iterator[Tensor]]
 
 # Measured on 2 CPU cores with LeNet-5, ResNet-20 and an MLP at batches of 1 to 512: several draws at
@@ -55,6 +57,8 @@ class Plan:
 class AtOnce:
     """How many draws go through a network at once, `size`: it is found with the first draw, and halved if memory ends.
 
+    Of a compiled network, which has no hooks to measure it by, it is one.
+
     Args:
         model: The network.
         plan: Its `chunk`, or None to begin with one draw and choose then.
@@ -64,7 +68,7 @@ class AtOnce:
         self.model, self.chosen, self._warned = model, plan.chunk is None, False
         self.size = plan.chunk or 1
         self._most = _MOST
-        self._measured = not self.chosen
+        self._measured = not self.chosen or holds_compiled(model)
         self._largest, self._budget = 1, _CACHE_BYTES
         self._thread = threading.get_ident()
 

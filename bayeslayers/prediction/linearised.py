@@ -22,10 +22,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bayeslayers.checks import at_least_one
 from bayeslayers.curvature.accumulate import wide
 from bayeslayers.layers import BayesLinear
+from bayeslayers.outputs import tensor_output
 from bayeslayers.sampling import Sampler, Site, evaluation_mode, posterior
 from bayeslayers.sampling.sharing import Shared
+from bayeslayers.unwrap import unwrapped
 
 _MATH_ATTENTION = Shared(lambda: sdpa_kernel(SDPBackend.MATH))
+_COVARIANCE_BYTES = 2**30  # of one example
 _CHUNK_BYTES = 2**29  # of Jacobians at a time: those of ResNet-18 with 10 outputs, for one example
 
 
@@ -41,7 +44,9 @@ def linearised_moments(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         x: Inputs, examples in dimension 0; moved to the model's device.
 
     Raises:
-        ValueError: If no layer is Bayesian.
+        ValueError: If no layer is Bayesian, an example's covariance takes more than 1 GiB, or the network cannot be
+            differentiated example by example.
+        TypeError: If the model returns something else than one tensor.
 
     Example:
         >>> import torch, bayeslayers as bl
@@ -68,7 +73,8 @@ def linearised_outputs(
         generator: Source of the draws, on the model's device; torch's default one if None.
 
     Raises:
-        ValueError: If no layer is Bayesian, or `num_samples` < 1.
+        ValueError: As for `linearised_moments`, or if `num_samples` < 1.
+        TypeError: As for `linearised_moments`.
     """
     at_least_one("num_samples", num_samples)
     mean, spread = _moments(model, x)
@@ -90,6 +96,7 @@ def _square_root(covariance: Tensor) -> Tensor:
 @torch.no_grad()
 def _moments(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the outputs' mean, and their covariance `(n, c, c)` or, where they are independent, variance `(n, c)`."""
+    model = unwrapped(model)
     sites = list(posterior(model))
     if not sites:
         raise ValueError("model must have Bayesian layers, got none: its outputs are certain.")
@@ -101,9 +108,22 @@ def _moments(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         if variance is not None:
             return mean, variance
         outputs, weights = mean[0].numel(), sum(zero.numel() for zero in function.zeros)
+        if (size := outputs**2 * mean.element_size()) > _COVARIANCE_BYTES:
+            raise ValueError(
+                f"method 'linearised' must have a covariance of at most {_COVARIANCE_BYTES / 2**30:g} GiB an example, "
+                f"got {size / 2**30:.3g} GiB for {outputs:,} outputs. Use method='sample'."
+            )
         size = max(1, _CHUNK_BYTES // (outputs * weights * mean.element_size()))
         rows = max(1, _CHUNK_BYTES // (2 * weights * mean.element_size())) if size == 1 else outputs
-        parts = [vmap(lambda each: function.covariance(each, rows))(chunk) for chunk in x.split(size)]
+        try:
+            parts = [vmap(lambda each: function.covariance(each, rows))(chunk) for chunk in x.split(size)]
+        except RuntimeError as error:  # of a module that vmap does not take, or of memory
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                "method 'linearised' must differentiate the network example by example, which failed: "
+                f"{type(error).__name__}: {reason} Use method='sample', or a posterior over the last layer, "
+                "bl.laplace(..., layers=bl.last_layer)."
+            ) from error
     return mean, torch.cat(parts)
 
 
@@ -121,7 +141,7 @@ class _OfNoise:
 
     def __call__(self, x: Tensor, noise: Sequence[Tensor]) -> Tensor:
         with self.sampler.draw(dict(zip(self.names, noise, strict=True))):
-            return self.model(x)
+            return tensor_output(self.model(x))
 
     def covariance(self, example: Tensor, rows: int) -> Tensor:
         """Return the covariance of the outputs for one example, from blocks of so many rows of the Jacobian."""
