@@ -56,6 +56,12 @@ def non_negative(name: str, value: float) -> float:
     return value
 
 
+def radius(name: str, value: float) -> float:
+    """Return `value` if it is a number > 0, infinity included: the bound that is none."""
+    _number(name, value)
+    return value if value == math.inf else positive(name, value)
+
+
 def at_least_one(name: str, value: int) -> int:
     """Return `value` if it is an integer >= 1."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:

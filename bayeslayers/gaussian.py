@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ def natural_gradient_step_(
     precision_lr: float,
     damping: float = 0.0,
     curvature_scale: float = 1.0,
+    clip_radius: float = math.inf,
 ) -> None:
     """Move a diagonal Gaussian posterior, in place, by one VOGN update.
 
@@ -56,10 +59,15 @@ def natural_gradient_step_(
         precision_lr: Weight of the new precision in its moving average, in (0, 1].
         damping: Added to the curvature in the mean's step alone, in units of curvature.
         curvature_scale: Factor that makes `curvature` a mean over examples; here it costs no pass.
+        clip_radius: Bound on each entry of the mean's step before `lr`.
     """
     precision.lerp_(prior_precision, precision_lr).add_(curvature, alpha=precision_lr * ess * curvature_scale)
     direction = torch.sub(mean, prior_mean, out=curvature).mul_(prior_precision).add_(grad, alpha=ess)
-    mean.addcdiv_(direction, precision + ess * damping if damping else precision, value=-lr)
+    scale = precision + ess * damping if damping else precision
+    if clip_radius == math.inf:
+        mean.addcdiv_(direction, scale, value=-lr)
+    else:
+        mean.add_(direction.div_(scale).clamp_(-clip_radius, clip_radius), alpha=-lr)
 
 
 def retracted_precision(precision: Tensor, target: Tensor, weight: float) -> Tensor:

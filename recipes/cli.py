@@ -149,9 +149,10 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     own = add(commands.benchmark)
     own.add_argument(
         "what",
-        choices=["step", "load", "predict"],
+        choices=["step", "load", "predict", "defaults"],
         help="step: a training step of VOGN beside one of Adam; load: a posterior loaded to predict one image, beside "
-        "plain torch; predict: 32 draws beside one forward pass",
+        "plain torch; predict: 32 draws beside one forward pass; defaults: what VOGN and IVON reach with nothing but "
+        "dataset_size given, beside Adam",
     )
     own.add_argument("--rounds", type=int, default=100, help="interleaved runs of each (%(default)s)")
     own.add_argument(
@@ -168,6 +169,16 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         metavar="NAME",
         help="step: classifiers of the zoo, on batches of 128 (mlp lenet5)",
     )
+    tasks = ["toy", "mnist", "energy"]
+    own.add_argument(
+        "--tasks",
+        nargs="+",
+        default=tasks,
+        metavar="NAME",
+        help=f"defaults: of {' '.join(tasks)} (these), fashion resnet18 unet (minutes)",
+    )
+    own.add_argument("--seeds", type=int, default=3, metavar="N", help="defaults: runs of each (%(default)s)")
+    own.add_argument("--data-root", type=_path, metavar="PATH", help="defaults: folder of data (stand-ins are drawn)")
     _add_json(own)
     return parser
 

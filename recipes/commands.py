@@ -219,10 +219,14 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def benchmark(arguments: argparse.Namespace) -> int:
-    """Measure costs as ratios, side by side in one process."""
+    """Measure costs as ratios, or what defaults reach, side by side in one process."""
     from recipes.benchmark import benchmark_load, benchmark_predict, benchmark_step
 
-    if arguments.what == "step":
+    if arguments.what == "defaults":
+        from recipes.benchmark_defaults import benchmark_defaults
+
+        measured = benchmark_defaults(arguments.tasks, arguments.seeds, arguments.data_root)
+    elif arguments.what == "step":
         measured = benchmark_step(arguments.rounds, optimizers=arguments.optimizers, models=arguments.models)
     else:
         measured = {"load": benchmark_load, "predict": benchmark_predict}[arguments.what](arguments.rounds)

@@ -123,7 +123,7 @@ def state_of(net: nn.Module, optimizer: bl.IVON | None = None) -> dict[str, torc
 
 
 SETTINGS = [
-    {},
+    {"lr": 0.1},
     {"lr": 0.02, "beta1": 0.7, "beta2": 0.97, "hess_init": 0.25, "weight_decay": 0.05, "rescale_lr": False},
     {"lr": 0.4, "beta1": 0.0, "beta2": 0.99, "hess_init": 0.25, "weight_decay": 0.05, "clip_radius": 0.2},
 ]

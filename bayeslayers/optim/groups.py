@@ -37,6 +37,8 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
         generator: Source of the draws; torch's default one if None.
     """
 
+    _adam_lr: float | None = None  # of deterministic parameters in groups without an lr; None for that of the others
+
     def __init__(
         self,
         model: nn.Module,
@@ -134,7 +136,8 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
             raise ValueError(f"params must be parameters of the model, got one of shape {strange[0]} that is none.")
         for kind in ("bayesian", "deterministic"):
             if members := [p for p in parameters if (p in self._sites) == (kind == "bayesian")]:
-                super().add_param_group({**group, "params": members, "kind": kind})
+                own = {} if kind == "bayesian" or self._adam_lr is None else {"lr": self._adam_lr}
+                super().add_param_group({**own, **group, "params": members, "kind": kind})
         if "prior_precision" in group:
             for parameter in parameters:
                 if site := self._sites.get(parameter):

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.checks import fraction, non_negative, positive
+from bayeslayers.checks import fraction, non_negative, positive, radius
 from bayeslayers.gaussian import retracted_precision
 from bayeslayers.layers import attach_posterior
 from bayeslayers.optim.adam import momentum_average
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
+from bayeslayers.optim.defaults import LARGEST_MOVE, start_hessian, with_plain_steps
 from bayeslayers.optim.groups import listed
 from bayeslayers.optim.guard import natural_reach
 from bayeslayers.sampling import posterior
@@ -23,9 +24,7 @@ from bayeslayers.sampling import posterior
 Estimator = Literal["price", "gradsq"]
 
 
-def _radius(name: str, value: float) -> float:
-    return value if value == math.inf else positive(name, value)
-
+LR, BETA2 = 0.3, 0.9995  # where no lr is given; its Hessians are noisier than VOGN's, and spoil larger steps
 
 _RULES = {
     "lr": non_negative,
@@ -33,7 +32,7 @@ _RULES = {
     "beta2": fraction,
     "hess_init": positive,
     "weight_decay": positive,
-    "clip_radius": _radius,
+    "clip_radius": radius,
     "temperature": positive,
 }
 
@@ -59,18 +58,23 @@ class IVON(VariationalOptimizer):
     `sync` averages the products over ranks, each with draws of its own, in the place of
     `DistributedDataParallel`, which averages gradients alone and asks for the same draw on all ranks.
 
+    Without an `lr` it chooses what else is not given too, from `dataset_size` and the fan-in of the parameters, as
+    `optim.defaults` explains. With an `lr` the defaults are those of its authors.
+
     Source: Shen et al. 2024 (arXiv 2402.17641), Algorithm 1; the precision's step: Lin et al. 2020
     (arXiv 2002.10060).
 
     Args:
         model: Any network, on its device already.
         dataset_size: Number of training examples N.
-        lr: Step size of the mean.
+        lr: Step size of the mean; None to choose it.
         beta1: Momentum, the weight of the past in the average of gradients, in [0, 1).
-        beta2: Weight of the past in the average of Hessians, in [0, 1).
-        hess_init: Hessian h at the start, > 0.
+        beta2: Weight of the past in the average of Hessians, in [0, 1); None for 0.99999 with an `lr` of
+            yours, 0.9995 without.
+        hess_init: Hessian h at the start, > 0; None for 1 with an `lr` of yours, at least 1 without.
         weight_decay: Prior precision over ess, > 0.
-        clip_radius: Bound on each entry of the mean's step before `lr`, > 0.
+        clip_radius: Bound on each entry of the mean's step before `lr`, > 0; None for no bound with an `lr` of
+            yours, and one that no entry moves by more than 0.003 without.
         rescale_lr: Multiply `lr` by hess_init + weight_decay, which makes its scale that of SGD.
         estimator: "price" or "gradsq", the estimate of the Hessian.
         num_samples: Draws per `step(closure)`.
@@ -102,12 +106,12 @@ class IVON(VariationalOptimizer):
         self,
         model: nn.Module,
         dataset_size: int,
-        lr: float = 0.1,
+        lr: float | None = None,
         beta1: float = 0.9,
-        beta2: float = 0.99999,
-        hess_init: float = 1.0,
+        beta2: float | None = None,
+        hess_init: float | None = None,
         weight_decay: float = 1e-4,
-        clip_radius: float = math.inf,
+        clip_radius: float | None = None,
         rescale_lr: bool = True,
         estimator: Estimator = "price",
         num_samples: int = 1,
@@ -122,6 +126,13 @@ class IVON(VariationalOptimizer):
         self.estimator: Estimator = estimator
         self.rescale_lr, self.keep_posterior = rescale_lr, keep_posterior
         self._loss_power = 1 if estimator == "price" else 2
+        chooses = lr is None
+        if hess_init is None:
+            hess_init = start_hessian(model, dataset_size, temperature) if chooses else 1.0
+        if lr is None:  # of a step that is multiplied by the factor of `rescale_lr`, or not
+            lr = LR * (1.0 if rescale_lr else hess_init + weight_decay)
+        if clip_radius is None:
+            clip_radius = LARGEST_MOVE / (LR * (hess_init + weight_decay)) if chooses else math.inf
         self._sites = {}
         self._new: set[nn.Parameter] = set()  # whose precision and prior no group has set yet
         super().__init__(
@@ -131,7 +142,7 @@ class IVON(VariationalOptimizer):
             {
                 "lr": lr,
                 "beta1": beta1,
-                "beta2": beta2,
+                "beta2": beta2 if beta2 is not None else BETA2 if chooses else 0.99999,
                 "hess_init": hess_init,
                 "weight_decay": weight_decay,
                 "clip_radius": clip_radius,
@@ -139,7 +150,7 @@ class IVON(VariationalOptimizer):
             },
             num_samples=num_samples,
             generator=generator,
-            groups=groups,
+            groups=with_plain_steps(groups or ()) if chooses else groups,
             sync=sync,
         )
 

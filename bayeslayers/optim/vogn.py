@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -11,13 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bayeslayers.checks import fraction, non_negative, positive
+from bayeslayers.checks import fraction, non_negative, positive, radius
 from bayeslayers.curvature.counts import Reduction
 from bayeslayers.gaussian import natural_gradient_step_
 from bayeslayers.optim.adam import corrected_weight, momentum_average
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
-from bayeslayers.optim.groups import first_precision
+from bayeslayers.optim.defaults import (
+    ADAM_LR,
+    LARGEST_MOVE,
+    LR,
+    PRECISION_LR,
+    fill_untrained,
+    warn_of_prior,
+    with_plain_steps,
+)
+from bayeslayers.optim.groups import Rules, first_precision, listed
 from bayeslayers.optim.guard import natural_reach
 from bayeslayers.sampling import Tracker, layers_with_curvature
 from bayeslayers.sampling.placement import placed
@@ -44,6 +54,7 @@ class _GaussNewton(VariationalOptimizer):
         curvature_fraction: float,
         loss_reduction: Reduction,
         vectorise: bool = False,
+        rules: Rules = _RULES,
         **options: Any,
     ):
         if loss_reduction not in ("mean", "sum"):
@@ -52,7 +63,7 @@ class _GaussNewton(VariationalOptimizer):
         self.curvature_fraction = fraction("curvature_fraction", curvature_fraction, one=True)
         self.vectorise, self._at_once = vectorise, 1
         value, self._from_curvature = first_precision(init_precision)
-        super().__init__(model, dataset_size, _RULES, defaults, init_precision=value, **options)
+        super().__init__(model, dataset_size, rules, defaults, init_precision=value, **options)
 
     def _bind(self) -> None:
         super()._bind()
@@ -146,6 +157,7 @@ class _GaussNewton(VariationalOptimizer):
                 precision_lr=corrected_weight(precision_lr, state["step"]) if self._from_curvature else precision_lr,
                 damping=group["damping"],
                 curvature_scale=self._averages.scale,
+                clip_radius=group.get("clip_radius", math.inf),
             )
 
 
@@ -156,18 +168,24 @@ class VOGN(_GaussNewton):
     of its square at w, and moves precision and mean by `gaussian.natural_gradient_step_`. Parameters
     of layers that are not Bayesian are trained by Adam, in a parameter group of their own.
 
+    Without an `lr` it chooses what else is not given too, from `dataset_size` and the layers' fan-in, as
+    `optim.defaults` explains: lr and clip_radius, precision_lr, and prior and first precision of layers that were
+    built with their default values and are not trained yet. With an `lr` the step is the paper's.
+
     Source: Osawa et al. 2019 (arXiv 1906.02506), Algorithm 1; Khan et al. 2018 (arXiv 1806.04854).
 
     Args:
         model: Model with Bayesian layers, on its device already.
         dataset_size: Number of training examples N. The data-augmentation factor of the paper is
             `temperature = 1 / factor`, not a larger N.
-        lr: Step size of the mean, in units of the posterior's natural gradient.
+        lr: Step size of the mean, in units of the posterior's natural gradient; None to choose it.
         beta1: Momentum, the weight of the past in the average of gradients, in [0, 1).
-        precision_lr: Weight of the new precision in its moving average, in (0, 1].
-        prior_precision: Precision of the prior for every Bayesian tensor; None keeps the layers'.
-        init_precision: Precision of the posterior at the start; None keeps the layers', so that a
-            loaded posterior is trained further. "curvature" takes it from the first batches: they
+        precision_lr: Weight of the new precision in its moving average, in (0, 1]; None for 2e-3 with an `lr`
+            of yours, 1e-3 without.
+        prior_precision: Precision of the prior for every Bayesian tensor; None keeps the layers', but
+            for the choice above.
+        init_precision: Precision of the posterior at the start; None keeps the layers', but for that choice, so
+            that a loaded posterior is trained further. "curvature" takes it from the first batches: they
             weigh `precision_lr / (1 - (1 - precision_lr)^t)`, the first one 1.
         temperature: T of the tempered posterior; the likelihood counts N/T times. T < 1 sharpens.
             `optim.TemperatureWarmup` moves it over the steps.
@@ -182,8 +200,8 @@ class VOGN(_GaussNewton):
             curvature of linear and convolution weights: a run of examples from a random one on, which
             is unbiased. What costs nothing (biases, norms) always sees the whole batch.
         groups: Parameter groups with hyperparameters of their own, each a dict of `params` and any of
-            lr, beta1, precision_lr, temperature, damping, prior_precision.
-        deterministic_lr: Learning rate of parameters that are not Bayesian; None for `lr`.
+            lr, beta1, precision_lr, temperature, damping, clip_radius, prior_precision.
+        deterministic_lr: Learning rate of parameters that are not Bayesian; None for `lr`, 1e-3 without one.
         sync: Average over the ranks of torch.distributed's default group before each step.
         vectorise: Run the draws of `step(closure)` at once, by `torch.func.vmap`. The closure leaves
             `backward` to the optimizer then. Faster for small networks and batches alone.
@@ -205,9 +223,9 @@ class VOGN(_GaussNewton):
         self,
         model: nn.Module,
         dataset_size: int,
-        lr: float = 1e-3,
+        lr: float | None = None,
         beta1: float = 0.9,
-        precision_lr: float = 2e-3,
+        precision_lr: float | None = None,
         prior_precision: float | None = None,
         init_precision: float | Literal["curvature"] | None = None,
         temperature: float = 1.0,
@@ -221,17 +239,26 @@ class VOGN(_GaussNewton):
         sync: bool = False,
         vectorise: bool = False,
         elements_per_example: float | None = None,
+        clip_radius: float | None = None,
     ):
+        chooses = lr is None
+        bound = LARGEST_MOVE / LR if chooses else math.inf
+        groups = [{**group, "params": listed(group["params"])} for group in with_plain_steps(groups or ())]
+        plain = {parameter for group in groups if "lr" in group for parameter in group["params"]}
+        if chooses:
+            self._adam_lr = ADAM_LR if deterministic_lr is None else deterministic_lr
         super().__init__(
             model,
             dataset_size,
             {
-                "lr": lr,
+                "lr": LR if lr is None else lr,
                 "beta1": beta1,
-                "precision_lr": precision_lr,
+                "precision_lr": precision_lr if precision_lr is not None else PRECISION_LR if chooses else 2e-3,
                 "temperature": temperature,
                 "damping": damping,
+                "clip_radius": bound if clip_radius is None else clip_radius,
             },
+            rules={**_RULES, "clip_radius": radius},
             vectorise=vectorise,
             prior_precision=prior_precision,
             init_precision=init_precision,
@@ -244,6 +271,27 @@ class VOGN(_GaussNewton):
             deterministic_lr=deterministic_lr,
             sync=sync,
         )
+        warn_of_prior(prior_precision, self.dataset_size / temperature)
+        if chooses:
+            self._scale_steps(
+                fill_untrained(
+                    list(self._sites.values()),
+                    self.dataset_size / temperature,
+                    prior=prior_precision is None,
+                    precision=init_precision is None,
+                ),
+                plain,
+                clip_radius,
+            )
+
+    def _scale_steps(self, hessian: float, plain: set[nn.Parameter], clip_radius: float | None) -> None:
+        """Multiply `lr` by the precision over ess, and divide the bound on the step, where neither was given."""
+        for group in [*self.param_groups, self.defaults]:
+            if group.get("kind") == "deterministic" or plain.intersection(group.get("params", ())):
+                continue
+            group["lr"] *= hessian
+            if clip_radius is None and group["clip_radius"] == self.defaults["clip_radius"]:
+                group["clip_radius"] = LARGEST_MOVE / (LR * hessian)
 
 
 class OGN(_GaussNewton):
