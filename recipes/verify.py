@@ -29,6 +29,7 @@ from recipes.slices import Points, load_slice, sliced
 
 BLOCKS, RESAMPLES = 16, 64  # blocks of draws, and bootstrap samples of them
 DEVIATIONS = 6.0  # tolerated standard deviations: 1 figure in 40,000 by chance, by Student's t of 15 degrees
+LARGEST_SEED = 2**63 - 1
 MAX_SAMPLES = 10_000  # a card is not to be trusted with the time of whoever verifies it
 _SETTINGS = ("test_examples", "num_samples", "seed")
 
@@ -130,7 +131,8 @@ def compare(
         data: Name of the examples.
         seed: Of the draws; None for the claim's.
     """
-    values, errors = measure(model, known, strangers, *_settings(claimed, seed), of=int(claimed.get(_SETTINGS[0], 0)))
+    of = _whole(claimed, "test_examples", 0, 0, LARGEST_SEED)
+    values, errors = measure(model, known, strangers, *_settings(claimed, seed), of=of)
     name, checks = zoo.card_of(model).name, []
     for figure, claim in claimed.items():
         if figure in _SETTINGS:
@@ -254,12 +256,17 @@ def _variances(resampled: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _settings(claimed: Mapping[str, float], seed: int | None) -> tuple[int, int]:
     """Return number and seed of the draws of a claim."""
-    num_samples = int(claimed.get("num_samples", 64))
-    if not 2 <= num_samples <= MAX_SAMPLES:
-        raise ValueError(
-            f"card's num_samples must be from 2 to {MAX_SAMPLES}, got {num_samples}. --record measures with more draws."
-        )
-    return num_samples, int(claimed.get("seed", 0)) if seed is None else seed
+    num_samples = _whole(claimed, "num_samples", 64, 2, MAX_SAMPLES, " --record measures with more draws.")
+    own = _whole(claimed, "seed", 0, 0, LARGEST_SEED)
+    return num_samples, own if seed is None else seed
+
+
+def _whole(claimed: Mapping[str, float], name: str, default: int, least: int, most: int, advice: str = "") -> int:
+    """Return a setting of a claim, which anyone may have written."""
+    value = claimed.get(name, default)
+    if not (least <= value <= most and value == int(value)):
+        raise ValueError(f"card's {name} must be from {least} to {most}, got {value}.{advice}")
+    return int(value)
 
 
 def _dataset(card: bl.Card) -> str:

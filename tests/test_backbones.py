@@ -149,6 +149,52 @@ def test_modules_load_by_the_version_they_were_saved_in(tmp_path):
     assert_close(other.eval()(x), net.eval()(x), **SAME)
 
 
+FAMILIES = [
+    *[
+        f"torchvision:{name}"
+        for name in (
+            "convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s maxvit_t mnasnet0_5 mnasnet1_3 mobilenet_v2 "
+            "mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnext50_32x4d shufflenet_v2_x0_5 "
+            "squeezenet1_1 swin_t swin_v2_t vit_b_16 wide_resnet50_2"
+        ).split()
+    ],
+    *[
+        f"timm:{name}"
+        for name in (
+            "cait_xxs24_224 convit_tiny convmixer_768_32 crossvit_tiny_240 cs3darknet_s densenet121 dla46_c "
+            "edgenext_xx_small "
+            "efficientvit_b0 eva02_tiny_patch14_224 fastvit_t8 ghostnet_050 halonet26t hgnetv2_b0 inception_next_atto "
+            "lcnet_035 levit_128s mambaout_femto mobilenetv3_small_050 mobileone_s0 mobilevit_xxs nf_regnet_b0 "
+            "pit_ti_224 poolformer_s12 pvt_v2_b0 regnetx_002 repvgg_a0 resmlp_12_224 resnet10t rexnet_100 selecsls42 "
+            "test_byobnet test_convnext test_efficientnet test_mambaout "
+            "test_nfnet test_resnet test_vit tinynet_e "
+            "xcit_nano_12_p16_224"
+        ).split()
+    ],
+]
+QUICK = (
+    "torchvision:mnasnet0_5",
+    "torchvision:shufflenet_v2_x0_5",
+    "timm:test_byobnet",
+    "timm:test_vit",
+    "timm:test_resnet",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
+def test_every_family_survives_disk(name, tmp_path):
+    model = zoo.create(name, num_classes=3).eval()
+    for site in bl.posterior(model):
+        site.precision.mul_(torch.rand_like(site.precision) + 0.5)
+    card = bl.save_posterior(model, tmp_path / "posterior")
+    loaded, x = zoo.load(tmp_path / "posterior"), torch.rand(1, *card.input_size)
+    assert_close(dict(loaded.state_dict()), dict(model.state_dict()), **SAME)
+    with torch.no_grad():
+        assert_close(loaded(x), model(x), **SAME)
+
+
 def refuse_to_connect(*args):
     raise AssertionError("a network must be built without a connection")
 

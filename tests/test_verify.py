@@ -15,7 +15,7 @@ from recipes.cli import main
 from recipes.configuration import Config, Evaluation
 from recipes.data import Split
 from recipes.slices import SLICES, Points, load_slice, save_slice, write_slice
-from recipes.verify import MAX_SAMPLES, Check, _draw_blocks, _pool, measure, record, verify
+from recipes.verify import MAX_SAMPLES, Check, _draw_blocks, _pool, compare, measure, record, verify
 
 NAME = "mlp-mnist"  # the faster of the two
 
@@ -281,3 +281,12 @@ def test_a_figure_that_was_not_measured_is_not_confirmed():
     assert Check("a", "b", "nll", 0.5, 0.5, 0.0).ok
     assert not Check("a", "b", "iou", 0.5, None, 1.0).ok
     assert not Check("a", "b", "nll", 0.5, math.nan, 1.0).ok
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, -1, 2.5, 2**70])
+@pytest.mark.parametrize("name", ["num_samples", "seed", "test_examples"])
+def test_the_settings_of_a_claim_are_whole_numbers_within_bounds(name, value):
+    model = zoo.load("lenet5-mnist")
+    claimed = {"nll": 0.1, "num_samples": 2, "seed": 0, "test_examples": 10, name: value}
+    with pytest.raises(ValueError, match=rf"card's {name} must be from \d+ to \d+, got "):
+        compare(model, claimed, load_slice("mnist", [1, 28, 28]), {}, "mnist")
