@@ -134,7 +134,7 @@ def test_predict_turns_photographs_upright(capsys, tmp_path):
         (["{tmp}/empty"], "folder must hold images, got .*empty without any"),
         (["{tmp}/text.png"], "a picture that Pillow reads, got .*text.png: cannot identify"),
         (["{tmp}/half.png"], "a picture that Pillow reads, got .*half.png: image file is truncated"),
-        (["{tmp}/float.tiff"], "got .*float.tiff: image must hold values from 0 to 1, got 9 to 9"),
+        (["{tmp}/float.tiff"], "got .*float.tiff: image must hold values from 0 to 1, got 2 to 2"),
         (["{tmp}/grey.png", "--num-samples", "0"], "num_samples must be an integer >= 1, got 0"),
     ],
 )
@@ -144,7 +144,7 @@ def test_predict_refuses_bad_images_in_one_line(capsys, tmp_path, images, words,
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (99, 99), dtype=np.uint8)).save(tmp_path / "noise.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "noise.png").read_bytes()[:4000])
-    Image.fromarray(np.full((5, 5), 9, np.float32)).save(tmp_path / "float.tiff")
+    Image.fromarray(np.full((5, 5), 510, np.float32)).save(tmp_path / "float.tiff")
     words = [word.replace("{tmp}", str(tmp_path)) for word in words]
     assert_matches(message, failure(capsys, "predict", "lenet5-mnist", *words))
 
