@@ -267,7 +267,7 @@ def test_a_weight_that_nothing_depends_on_keeps_its_prior():
 def test_a_posterior_of_the_zoo_can_be_fitted_anew_saved_and_loaded(tmp_path):
     net = zoo.create("mlp", widths=[5], input_size=[1, 8, 9], num_classes=3)
     describe(net, dataclasses.replace(zoo.card_of(net), resize=10))
-    x = images().reshape(13, 1, 8, 9).float()
+    x = images().reshape(13, 1, 8, 9).float().sigmoid()
     posterior = bl.laplace(net, (x, labels()), temperature=0.5)
     card = bl.save_posterior(posterior, tmp_path / "posterior")
     assert (card.builder, card.dataset_size, card.temperature, card.metrics) == ("mlp", 13, 0.5, {})
