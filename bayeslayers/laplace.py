@@ -22,7 +22,8 @@ from bayeslayers.gaussian import in_double
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.outputs import tensor_output
-from bayeslayers.sampling import Site, evaluation_mode, posterior, tracked
+from bayeslayers.sampling import Site, evaluation_mode, posterior
+from bayeslayers.sampling.tracker import Tracker, layers_of
 from bayeslayers.unwrap import unwrapped
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -179,10 +180,11 @@ def _one_pass(
     for parameter in flags:  # so that no gradient is computed that is not squared
         parameter.requires_grad_(parameter in uncertain)
     squares = {site.name: torch.zeros_like(site.mean, requires_grad=False) for site in sites}
+    tracker = Tracker(layers_of(net), model=net)
     total, examples, elements = 0.0, 0, 0.0
     with torch.enable_grad(), evaluation_mode(net):
         for x, y in batches:
-            seen, loss = _add_squares(squares, net, sites, x, y, likelihood, elements_per_example)
+            seen, loss = _add_squares(squares, net, tracker, sites, x, y, likelihood, elements_per_example)
             total += loss * seen.number
             examples += seen.examples
             elements += seen.number
@@ -198,6 +200,7 @@ def _one_pass(
 def _add_squares(
     squares: dict[str, Tensor],
     net: nn.Module,
+    tracker: Tracker,
     sites: Sequence[Site],
     x: Tensor,
     y: Tensor,
@@ -209,7 +212,7 @@ def _add_squares(
     if not (y.is_floating_point() or (y != IGNORED).any()):
         return Elements(0.0, 0), 0.0
     device = sites[0].mean.device
-    with tracked(net) as tracker, LossFunctions() as losses:
+    with tracker.track(), LossFunctions() as losses:
         loss = likelihood.loss(tensor_output(net(x.to(device))), y.to(device))
         if not loss.isfinite():
             raise FloatingPointError(f"the loss must be finite, got {loss.item()} on a batch of {len(y)} examples.")

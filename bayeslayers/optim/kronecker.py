@@ -70,7 +70,7 @@ class KroneckerFactored(VariationalOptimizer):
 
     def _bind(self) -> None:
         super()._bind()
-        self._tracker = Tracker(layers_with_curvature(self._sites.values()), kronecker=True)
+        self._tracker = Tracker(layers_with_curvature(self._sites.values()), kronecker=True, model=self.model)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model; see `VariationalOptimizer.add_param_group`.

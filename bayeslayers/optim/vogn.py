@@ -67,7 +67,7 @@ class _GaussNewton(VariationalOptimizer):
 
     def _bind(self) -> None:
         super()._bind()
-        self._tracker = Tracker(layers_with_curvature(self._sites.values()))
+        self._tracker = Tracker(layers_with_curvature(self._sites.values()), model=self.model)
 
     @contextmanager
     def _scope(self, noise: Mapping[str, Tensor] | None) -> Iterator[None]:

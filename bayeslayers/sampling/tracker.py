@@ -6,14 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 
 from bayeslayers.curvature.accumulate import Leaves, Part
 from bayeslayers.curvature.kronecker import Backward, KroneckerLeaves
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.layers.scope import current, opened
+from bayeslayers.sampling.provenance import refuse_other_rows
 from bayeslayers.sampling.sites import Site
 
 
@@ -22,7 +25,12 @@ def tracked(model: nn.Module) -> AbstractContextManager[Tracker]:
 
     Frozen parameters (`requires_grad=False`) are left out.
     """
-    return Tracker({name: m for name, m in model.named_modules() if isinstance(m, BayesianLayer)}).track()
+    return Tracker(layers_of(model), model=model).track()
+
+
+def layers_of(model: nn.Module) -> dict[str, BayesianLayer]:
+    """Return all Bayesian layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BayesianLayer)}
 
 
 def layers_with_curvature(sites: Iterable[Site]) -> dict[str, BayesianLayer]:
@@ -50,6 +58,7 @@ class Tracker:
         layers: Layers by their names.
         kronecker: Sum the Kronecker factors of the weights that have them (`BayesianLayer.factor_sizes`)
             in place of squares. A bias that is not frozen is in those of its weight.
+        model: The model that they belong to, to see that the rows of their inputs are its examples.
 
     Attributes:
         leaves: Per parameter name, the leaf whose `.grad` is the sum of squares of the last scope,
@@ -57,8 +66,9 @@ class Tracker:
             are `NAME.weight_input_factor` and `NAME.weight_output_factor`.
     """
 
-    def __init__(self, layers: Mapping[str, BayesianLayer], kronecker: bool = False):
+    def __init__(self, layers: Mapping[str, BayesianLayer], kronecker: bool = False, model: nn.Module | None = None):
         self.layers = layers
+        self._model, self._scopes_to_watch, self._looked = model, 3, False
         self.leaves: dict[str, Tensor] = {}
         self._tallies: dict[str, Tensor] = {}
         self._part: Part | None = None
@@ -96,8 +106,27 @@ class Tracker:
             self._part = Part(fraction, float(torch.rand((), generator=generator, device=device)))
         outer = current()
         leaves = {layer: self._leaves_of(name, layer) for name, layer in self.layers.items()}
-        with opened(replace(outer, leaves={**outer.leaves, **leaves})):
+        with opened(replace(outer, leaves={**outer.leaves, **leaves})), self._watch():
             yield self
+
+    @contextmanager
+    def _watch(self) -> Iterator[None]:
+        """Look once at where the rows of the layers' inputs come from, in the first call of the model as a whole."""
+        if self._model is None or self._looked or self._scopes_to_watch == 0:
+            yield
+            return
+        self._scopes_to_watch -= 1
+        hook = self._model.register_forward_pre_hook(self._look, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _look(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling() or self._looked or not torch.is_grad_enabled():
+            return
+        if peek_interpreter_stack() is None:  # not under vmap
+            self._looked = refuse_other_rows(model, self.layers, args, kwargs)
 
     def sums_of(self, loss: Tensor) -> tuple[dict[str, Tensor], int]:
         """Return the sums that a loss gives, by the leaves' names, and the number of its examples.
