@@ -25,8 +25,8 @@ def transforms(model: nn.Module) -> Callable[[Any], Tensor]:
 
     It takes a PIL image of any mode, a NumPy array or tensor `(h, w)`, `(h, w, c)` or `(c, h, w)`,
     of bytes, 16-bit integers, booleans or floats in [0, 1], grey or RGB; what is transparent becomes
-    white. Normalisation is the model's own. PIL's modes "I" and "F" do not say what white is: integers
-    up to 255 are taken for bytes, larger ones for 16 bits, and floats above 1 for bytes.
+    white. Normalisation is the model's own. PIL's mode "I" does not say what white is: integers
+    up to 255 are taken for bytes, larger ones for 16 bits. Floats, as of its mode "F", are in [0, 1].
 
     An image is turned upright as its EXIF orientation says. One of PIL with more than 2^26 pixels is refused
     before it is decoded, and large ones shrink before they become floats.
@@ -99,24 +99,21 @@ def _pil_array(image: Any, size: Sequence[int]) -> np.ndarray:
     """Return the values of a PIL image that is upright: bytes, 16-bit integers or floats."""
     if image.mode.startswith("I;16"):  # in any byte order
         return np.array(image).astype(np.uint16)
-    if image.mode in ("I", "F"):
+    if image.mode == "I":
         return _of_its_range(np.array(image))
+    if image.mode == "F":
+        return np.array(image)
     if image.has_transparency_data:
         return np.array(image.convert("RGBA"))
     return np.array(reduced(image.convert("L" if image.mode in ("1", "L") else "RGB"), size))
 
 
 def _of_its_range(array: np.ndarray) -> np.ndarray:
-    """Return values of PIL's modes "I" and "F", which do not say what white is, as the array that their range means.
-
-    Integers up to 255 are bytes, others of 16 bits; floats above 1 are bytes too, as `image.convert("F")` gives them.
-    """
-    if array.dtype.kind == "i":
-        low, high = array.min(), array.max()
-        if not (0 <= low and high < 2**16):
-            raise ValueError(f"image must hold values from 0 to 65535, got {low} to {high}.")
-        return array.astype(np.uint8 if high < 2**8 else np.uint16)
-    return array / np.float32(255) if array.max() > 1 else array
+    """Return the integers of PIL's mode "I", which does not say what white is: bytes up to 255, else of 16 bits."""
+    low, high = array.min(), array.max()
+    if not (0 <= low and high < 2**16):
+        raise ValueError(f"image must hold values from 0 to 65535, got {low} to {high}.")
+    return array.astype(np.uint8 if high < 2**8 else np.uint16)
 
 
 def _floats(x: Tensor, size: Sequence[int]) -> Tensor:
