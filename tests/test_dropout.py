@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import bayeslayers as bl
+from bayeslayers.prediction import randomness
 
 N = 4
 
@@ -53,7 +54,7 @@ class OfWeights(Functional):
     """One mask for all examples of a batch."""
 
     def drop(self, x):
-        return F.linear(x, F.dropout(torch.eye(8), 0.5, training=self.training))
+        return F.linear(x, F.dropout(torch.eye(8, device=x.device), 0.5, training=self.training))
 
 
 class Recurrent(nn.Module):
@@ -294,3 +295,22 @@ def test_dropout_that_is_always_off_stays_off():
 
     with pytest.raises(ValueError, match="no draw would differ"):
         bl.predict(Off(), inputs(N, 8), 4, method="dropout")
+
+
+@pytest.mark.parametrize("mask", ["causal", "bool", "float", "groups"])
+def test_a_fused_attention_is_that_of_its_parts(mask):
+    rule = randomness._attention
+    query = torch.randn(2, 4, 5, 8, generator=generator(), dtype=torch.float64)
+    heads = query[:, :2] if mask == "groups" else query
+    bias = {"bool": torch.ones(5, 5).tril().bool(), "float": torch.randn(5, 5).double()}.get(mask)
+    given = {"query": query, "key": heads, "value": heads, "attn_bias": bias, "is_causal": mask == "causal"}
+    fused = torch.ops.aten._scaled_dot_product_efficient_attention.default
+    expected = F.scaled_dot_product_attention(
+        query, heads, heads, bias, is_causal=mask == "causal", enable_gqa=mask == "groups"
+    )
+    kept = rule(fused, given | {"dropout_p": 0.0, "scale": None}, generator())
+    assert len(kept) == len(fused._schema.returns)
+    assert_close(kept[0], expected)
+    dropped = [rule(fused, given | {"dropout_p": 0.3, "scale": None}, generator(seed))[0] for seed in range(400)]
+    error = torch.stack(dropped).std(0) / 20
+    assert float(((torch.stack(dropped).mean(0) - expected) / error.clamp_min(1e-9)).abs().max()) < 5

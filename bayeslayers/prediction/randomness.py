@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -41,9 +42,6 @@ class Randomness(TorchDispatchMode):
         given = _arguments(func, args, kwargs)
         if _is_off(given):
             return func(*args, **kwargs)
-        if func in _FUSED_ATTENTION:
-            with self:  # which draws, and is noted, in its parts
-                return _attention(func, given)
         result = func(*args, **kwargs) if self.generator is None else self._drawn(func, given)
         if self.note is not None:
             first = result[0] if isinstance(result, tuple | list) else result
@@ -71,7 +69,7 @@ class Randomness(TorchDispatchMode):
 
 @functools.cache
 def _is_random(func: OpOverload) -> bool:
-    return torch.Tag.nondeterministic_seeded in func.tags
+    return torch.Tag.nondeterministic_seeded in func.tags and func not in _SEEDED
 
 
 @functools.cache
@@ -116,30 +114,30 @@ def _cudnn_rnn(func: OpOverload, given: dict[str, Any], generator: torch.Generat
     return func(**given | {"dropout_state": state})
 
 
-def _attention(func: OpOverload, given: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the output of a fused attention from its parts, which draw by operations with a generator."""
-    query, key, value = given["query"], given["key"], given["value"]
-    output = _aten._scaled_dot_product_attention_math(
-        query,
-        key,
-        value,
-        given.get("attn_bias"),
-        given["dropout_p"],
-        given["is_causal"],
-        scale=given["scale"],
-        enable_gqa=query.shape[-3] != key.shape[-3],
-    )[0]
+def _attention(func: OpOverload, given: dict[str, Any], generator: torch.Generator) -> tuple[Any, ...]:
+    """Return the output of an attention, fused or not, under a mask of weights that the generator drew."""
+    query, key, value, p = given["query"], given["key"], given["value"], given["dropout_p"]
+    if query.dim() > 3 and (groups := query.shape[-3] // key.shape[-3]) > 1:
+        key, value = (part.repeat_interleave(groups, -3) for part in (key, value))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if given["scale"] is None else given["scale"])
+    bias = given.get("attn_bias", given.get("attn_mask"))
+    if given["is_causal"]:
+        bias = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if bias is not None:
+        scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
+    weights = _aten._safe_softmax(scores, -1)
+    output = weights * torch.empty_like(weights).bernoulli_(1 - p, generator=generator) / (1 - p) @ value
     # What a backward pass would need besides.
     rest = (query.new_empty(0) if str(part.type) == "Tensor" else 0 for part in func._schema.returns[1:])
     return output, *rest
 
 
-_FUSED_ATTENTION = (
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-)
+_SEEDED = (_aten._cudnn_init_dropout_state.default,)  # by an argument
 _RULES: dict[OpOverload, Callable[[OpOverload, dict[str, Any], torch.Generator], Any]] = {
     _aten.native_dropout.default: _dropout,
     _aten._cudnn_rnn.default: _cudnn_rnn,
+    _aten._scaled_dot_product_attention_math.default: _attention,
+    _aten._scaled_dot_product_flash_attention.default: _attention,
+    _aten._scaled_dot_product_efficient_attention.default: _attention,
+    _aten._scaled_dot_product_cudnn_attention.default: _attention,
 }
