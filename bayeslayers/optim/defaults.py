@@ -2,14 +2,14 @@
 
 With N examples at temperature T, ess = N / T:
 
-    P = max(ess, 256 fan_in)                    precision of the posterior at the start
+    P = max(ess, 250 fan_in)                    precision of the posterior at the start
     prior_precision = ess / 1000                a weight decay of 1e-3 (VOGN; IVON has its own, 1e-4)
     lr = 0.5 P / ess                            an entry of the mean moves by 0.5 gradients (IVON: 0.3) ...
     clip_radius = 0.003 / lr                    ... and by 0.003 at most
 
 P is one value for all layers, with `fan_in` the mean over their weights. Noise of variance 1/P on the weights of a
 unit with n inputs adds n / P times their mean square to what it sums: at P = ess this swamps wide layers
-wherever there are few examples, at P = 256 fan_in it is a sixteenth of the inputs. The temperature stays 1: the
+wherever there are few examples, at P = 250 fan_in it is 1/16 of the inputs. The temperature stays 1: the
 precision starts high and then follows the data at `precision_lr`, so a short run ends before it has reached its
 fixed point, and its posterior is narrower than that of a long one.
 
@@ -33,7 +33,7 @@ from bayeslayers.sampling import Site
 LR = 0.5
 LARGEST_MOVE = 3e-3
 PRECISION_LR = 1e-3
-START = 256.0
+START = 250.0
 PRIOR = 1e-3
 ADAM_LR = 1e-3  # of parameters that are not Bayesian
 
@@ -86,11 +86,11 @@ def with_plain_steps(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return [{"clip_radius": float("inf"), **group} if "lr" in group else dict(group) for group in groups]
 
 
-def warn_of_prior(prior_precision: float | None, ess: float) -> None:
+def warn_of_prior(prior_precision: float, ess: float) -> None:
     """Warn where the given prior counts for more than all examples together."""
-    if prior_precision is not None and prior_precision > ess:
+    if prior_precision > ess:
         warnings.warn(
             f"prior_precision {prior_precision:g} outweighs the data, dataset_size / temperature = {ess:g}: the "
             "weights will stay near the prior's mean. Lower prior_precision, or the temperature.",
-            stacklevel=4,
+            stacklevel=6,
         )

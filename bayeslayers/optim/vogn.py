@@ -271,7 +271,7 @@ class VOGN(_GaussNewton):
             deterministic_lr=deterministic_lr,
             sync=sync,
         )
-        warn_of_prior(prior_precision, self.dataset_size / temperature)
+        self._unchecked_prior = prior_precision  # until the first step: a configuration is tried on one example
         if chooses:
             self._scale_steps(
                 fill_untrained(
@@ -283,6 +283,12 @@ class VOGN(_GaussNewton):
                 plain,
                 clip_radius,
             )
+
+    def _update(self, group: dict[str, Any]) -> None:
+        if self._unchecked_prior is not None:
+            warn_of_prior(self._unchecked_prior, self._ess(group))
+            self._unchecked_prior = None
+        super()._update(group)
 
     def _scale_steps(self, hessian: float, plain: set[nn.Parameter], clip_radius: float | None) -> None:
         """Multiply `lr` by the precision over ess, and divide the bound on the step, where neither was given."""
