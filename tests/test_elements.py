@@ -276,11 +276,11 @@ def test_a_wrong_reduction_is_noticed_before_anything_changes(optimizer):
     y, before = classes_of_the_model(net, x)[0](), copy.deepcopy(net.state_dict())
     for declared, other in (("mean", "sum"), ("sum", "mean")):
         with pytest.raises(ValueError, match=f"loss must be a {declared} .*got one with reduction='{other}'"):
-            own = optimizer(net, 10, loss_reduction=declared)
+            own = optimizer(net, 10, lr=1e-3, loss_reduction=declared)
             with own.sampled():
                 F.cross_entropy(net(x), y, reduction=other).backward()
             own.step()
-        own = optimizer(copy.deepcopy(net), 10, loss_reduction=declared)
+        own = optimizer(copy.deepcopy(net), 10, lr=1e-3, loss_reduction=declared)
         with own.sampled():  # a sum that is divided, and a mean that is multiplied
             (F.cross_entropy(own.model(x), y, reduction=other) * 4.0 ** (1 if other == "mean" else -1)).backward()
         own.step()

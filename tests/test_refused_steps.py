@@ -49,7 +49,9 @@ def state(net, optimizer):
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_mean_that_would_not_be_finite_refuses_the_step(name, trained):
     net = network()
-    optimizer = getattr(bl, name)(net, 100, **({"hess_init": 1e-3, "rescale_lr": False} if name == "IVON" else {}))
+    optimizer = getattr(bl, name)(
+        net, 100, 1e-2, **({"hess_init": 1e-3, "rescale_lr": False} if name == "IVON" else {})
+    )
     if trained:
         step(optimizer, net)
     before = state(net, optimizer)

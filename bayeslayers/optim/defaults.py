@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bayeslayers.checks import positive
+from bayeslayers.checks import positive, size
 from bayeslayers.layers.base import DEFAULT_INIT_PRECISION, DEFAULT_PRIOR_PRECISION
 from bayeslayers.sampling import Site
 
@@ -52,7 +52,7 @@ def start_precision(parameters: Iterable[Tensor], ess: float) -> float:
 
 def start_hessian(model: nn.Module, dataset_size: int, temperature: float) -> float:
     """Return P / ess, of all parameters that require a gradient; 1 for what is not a network, which others refuse."""
-    ess = positive("dataset_size", dataset_size) / positive("temperature", temperature)
+    ess = size("dataset_size", dataset_size) / positive("temperature", temperature)
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
     return start_precision([p for p in parameters if p.requires_grad], ess) / ess
 
