@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -143,7 +143,8 @@ def read_card(folder: str | Path) -> Card:
     return card_from_json(read_member(folder, CONFIG, _CONFIG_BYTES), str(folder / CONFIG))
 
 
-class Stored(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Stored:
     """A posterior as it was read from a folder.
 
     Attributes:
@@ -186,7 +187,8 @@ def load_posterior(folder: str | Path, model: nn.Module) -> Card:
         PosteriorError: If a file is missing or truncated, its hash differs, a tensor is missing,
             unknown or of another shape, a value is not finite, or a precision is not positive.
     """
-    card, weights, _ = read_posterior(folder)
+    stored = read_posterior(folder)
+    card, weights = stored.card, stored.weights
     network = unwrapped(model)
     weights.fill(network)
     likelihood = getattr(network, "likelihood", None)

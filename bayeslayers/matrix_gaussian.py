@@ -82,7 +82,7 @@ def kl_divergence(
 ) -> Tensor:
     """Return KL(N(M, covariance) || N(M0, 1/P0)), the entries independent under the prior, in nats.
 
-        KL = 1/2 sum [p0 v + p0 (m - m0)^2 - 1 - log p0] - i log |det R_out| - o log |det R_in|
+        KL = 1/2 sum [p0 v + p0 (m - m0)^2 - 1 - log p0] - i log abs det R_out - o log abs det R_in
 
     with v the variance of each entry by itself.
 

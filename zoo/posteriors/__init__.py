@@ -77,7 +77,7 @@ def load(name: str | Path) -> nn.Module:
 
 def _filled(stored: Stored, folder: Path) -> nn.Module:
     """Return the network of a posterior that was read from a folder."""
-    card, weights, _ = stored
+    card, weights = stored.card, stored.weights
     if card.builder is None:
         raise PosteriorError(
             f"{folder} must name its network's builder, got none. Build the network and call "
