@@ -26,6 +26,7 @@ from bayeslayers.weights import (
     README,
     WEIGHTS,
     Weights,
+    check_values,
     parse_tensors,
     parse_weights,
     read_member,
@@ -79,8 +80,11 @@ def _checked_tensors(network: nn.Module) -> dict[str, Tensor]:
 
     They are cloned, for a safetensors file has no two names for one memory, as a layer used twice gives.
     """
-    state = Weights(Path("model"), network.state_dict())
-    return {name: state.read(name).detach().cpu().contiguous().clone() for name in state.shapes}
+    state = network.state_dict()
+    Weights(Path("model"), state)  # checks what the tensors are
+    for name, tensor in state.items():
+        check_values(name, tensor, "model")
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
 
 
 def write_folder(folder: Path, contents: dict[str, bytes]) -> None:

@@ -134,7 +134,7 @@ def test_predict_turns_photographs_upright(capsys, tmp_path):
         (["{tmp}/empty"], "folder must hold images, got .*empty without any"),
         (["{tmp}/text.png"], "a picture that Pillow reads, got .*text.png: cannot identify"),
         (["{tmp}/half.png"], "a picture that Pillow reads, got .*half.png: image file is truncated"),
-        (["{tmp}/float.tiff"], "got .*float.tiff: image must hold values from 0 to 1, got 2 to 2"),
+        (["{tmp}/float.tiff"], "got .*float.tiff: image must hold values from 0 to 1, got 510 to 510"),
         (["{tmp}/grey.png", "--num-samples", "0"], "num_samples must be an integer >= 1, got 0"),
     ],
 )
