@@ -133,11 +133,13 @@ def make_model(config: Config) -> nn.Module:
 
     Raises:
         ValueError: If there is no such network, or its arguments are not what it takes.
+        TypeError: Likewise.
     """
     try:
         return zoo.create(**config.model)
     except (TypeError, ValueError, LookupError, AttributeError) as error:  # of whatever a builder does with a value
-        raise ValueError(f"model {config.model['name']!r} cannot be made: {error}") from None
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"model {config.model['name']!r} cannot be made: {error}") from None
 
 
 def device_of(config: Config) -> torch.device:

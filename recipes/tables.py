@@ -36,9 +36,11 @@ def print_table(
     from rich.table import Table
 
     console, texts = Console(highlight=False), len(columns) - numbers
-    table = Table(title=title and cell(title), title_justify="left")
+    table = Table()
     for index, column in enumerate(columns):
         table.add_column(cell(column), justify="left" if index < texts else "right")
+    if title:
+        console.print(cell(title))
     lines = [[cell(value) for value in row] for row in rows]
     for line in lines:
         table.add_row(*line)
@@ -64,8 +66,6 @@ def print_fitting(
         console.width = max(console.width, needed)
         console.print(table)
         return
-    if table.title:
-        console.print(table.title)
     for number, row in enumerate(rows):
         block = Table.grid(padding=(0, 2, 0, 0))
         for column, text in zip(columns, row, strict=True):

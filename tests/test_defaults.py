@@ -148,6 +148,7 @@ def test_a_prior_that_outweighs_the_data_is_named_once():
         optimizer.step()
         one_step(make_net(), 20, temperature=0.1, prior_precision=50.0)
         one_step(make_net(), 5)
+        one_step(make_net(), 20, prior_precision=50.0, lr=1e-3)
 
 
 def test_defaults_reach_adam_on_the_toy():

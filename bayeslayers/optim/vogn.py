@@ -271,7 +271,8 @@ class VOGN(_GaussNewton):
             deterministic_lr=deterministic_lr,
             sync=sync,
         )
-        self._unchecked_prior = prior_precision  # until the first step: a configuration is tried on one example
+        # Until the first step, for a configuration is tried on one example. Who gives an lr has chosen both.
+        self._unchecked_prior = prior_precision if chooses else None
         if chooses:
             self._scale_steps(
                 fill_untrained(

@@ -106,7 +106,8 @@ def publish(folder: str | Path, name: str, private: bool = False) -> str:
     """
     repository, _ = hub.parse(name)
     folder = Path(os.path.expanduser(folder))
-    card, _, files = stored = _checked(folder)
+    stored = _checked(folder)
+    card, files = stored.card, stored.files
     if card.builder is not None:
         _filled(stored, folder)
     readme = read_member(folder, README, _README_BYTES) if (folder / README).is_file() else b""
