@@ -130,8 +130,8 @@ def test_predictions_beside_a_training_are_those_between_two_steps(make):
             optimizer.step(closure)
         boundaries.append(bl.predict(net, x, method="mean").probs)
 
-    twin, alone = copy.deepcopy(net), []
-    train(twin, alone)
+    copied, alone = copy.deepcopy(net), []
+    train(copied, alone)
     beside, found, done = [], [], threading.Event()
 
     def predict():
@@ -146,7 +146,7 @@ def test_predictions_beside_a_training_are_those_between_two_steps(make):
 
     run_together(train_and_tell, predict, predict)
     assert_close(beside, alone, **SAME)
-    assert_close(net.state_dict(), twin.state_dict(), **SAME)
+    assert_close(net.state_dict(), copied.state_dict(), **SAME)
     assert net.training and all(module.training for module in net.modules())
     assert found and all(any(torch.equal(probs, each) for each in alone) for probs in found)
 
