@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import nn
 
 from bayeslayers.card import Card
-from bayeslayers.unwrap import unwrapping
+from bayeslayers.unwrap import unwrapped, unwrapping
 
 DEFAULT_METHOD = "sample"
 
@@ -17,3 +19,14 @@ def method_of(model: nn.Module) -> str:
     """
     cards = (getattr(module, "card", None) for module in unwrapping(model))
     return next((card.method for card in cards if isinstance(card, Card)), DEFAULT_METHOD)
+
+
+def predict_by_samples(model: nn.Module) -> None:
+    """Let the posterior of a Laplace approximation predict by samples, now that an optimiser has moved it.
+
+    Its curvature is no longer that of the network linearised at the means.
+    """
+    network = unwrapped(model)
+    card = getattr(network, "card", None)
+    if isinstance(card, Card) and card.method == "linearised" and card.optimizer.get("name") == "Laplace":
+        network.__dict__["card"] = dataclasses.replace(card, method=DEFAULT_METHOD)

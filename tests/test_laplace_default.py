@@ -139,3 +139,14 @@ def test_a_network_that_cannot_be_linearised_names_another_method():
     ) as caught:
         bl.predict(Branching(), torch.randn(3, 2), 4, method="linearised")
     assert "\n" not in str(caught.value)
+
+
+def test_a_posterior_that_an_optimiser_has_moved_predicts_by_samples():
+    net, x, y = nn.Linear(4, 3), torch.randn(20, 4), torch.arange(20) % 3
+    net = bl.laplace(net, (x, y))
+    optimizer = bl.VOGN(net, dataset_size=20)
+    assert net.card.method == "linearised"
+    with optimizer.sampled():
+        F.cross_entropy(net(x), y).backward()
+    optimizer.step()
+    assert net.card.method == "sample"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bayeslayers.checks import at_least_one, positive
 from bayeslayers.curvature.counts import Reduction
 from bayeslayers.curvature.elements import Elements, LossFunctions, refuse_other_reduction
+from bayeslayers.method import predict_by_samples
 from bayeslayers.optim.adam import adam_update
 from bayeslayers.optim.averages import Averages, Recorded
 from bayeslayers.optim.groups import PosteriorGroups, Rules
@@ -215,6 +216,7 @@ class VariationalOptimizer(PosteriorGroups):
             self._average_over_ranks()
         self._refuse_bad_step()
         self._move()
+        predict_by_samples(self.model)
         self._forget()
         return loss if output is None else (loss, output)
 
