@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+
+# Before torch is imported. Some tests fork, and the fork of a process whose OpenMP threads have run waits for them.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import gc
 import struct
 
