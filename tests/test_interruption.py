@@ -5,7 +5,7 @@ import os
 import signal
 
 import pytest
-from tiny import assert_same_run, quick, tiny
+from tiny import assert_same_run, quick, tiny, whole_run
 
 from bayeslayers.checkpoint import load_checkpoint
 from recipes.classification import train
@@ -22,11 +22,7 @@ def without_pictures(monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        quick(patch)
-        train(tiny(root, root / "whole"))
-    return root / "whole"
+    return whole_run(tmp_path_factory.mktemp("data"))
 
 
 def send(number):

@@ -8,7 +8,7 @@ import os
 import signal
 
 import pytest
-from tiny import assert_same_run, quick, tiny
+from tiny import assert_same_run, quick, tiny, whole_run
 
 from recipes.classification import train
 
@@ -22,12 +22,12 @@ def whole(tmp_path_factory):
     """The folder of a run that nothing interrupted, and how many calls it makes that change the disk."""
     root = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
+        folder = whole_run(root)
         quick(patch)
-        train(tiny(root, root / "whole"))
         count = itertools.count()
         at_each_write(patch, lambda: next(count))
         train(tiny(root, root / "counted", checkpoint_minutes=OFTEN))
-    return root / "whole", next(count)
+    return folder, next(count)
 
 
 def at_each_write(patch, act):

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import assert_same_run, log_of, quick, tiny
+from tiny import assert_same_run, log_of, quick, tiny, whole_run
 
 import bayeslayers as bl
 from bayeslayers.checkpoint import load_checkpoint, save_checkpoint, write_atomically
@@ -26,11 +26,7 @@ def without_pictures(monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        quick(patch)
-        train(tiny(root, root / "whole"))
-    return root / "whole"
+    return whole_run(tmp_path_factory.mktemp("data"))
 
 
 def saves(monkeypatch):

@@ -7,9 +7,11 @@ import dataclasses
 import json
 
 import numpy as np
+import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from recipes.classification import train
 from recipes.configuration import Config, Evaluation
 from recipes.run_lock import LOCK
 
@@ -58,3 +60,11 @@ def assert_same_run(folder, whole):
     names = {path.name for path in whole.iterdir()}
     assert {path.name for path in folder.iterdir()} == names and LOCK not in names
     assert not [name for name in names if name.startswith(".")]
+
+
+def whole_run(root):
+    """Return the folder of a run that nothing interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick(patch)
+        train(tiny(root, root / "whole"))
+    return root / "whole"
