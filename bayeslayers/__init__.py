@@ -1,8 +1,7 @@
 """Bayesian layers for PyTorch: weights that carry a precision beside their mean."""
 
 from bayeslayers import plots
-from bayeslayers.card import Card, PosteriorError
-from bayeslayers.checkpoint import load_posterior, save_posterior
+from bayeslayers.continual import posterior_to_prior
 from bayeslayers.convert import ConversionReport, last_layer, norms, register_rule, to_bayesian, to_deterministic
 from bayeslayers.evaluate import Evaluation, evaluate
 from bayeslayers.export import to_exported, to_onnx
@@ -26,12 +25,14 @@ from bayeslayers.layers import (
     attach_posterior,
 )
 from bayeslayers.likelihoods import Bernoulli, Categorical, Gaussian
-from bayeslayers.merge import merge, posterior_to_prior
+from bayeslayers.merge import merge
 from bayeslayers.optim import BBB, IVON, KFAC, OGN, VOGN, NoisyKFAC
 from bayeslayers.prediction import Prediction, predict
 from bayeslayers.prediction.linearised import linearised_moments, linearised_outputs
 from bayeslayers.recalibrate import Recalibration, recalibrate
 from bayeslayers.sampling import kl_divergence, posterior, sampled, tracked
+from bayeslayers.storage.card import Card, PosteriorError
+from bayeslayers.storage.posterior import load_posterior, save_posterior
 
 __all__ = [
     "BBB",

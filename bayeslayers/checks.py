@@ -78,7 +78,7 @@ def fraction(name: str, value: float, *, one: bool = False) -> float:
     return value
 
 
-def near(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return a hint that lists the names nearest to a mistaken one, or an empty string."""
     matches = difflib.get_close_matches(name, list(names), n=3, cutoff=0.4)
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.batches import Labelled, labelled_batches, with_progress
-from bayeslayers.card import ABOUT_DATA, Card
 from bayeslayers.checks import network, positive
 from bayeslayers.convert import ConversionReport, to_bayesian, to_deterministic
 from bayeslayers.convert.selection import Selectors
 from bayeslayers.curvature.counts import IGNORED
 from bayeslayers.curvature.elements import Elements, LossFunctions, refuse_empty
-from bayeslayers.gaussian import in_double
+from bayeslayers.distributions.gaussian import in_double
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.outputs import tensor_output
 from bayeslayers.sampling import Site, evaluation_mode, posterior
 from bayeslayers.sampling.tracker import Tracker, layers_of
+from bayeslayers.storage.card import ABOUT_DATA, Card
 from bayeslayers.unwrap import unwrapped
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -1,4 +1,4 @@
-"""Likelihoods: the loss to train by, and what a draw of the network's output says about the target.
+"""Likelihoods: the loss to train by, what a sample of the output says of the target, and labels drawn from it.
 
 A likelihood gives per draw a predictive mean and an aleatoric uncertainty; `predict` averages both
 over draws, and `split` closes the decomposition total = aleatoric + epistemic.
@@ -7,6 +7,7 @@ over draws, and `split` closes the decomposition total = aleatoric + epistemic.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bayeslayers.checks import near, positive
+from bayeslayers.checks import did_you_mean, positive
+from bayeslayers.dtypes import at_least_float32
 from bayeslayers.unwrap import unwrapping
 
 
@@ -140,7 +142,7 @@ KINDS: dict[str, type[Categorical] | type[Bernoulli] | type[Gaussian]] = {
 def likelihood_named(name: str) -> Likelihood:
     """Return the likelihood of that name."""
     if name not in KINDS:
-        raise ValueError(f"unknown likelihood {name!r}.{near(name, KINDS)} Known: {', '.join(KINDS)}.")
+        raise ValueError(f"unknown likelihood {name!r}.{did_you_mean(name, KINDS)} Known: {', '.join(KINDS)}.")
     return KINDS[name]()
 
 
@@ -171,3 +173,66 @@ def _mutual_information(total: Tensor, aleatoric: Tensor) -> tuple[Tensor, Tenso
 
 def _binary_entropy(prob: Tensor) -> Tensor:
     return torch.special.entr(prob) + torch.special.entr(1 - prob)
+
+
+Generator = torch.Generator | None
+
+
+def _category(probs: Tensor, noise: Tensor, generator: Generator) -> Tensor:
+    rows = probs.movedim(1, -1)
+    return torch.multinomial(rows.reshape(-1, rows.shape[-1]), 1, generator=generator).reshape(rows.shape[:-1])
+
+
+def _yes_or_no(prob: Tensor, noise: Tensor, generator: Generator) -> Tensor:
+    return torch.bernoulli(prob, generator=generator)
+
+
+def _real(mean: Tensor, variance: Tensor, generator: Generator) -> Tensor:
+    return mean + variance.sqrt() * torch.empty_like(mean).normal_(generator=generator)
+
+
+_DRAWS: Mapping[type, Callable[[Tensor, Tensor, Generator], Tensor]] = {
+    Categorical: _category,
+    Bernoulli: _yes_or_no,
+    Gaussian: _real,
+}
+
+
+def check_likelihood(likelihood: object) -> None:
+    """Check that labels can be drawn from a likelihood.
+
+    Raises:
+        TypeError: If they cannot.
+    """
+    if type(likelihood) not in _DRAWS:
+        kind = type(likelihood).__name__
+        raise TypeError(
+            f"likelihood must be Categorical, Bernoulli or Gaussian, got {kind}: fisher='sampled' draws its labels. "
+            "Use fisher='empirical'."
+        )
+
+
+def sampled_loss(likelihood: Likelihood, output: Tensor, generator: Generator = None) -> Tensor:
+    """Return a loss at labels drawn given the output: the mean of the squares of its gradients is the loss's curvature.
+
+    It is the sum over examples of the negative log-likelihood. Where `likelihood.loss` is a mean over
+    the elements of an example too, as over pixels, the loss is 1/k of a log-likelihood, and so is its
+    curvature; gradients that are squared then have the factor 1/sqrt(k).
+
+    Args:
+        likelihood: One of those that `check_likelihood` lets pass.
+        output: Output of the network.
+        generator: Source of the labels.
+
+    Raises:
+        FloatingPointError: If the output is not finite.
+    """
+    output = at_least_float32(output)
+    if bad := int((~output.isfinite()).sum()):
+        raise FloatingPointError(
+            f"the output must be finite, got {bad} of {output.numel()} values that are not: the step is refused, the "
+            "posterior is as it was. Lower lr, raise damping, or look at the batch."
+        )
+    target = _DRAWS[type(likelihood)](*likelihood.per_draw(output.detach()), generator)
+    averaged = target.numel() if likelihood.discrete else len(target)
+    return likelihood.loss(output, target) * math.sqrt(averaged * len(target))

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from bayeslayers import gaussian
-from bayeslayers.card import ABOUT_DATA, Card
-from bayeslayers.gaussian import in_double
+from bayeslayers.distributions import gaussian
+from bayeslayers.distributions.gaussian import in_double
 from bayeslayers.layers import ROOTS, BayesianLayer
 from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.method import DEFAULT_METHOD, method_of
 from bayeslayers.sampling import Site, posterior
 from bayeslayers.sampling.placement import at_means
+from bayeslayers.storage.card import ABOUT_DATA, Card
 from bayeslayers.unwrap import unwrapped
 
 
@@ -82,28 +82,6 @@ def merge(posteriors: Sequence[nn.Module], method: Literal["product", "average"]
     if likelihood_of(merged) != meaning:
         merged.__dict__["likelihood"] = meaning
     return merged
-
-
-def posterior_to_prior(model: nn.Module) -> None:
-    """Make the posterior of every Bayesian layer its prior, in place, for the data that comes next.
-
-    Prior mean and precision become tensors of the weights' shape, so that KL(posterior || prior) is 0.
-    The next task's loss then counts from what the tasks before have taught.
-
-    Source: Nguyen et al. 2018 (arXiv 1710.10628), variational continual learning, Eq. 2.
-
-    Args:
-        model: Model with Bayesian layers; optimisers that already exist see the new prior.
-
-    Raises:
-        ValueError: If no layer is Bayesian.
-    """
-    sites = list(posterior(model))
-    if not sites:
-        raise ValueError("model must have Bayesian layers, got none. bl.to_bayesian converts a network.")
-    for site in sites:
-        setattr(site.module, f"{site.key}_prior_mean", site.mean.detach().clone())
-        setattr(site.module, f"{site.key}_prior_precision", site.precision.clone())
 
 
 def _names(site: Site) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import nn
 
-from bayeslayers.card import Card
+from bayeslayers.storage.card import Card
 from bayeslayers.unwrap import unwrapped, unwrapping
 
 DEFAULT_METHOD = "sample"

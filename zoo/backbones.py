@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 import bayeslayers as bl
-from bayeslayers.card import Card
-from bayeslayers.checks import at_least_one, near
+from bayeslayers.checks import at_least_one, did_you_mean
 from bayeslayers.layers import DEFAULT_INIT_PRECISION, DEFAULT_PRIOR_PRECISION
-from zoo.inputs import Normalise, image_size
+from bayeslayers.storage.card import Card
+from zoo.normalise import Normalise, image_size
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -86,7 +86,7 @@ def build(
     """
     library, _, network = name.partition(":")
     if library not in LIBRARIES:
-        raise ValueError(f"unknown library {library!r} in model {name!r}.{near(library, LIBRARIES)}")
+        raise ValueError(f"unknown library {library!r} in model {name!r}.{did_you_mean(library, LIBRARIES)}")
     chosen = {"include": include, "exclude": exclude}
     _check_arguments(name, {**arguments, **chosen})
     for key, value in chosen.items():
@@ -158,7 +158,7 @@ def _per_channel(values: Sequence[float], channels: int) -> Sequence[float]:
 
 def _check_name(kind: str, name: str, names: Iterable[str]) -> None:
     if name not in (names := list(names)):
-        raise ValueError(f"unknown {kind} {name!r}.{near(name, names)}")
+        raise ValueError(f"unknown {kind} {name!r}.{did_you_mean(name, names)}")
 
 
 def _torchvision(network: str, pretrained: bool) -> Source:

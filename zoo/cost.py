@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from bayeslayers.card import Card, PosteriorError
+from bayeslayers.storage.card import Card, PosteriorError
 
 # Networks for one example of usual size stay far below: timm's largest take 6e12 operations and 7e9 numbers.
 _TENSOR, _NUMBERS, _OPERATIONS = 2**28, 2**33, 2**44

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from bayeslayers.card import PosteriorError
-from bayeslayers.weights import CONFIG, README, WEIGHTS
+from bayeslayers.storage.card import PosteriorError
+from bayeslayers.storage.weight_file import CONFIG, README, WEIGHTS
 
 _PATIENCE = 10  # seconds to wait for a first answer
 LIBRARY = "bayeslayers"  # the Hub's tag of our posteriors, from `library_name` in their README.md

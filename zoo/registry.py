@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from bayeslayers.card import Card, likelihood_in
-from bayeslayers.checks import near
+from bayeslayers.checks import did_you_mean
+from bayeslayers.storage.card import Card, likelihood_in
 from bayeslayers.unwrap import unwrapped
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
@@ -51,7 +51,7 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
         return describe(*backbones.build(name, pretrained, **kwargs))
     if name not in _BUILDERS:
-        raise ValueError(f"unknown model {name!r}.{near(name, _BUILDERS)} zoo.list_models() has them all.")
+        raise ValueError(f"unknown model {name!r}.{did_you_mean(name, _BUILDERS)} zoo.list_models() has them all.")
     if pretrained:
         raise ValueError(f"pretrained must be False for {name!r}: it has no ordinary weights. zoo.load has posteriors.")
     builder = _BUILDERS[name]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.images import open_image, reduced
-from zoo.inputs import check_resize
+from zoo.normalise import check_resize
 from zoo.registry import card_of
 
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGB with opacity

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from bayeslayers.checks import near
+from bayeslayers.checks import did_you_mean
 from bayeslayers.layers import FilterResponseNorm2d
 
 Selector: TypeAlias = str | type[nn.Module] | Callable[[Mapping[str, nn.Module]], Iterable[str]]
@@ -69,7 +69,7 @@ def select(
             raise TypeError(f"{argument} must hold names, module classes or functions, got {selector!r}.")
         for path in paths:
             if path not in modules:
-                raise ValueError(f"{argument} must return paths of modules, got {path!r}.{near(path, modules)}")
+                raise ValueError(f"{argument} must return paths of modules, got {path!r}.{did_you_mean(path, modules)}")
             chosen.update(modules[path].modules())
     return chosen
 
@@ -113,5 +113,5 @@ def _by_name(
             )
     if not found:
         names = [*modules, *(name for own in own_names.values() for name in own)]
-        raise ValueError(f"{argument} must name modules of the network, got {pattern!r}.{near(pattern, names)}")
+        raise ValueError(f"{argument} must name modules of the network, got {pattern!r}.{did_you_mean(pattern, names)}")
     return chosen

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from bayeslayers.dtypes import at_least_float32
 
 # Per-example gradients live in chunks of this size. On a CPU a chunk that stays in the cache is up
 # to 4 times faster than one that does not (measured on (256, 256) weights, 16 positions).
@@ -62,14 +63,9 @@ def chunks(examples: int, elements: int, like: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def wide(x: Tensor) -> Tensor:
-    """Return `x` in at least float32: squares of half-precision gradients would overflow or vanish."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def sum_of_squares(per_example: Tensor) -> Tensor:
     """Return the sum over examples (dimension 0) of the squares, in at least float32."""
-    return wide(per_example).square().sum(0)
+    return at_least_float32(per_example).square().sum(0)
 
 
 def tally(examples: int) -> Tensor:
@@ -85,17 +81,3 @@ def owned(output: Tensor) -> Tensor:
     holds the memory, so none is copied.
     """
     return torch.ops.aten._unsafe_view(output, output.shape)
-
-
-def autocast_operand(x: Tensor) -> Tensor:
-    """Cast to autocast's dtype, where it is on, by a differentiable cast.
-
-    Inside a rule all operands then have one dtype, in the backward too.
-    """
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
-def full_precision(device: str) -> AbstractContextManager[object]:
-    """Return a scope without autocast, in which a rule's sums keep the dtype of their operands."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayeslayers.curvature.accumulate import Leaves, owned, tally, wide
+from bayeslayers.curvature.accumulate import Leaves, owned, tally
+from bayeslayers.dtypes import at_least_float32
 
 
 def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None, leaves: Leaves) -> Tensor:
@@ -47,5 +48,7 @@ class _Embedding(torch.autograd.Function):
         if ctx.padding_idx is not None:
             per_example = per_example * (row != ctx.padding_idx)[:, None]
         grad = g.new_zeros(rows, features).index_add(0, row, per_example)
-        squares = wide(g).new_zeros(rows, features).index_add(0, row, wide(per_example).square())
+        squares = (
+            at_least_float32(g).new_zeros(rows, features).index_add(0, row, at_least_float32(per_example).square())
+        )
         return None, grad, squares, tally(examples), None

@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayeslayers.curvature.accumulate import chunks, full_precision, owned, tally, wide
+from bayeslayers.curvature.accumulate import chunks, owned, tally
 from bayeslayers.curvature.settings import Settings
+from bayeslayers.dtypes import at_least_float32, full_precision
 
 
 @dataclass
@@ -90,9 +91,9 @@ class _Linear(torch.autograd.Function):
                 grad_bias = rows_g.sum(0)
             if ctx.passes.factors:
                 positions = x.shape[1:-1].numel()
-                wide_g = wide(rows_g)
+                wide_g = at_least_float32(rows_g)
                 output_factor = wide_g.t() @ wide_g / max(positions, 1)
-                factors = (_input_factor(wide(rows_x).t(), ctx.size), output_factor)
+                factors = (_input_factor(at_least_float32(rows_x).t(), ctx.size), output_factor)
         return grad_x, grad_weight, grad_bias, *factors, tally(len(x)), None
 
 
@@ -119,7 +120,7 @@ class _Convolution(torch.autograd.Function):
                 [need_x, need_weight and gradients, need_bias and gradients],
             )
             if ctx.passes.factors:
-                rows_g = wide(g).flatten(2).transpose(0, 1).flatten(1)  # (o, n * p)
+                rows_g = at_least_float32(g).flatten(2).transpose(0, 1).flatten(1)  # (o, n * p)
                 positions = max(g.shape[2:].numel(), 1)
                 input_factor = _patch_factor(x, weight, ctx.size, *ctx.settings[:3])
                 factors = (input_factor, rows_g @ rows_g.t() / positions)
@@ -141,9 +142,9 @@ def _patch_factor(
         (length - d * (k - 1) - 1) // s + 1
         for length, k, d, s in zip(x.shape[2:], kernel, dilation, stride, strict=True)
     ]
-    factor = wide(x).new_zeros(size, size)
-    for chunk in chunks(len(x), weight[0].numel() * torch.Size(positions).numel(), wide(x)):
-        part = wide(x[chunk]).transpose(0, 1).contiguous()  # (c, n, *)
+    factor = at_least_float32(x).new_zeros(size, size)
+    for chunk in chunks(len(x), weight[0].numel() * torch.Size(positions).numel(), at_least_float32(x)):
+        part = at_least_float32(x[chunk]).transpose(0, 1).contiguous()  # (c, n, *)
         channel, example, *steps = part.stride()
         # Each patch element as a step of its own through the memory: (c, *kernel, n, *positions).
         patches = part.as_strided(

@@ -7,17 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayeslayers.curvature import kronecker
-from bayeslayers.curvature.accumulate import (
-    Leaves,
-    autocast_operand,
-    chunks,
-    full_precision,
-    owned,
-    sum_of_squares,
-    tally,
-    wide,
-)
+from bayeslayers.curvature.accumulate import Leaves, chunks, owned, sum_of_squares, tally
 from bayeslayers.curvature.kronecker import KroneckerLeaves
+from bayeslayers.dtypes import at_least_float32, autocast_operand, full_precision
 
 # Up to here the pairs of positions cost less than per-example gradients that are written and read again.
 GRAM_POSITIONS = 4
@@ -85,7 +77,7 @@ def outer_product_squares(g: Tensor, x: Tensor) -> Tensor:
         g: Gradient of the output, `(n, *, o)`.
         x: Input, `(n, *, i)`, with the same dimensions between.
     """
-    g, x = wide(g), wide(x)
+    g, x = at_least_float32(g), at_least_float32(x)
     if g.dim() == 2:
         return g.square().t() @ x.square()
     g, x = g.flatten(1, -2), x.flatten(1, -2)  # (n, p, o), (n, p, i)

@@ -12,8 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 from bayeslayers.checks import positive
 from bayeslayers.curvature.accumulate import Leaves
 from bayeslayers.curvature.kronecker import KroneckerLeaves
+from bayeslayers.layers.perturbation import Op, Perturbation
 from bayeslayers.layers.scope import NOTHING, OUTSIDE, scope_for
-from bayeslayers.perturbation import Op, Perturbation
 
 DEFAULT_PRIOR_PRECISION = 50.0  # a standard deviation of 0.14, the usual initial one of a unit with 50 inputs
 DEFAULT_INIT_PRECISION = 1e3  # a standard deviation of 0.03, small beside it

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bayeslayers import curvature
 from bayeslayers.checks import positive
-from bayeslayers.curvature.accumulate import wide
+from bayeslayers.dtypes import at_least_float32
 from bayeslayers.layers.base import BayesianLayer
 
 
@@ -132,7 +132,7 @@ class FilterResponseNorm2d(nn.Module):
                 f"input must have the shape (n, {self.num_features}, h, w) with h w > 1, got {tuple(input.shape)}: "
                 "of a single position the norm keeps no more than the sign. Use larger inputs, or BayesGroupNorm."
             )
-        mean_square = wide(input).square().mean((2, 3), keepdim=True)
+        mean_square = at_least_float32(input).square().mean((2, 3), keepdim=True)
         x_hat = input * (mean_square + self.eps).rsqrt().to(input.dtype)
         if weight is not None:
             x_hat = x_hat * weight[:, None, None]

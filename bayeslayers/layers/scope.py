@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bayeslayers.curvature.accumulate import Leaves
 from bayeslayers.curvature.kronecker import KroneckerLeaves
-from bayeslayers.perturbation import Perturbation
+from bayeslayers.layers.perturbation import Perturbation
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.checks import fraction, non_negative, positive
+from bayeslayers.layers.perturbation import How
 from bayeslayers.optim.adam import adam_direction
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.guard import adam_ratio, magnitudes
-from bayeslayers.perturbation import How
 from bayeslayers.sampling import Sampler
 
 _RULES = {"lr": non_negative, "beta1": fraction, "beta2": fraction, "temperature": positive}

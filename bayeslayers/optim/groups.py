@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.checks import near, network, positive, size
+from bayeslayers.checks import did_you_mean, network, positive, size
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.sampling import Sampler, Site, posterior
 
@@ -126,7 +126,7 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
         if unknown := sorted(group.keys() - known):
             raise ValueError(
                 f"a parameter group must have keys among params, {', '.join(self._rules)}, got {unknown[0]!r}."
-                f"{near(unknown[0], self._rules)}"
+                f"{did_you_mean(unknown[0], self._rules)}"
             )
         for name in self._rules.keys() & group.keys():
             self._rules[name](name, group[name])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.checks import fraction, non_negative, positive, radius
-from bayeslayers.gaussian import retracted_precision
+from bayeslayers.distributions.gaussian import retracted_precision
 from bayeslayers.layers import attach_posterior
 from bayeslayers.optim.adam import momentum_average
 from bayeslayers.optim.averages import Recorded

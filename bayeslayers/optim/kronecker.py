@@ -11,16 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.checks import at_least_one, fraction, network, non_negative, positive
-from bayeslayers.curvature.accumulate import full_precision, wide
-from bayeslayers.gaussian import natural_gradient_step_
+from bayeslayers.distributions.gaussian import natural_gradient_step_
+from bayeslayers.distributions.matrix_gaussian import (
+    as_matrix,
+    damp,
+    inverse,
+    inverse_root,
+    leading_root,
+    marginal_precision,
+)
+from bayeslayers.dtypes import at_least_float32, full_precision
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.layers.scope import OUTSIDE, current
-from bayeslayers.likelihoods import Likelihood, likelihood_of
-from bayeslayers.matrix_gaussian import as_matrix, damp, inverse, inverse_root, leading_root, marginal_precision
+from bayeslayers.likelihoods import Likelihood, check_likelihood, likelihood_of, sampled_loss
 from bayeslayers.optim.adam import corrected_weight, momentum_average
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
-from bayeslayers.optim.fisher import check_likelihood, sampled_loss
 from bayeslayers.optim.groups import first_precision, listed
 from bayeslayers.sampling import Site, Tracker, layers_with_curvature
 
@@ -221,7 +227,10 @@ class KroneckerFactored(VariationalOptimizer):
             start = 0.0 if self._from_curvature else self._start(site, found[0], self._ess(group))
             return {"updates": 1, "input": found[0], "output": found[1], "start": start}
         weight = corrected_weight(group["factor_lr"], old["updates"] + 1)
-        averages = {key: wide(old[key]).lerp(new, weight) for key, new in zip(("input", "output"), found, strict=True)}
+        averages = {
+            key: at_least_float32(old[key]).lerp(new, weight)
+            for key, new in zip(("input", "output"), found, strict=True)
+        }
         return {**old, **averages, "updates": old["updates"] + 1}
 
     @staticmethod
@@ -265,8 +274,8 @@ class KroneckerFactored(VariationalOptimizer):
             return
         columns = site.mean.shape[1:].numel()
         sites = [site, self._sites[layer.bias]] if len(state["input"]) > columns else [site]
-        matrix = as_matrix(*(wide(self._gradient(each, group)) for each in sites))
-        step = wide(state["output_inverse"]) @ matrix @ wide(state["input_inverse"])
+        matrix = as_matrix(*(at_least_float32(self._gradient(each, group)) for each in sites))
+        step = at_least_float32(state["output_inverse"]) @ matrix @ at_least_float32(state["input_inverse"])
         precision = None if roots is None else marginal_precision(*roots)
         for each, part in zip(sites, (slice(columns), slice(columns, None)), strict=False):
             each.mean.sub_(step[:, part].reshape(each.mean.shape), alpha=group["lr"])

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bayeslayers.checks import fraction, non_negative, positive, radius
 from bayeslayers.curvature.counts import Reduction
-from bayeslayers.gaussian import natural_gradient_step_
+from bayeslayers.distributions.gaussian import natural_gradient_step_
 from bayeslayers.optim.adam import corrected_weight, momentum_average
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer

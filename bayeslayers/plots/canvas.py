@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bayeslayers.checkpoint import write_atomically
-from bayeslayers.checks import near
+from bayeslayers.checks import did_you_mean
 from bayeslayers.display import printable
+from bayeslayers.files import write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +53,7 @@ def finish(figure: Figure, path: str | Path | None) -> Figure:
         path = Path(path)
         known, kind = figure.canvas.get_supported_filetypes(), path.suffix.lower().removeprefix(".")
         if kind not in known:
-            raise ValueError(f"path must end in .png, .svg or .pdf, got {path}.{near(kind, known)}")
+            raise ValueError(f"path must end in .png, .svg or .pdf, got {path}.{did_you_mean(kind, known)}")
         write_atomically(path, rendered(figure, kind))
     return figure
 

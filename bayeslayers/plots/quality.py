@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bayeslayers.checks import near
+from bayeslayers.checks import did_you_mean
 from bayeslayers.plots.canvas import (
     BLACK,
     BLUE,
@@ -144,7 +144,7 @@ def score_histograms(evaluation: Evaluation, score: str = "entropy", path: str |
     """
     known = [name for name in evaluation.scores if all(name in scores for scores in evaluation.ood.values())]
     if score not in known:
-        raise ValueError(f"score must be one of {', '.join(known)}, got {score!r}.{near(score, known)}")
+        raise ValueError(f"score must be one of {', '.join(known)}, got {score!r}.{did_you_mean(score, known)}")
     sets = {"known": array(evaluation.scores[score])}
     sets |= {name: array(scores[score]) for name, scores in evaluation.ood.items()}
     low, high = min(values.min() for values in sets.values()), max(values.max() for values in sets.values())

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from bayeslayers.checkpoint import write_atomically
 from bayeslayers.checks import positive
+from bayeslayers.files import write_atomically
 from bayeslayers.plots.canvas import (
     BLACK,
     BLUE,

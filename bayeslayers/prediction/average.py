@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from bayeslayers.curvature.accumulate import wide
+from bayeslayers.dtypes import at_least_float32
 from bayeslayers.likelihoods import Categorical, Likelihood
 from bayeslayers.outputs import NonFiniteOutputError
 from bayeslayers.prediction.result import Prediction
@@ -45,7 +45,7 @@ class Average:
             self._merge()
 
     def _merge(self) -> None:
-        outputs = wide(self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting))
+        outputs = at_least_float32(self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting))
         self._waiting = []
         # A sigmoid turns infinity into certainty. A class is left out by a logit of minus infinity.
         infinite = outputs.isposinf() if isinstance(self.likelihood, Categorical) else outputs.isinf()

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from bayeslayers.distributions.noise import StandardNormal
 from bayeslayers.layers import BayesianLayer, can_draw_output
-from bayeslayers.noise import StandardNormal
-from bayeslayers.perturbation import LocalReparameterization, Op, Perturbation
+from bayeslayers.layers.perturbation import LocalReparameterization, Op, Perturbation
 from bayeslayers.prediction.chunks import AtOnce, Plan, Run
 from bayeslayers.prediction.linearised import linearised_outputs
 from bayeslayers.sampling import Sampler, Site, posterior

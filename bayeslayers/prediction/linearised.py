@@ -20,7 +20,7 @@ from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayeslayers.checks import at_least_one
-from bayeslayers.curvature.accumulate import wide
+from bayeslayers.dtypes import at_least_float32
 from bayeslayers.layers import BayesLinear
 from bayeslayers.outputs import tensor_output
 from bayeslayers.sampling import Sampler, Site, evaluation_mode, posterior
@@ -149,7 +149,7 @@ class _OfNoise:
         unit = torch.eye(len(output), dtype=output.dtype, device=output.device)
 
         def jacobian(block: Tensor) -> list[Tensor]:
-            return [wide(grad).flatten(1) for grad in vmap(pull)(block)]
+            return [at_least_float32(grad).flatten(1) for grad in vmap(pull)(block)]
 
         def product(left: list[Tensor], right: list[Tensor]) -> Tensor:
             return torch.stack([a @ b.T for a, b in zip(left, right, strict=True)]).sum(0)
@@ -188,6 +188,6 @@ def _of_head(function: _OfNoise, sites: Sequence[Site], x: Tensor) -> tuple[Tens
     # The input of the first use depends on no draw; nothing came behind it, not even in place or by a hook.
     if not inputs or inputs[0].dim() != 2 or not torch.equal(F.linear(inputs[0], layer.weight, layer.bias), output):
         return output, None
-    variances = {site.key: 1 / wide(site.precision) for site in sites}
-    variance = wide(inputs[0]).square() @ variances["weight"].T
+    variances = {site.key: 1 / at_least_float32(site.precision) for site in sites}
+    variance = at_least_float32(inputs[0]).square() @ variances["weight"].T
     return output, variance + variances["bias"] if layer.bias is not None else variance

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bayeslayers.batches import input_batches, with_progress
-from bayeslayers.checks import at_least_one, near, positive
+from bayeslayers.checks import at_least_one, did_you_mean, positive
 from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.method import method_of
 from bayeslayers.outputs import TensorNetwork
@@ -90,7 +90,7 @@ def predict(
             Gaussian is then averaged over `num_samples` points that never change.
             "local" draws the outputs of linear layers and convolutions example by example: exact for
             layers on `(n, i)`, an approximation where positions share weights, and cheaper where
-            weights outnumber activations, see `bayeslayers.perturbation`.
+            weights outnumber activations, see `bayeslayers.layers.perturbation`.
             "linearised" draws outputs of the network linear in its weights (Immer et al. 2021).
             "dropout" draws dropout masks at the posterior means, the baseline of Gal & Ghahramani 2016; see
             `bayeslayers.prediction.dropout`.
@@ -158,7 +158,8 @@ def _plan(
     at_least_one("num_samples", num_samples)
     if method not in METHODS:
         raise ValueError(
-            f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}.{near(str(method), METHODS)}"
+            f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}."
+            f"{did_you_mean(str(method), METHODS)}"
         )
     if sample_chunk != "auto":
         at_least_one("sample_chunk", sample_chunk)  # pyright: ignore[reportArgumentType]

@@ -9,8 +9,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from bayeslayers.layers import BayesianLayer
+from bayeslayers.layers.perturbation import Perturbation
 from bayeslayers.layers.scope import current, opened
-from bayeslayers.perturbation import Perturbation
 from bayeslayers.sampling.ordinary import reading_draws
 from bayeslayers.sampling.sites import Site
 

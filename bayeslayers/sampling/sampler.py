@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from bayeslayers.distributions.matrix_gaussian import as_matrix, correlated
+from bayeslayers.distributions.noise import StandardNormal
 from bayeslayers.layers import BayesianLayer, can_draw_output
-from bayeslayers.matrix_gaussian import as_matrix, correlated
-from bayeslayers.noise import StandardNormal
-from bayeslayers.perturbation import PERTURBATIONS, How, Perturbation
+from bayeslayers.layers.perturbation import PERTURBATIONS, How, Perturbation
 from bayeslayers.sampling.placement import placed
 from bayeslayers.sampling.sites import Site, posterior
 

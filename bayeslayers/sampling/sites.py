@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bayeslayers import gaussian, matrix_gaussian
+from bayeslayers.distributions import gaussian, matrix_gaussian
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.layers.base import HALF_PRECISIONS
 from bayeslayers.layers.scope import NOTHING, scope_for

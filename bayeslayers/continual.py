@@ -1,0 +1,29 @@
+"""Continual learning: the posterior becomes the prior of what is learned next."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from bayeslayers.sampling import posterior
+
+
+def posterior_to_prior(model: nn.Module) -> None:
+    """Make the posterior of every Bayesian layer its prior, in place, for the data that comes next.
+
+    Prior mean and precision become tensors of the weights' shape, so that KL(posterior || prior) is 0.
+    The next task's loss then counts from what the tasks before have taught.
+
+    Source: Nguyen et al. 2018 (arXiv 1710.10628), variational continual learning, Eq. 2.
+
+    Args:
+        model: Model with Bayesian layers; optimisers that already exist see the new prior.
+
+    Raises:
+        ValueError: If no layer is Bayesian.
+    """
+    sites = list(posterior(model))
+    if not sites:
+        raise ValueError("model must have Bayesian layers, got none. bl.to_bayesian converts a network.")
+    for site in sites:
+        setattr(site.module, f"{site.key}_prior_mean", site.mean.detach().clone())
+        setattr(site.module, f"{site.key}_prior_precision", site.precision.clone())

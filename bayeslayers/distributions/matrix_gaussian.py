@@ -1,0 +1,125 @@
+"""Pure maths of the matrix-variate Gaussian, whose covariance is a Kronecker product: it touches no module.
+
+A layer's weight and bias are one matrix W = [weight | bias] of shape (o, i), the kernel of a
+convolution flattened into i and the bias its last column. With roots R_in (i, i) and R_out (o, o)
+
+    W = M + R_out E R_in^T,  E ~ N(0, 1)  =>  Cov(W_oi, W_pj) = (R_out R_out^T)_op (R_in R_in^T)_ij
+
+Any finite roots are those of a covariance, so nothing needs to be checked where they are read.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bayeslayers.dtypes import at_least_float32
+
+
+def as_matrix(weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the matrix [weight | bias], the weight alone without a bias."""
+    matrix = weight.flatten(1)
+    return matrix if bias is None else torch.cat([matrix, bias[:, None]], 1)
+
+
+def damp(input_factor: Tensor, output_factor: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Return the Kronecker factors of a curvature A (x) G to which `damping` is added, approximately.
+
+        (A + pi sqrt(damping) I) (x) (G + sqrt(damping) / pi I),  pi^2 = (tr A / dim A) / (tr G / dim G)
+
+    The product is A (x) G + damping I and two terms more, which are smallest in trace norm for this
+    pi. Where a trace is 0 so is A (x) G, and the factors are those of damping I exactly.
+    Source: Martens & Grosse 2015 (arXiv 1503.05671), section 6.3.
+
+    Args:
+        input_factor: A, `(i, i)`, positive semi-definite.
+        output_factor: G, `(o, o)`, likewise.
+        damping: > 0.
+    """
+    mean_in, mean_out = float(input_factor.diagonal().mean()), float(output_factor.diagonal().mean())
+    if mean_in == 0 or mean_out == 0:
+        return _scaled_identity(input_factor, math.sqrt(damping)), _scaled_identity(output_factor, math.sqrt(damping))
+    pi = math.sqrt(mean_in / mean_out)
+    return (
+        input_factor + _scaled_identity(input_factor, pi * math.sqrt(damping)),
+        output_factor + _scaled_identity(output_factor, math.sqrt(damping) / pi),
+    )
+
+
+def inverse(matrix: Tensor) -> Tensor:
+    """Return the inverse of a symmetric positive definite matrix.
+
+    Raises:
+        FloatingPointError: If it is not positive definite in its floating-point numbers.
+    """
+    return torch.cholesky_inverse(_cholesky(matrix))
+
+
+def inverse_root(matrix: Tensor) -> Tensor:
+    """Return R with R R^T the inverse of a symmetric positive definite matrix: the transposed inverse of its factor.
+
+    Raises:
+        FloatingPointError: As for `inverse`.
+    """
+    lower = _cholesky(matrix)
+    return torch.linalg.solve_triangular(lower, _scaled_identity(lower, 1.0), upper=False).mT.contiguous()
+
+
+def correlated(noise: Tensor, input_root: Tensor, output_root: Tensor) -> Tensor:
+    """Return R_out E R_in^T for standard normal values E `(o, i)`."""
+    return output_root @ noise @ input_root.mT
+
+
+def marginal_precision(input_root: Tensor, output_root: Tensor) -> Tensor:
+    """Return the precision of each entry by itself, one over its variance, `(o, i)`."""
+    return 1 / torch.outer(output_root.square().sum(1), input_root.square().sum(1))
+
+
+def kl_divergence(
+    mean: Tensor, input_root: Tensor, output_root: Tensor, prior_mean: Tensor, prior_precision: Tensor
+) -> Tensor:
+    """Return KL(N(M, covariance) || N(M0, 1/P0)), the entries independent under the prior, in nats.
+
+        KL = 1/2 sum [p0 v + p0 (m - m0)^2 - 1 - log p0] - i log abs det R_out - o log abs det R_in
+
+    with v the variance of each entry by itself.
+
+    Args:
+        mean: M, `(o, i)`.
+        input_root: R_in, `(i, i)`.
+        output_root: R_out, `(o, o)`.
+        prior_mean: M0, a scalar or the shape of `mean`.
+        prior_precision: P0, > 0, likewise.
+    """
+    o, i = mean.shape
+    variance = 1 / marginal_precision(at_least_float32(input_root), at_least_float32(output_root))
+    terms = prior_precision * (variance + (mean - prior_mean).square()) - 1 - prior_precision.log()
+    volumes = [torch.linalg.slogdet(at_least_float32(root)).logabsdet for root in (output_root, input_root)]
+    return 0.5 * terms.sum() - i * volumes[0] - o * volumes[1]
+
+
+def leading_root(root: Tensor, size: int) -> Tensor:
+    """Return a root `(size, size)` of the covariance of the first entries of a vector that a root belongs to.
+
+    Raises:
+        FloatingPointError: As for `inverse`.
+    """
+    rows = at_least_float32(root[:size])
+    return _cholesky(rows @ rows.mT).to(root.dtype)
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    lower, failed = torch.linalg.cholesky_ex(at_least_float32(matrix))
+    if failed or not lower.isfinite().all():
+        raise FloatingPointError(
+            f"a damped curvature factor must be positive definite, got one of shape {tuple(matrix.shape)} that is not "
+            "in its floating-point numbers: the step is refused, the posterior is as it was. Raise damping or "
+            "prior_precision, or use float64."
+        )
+    return lower
+
+
+def _scaled_identity(like: Tensor, value: float) -> Tensor:
+    return torch.eye(len(like), dtype=like.dtype, device=like.device).mul_(value)

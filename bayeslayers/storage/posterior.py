@@ -1,0 +1,202 @@
+"""Posteriors and training states on disk: safetensors and JSON, written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from bayeslayers.files import write_atomically
+from bayeslayers.sampling import posterior
+from bayeslayers.storage.card import Card, PosteriorError, card_from_json, first_bad_field, likelihood_in
+from bayeslayers.storage.claims import chosen_likelihood, refuse_unwritten
+from bayeslayers.storage.model_card import model_card
+from bayeslayers.storage.weight_file import (
+    CONFIG,
+    README,
+    WEIGHTS,
+    Weights,
+    check_values,
+    parse_weights,
+    read_member,
+)
+from bayeslayers.unwrap import unwrapped
+
+_CONFIG_BYTES = 4 * 2**20  # the names of some 100,000 classes
+
+
+def save_posterior(model: nn.Module, folder: str | Path, **fields: Any) -> Card:
+    """Write a model's posterior to a folder: weights, `config.json` and a model card.
+
+    The folder is written beside its place and moved there when complete, so that an interruption
+    leaves what was there before. (Only a power cut or a kill between the two renames of a replacement can
+    leave it aside, whole, as `.NAME-*.old`.)
+
+    Args:
+        model: Model with Bayesian layers, also in torch's wrappers (`DataParallel`, `AveragedModel`, `torch.compile`):
+            the network inside is saved, under its own names.
+        folder: Folder to make or replace.
+        fields: Fields of the `Card`; the others are those of `model.card`, where there is one. The likelihood is
+            `model.likelihood`, where there is one; `likelihood` may also be a `Gaussian(0.3)`.
+
+    Returns:
+        The card as written.
+
+    Raises:
+        ValueError: If the model has no Bayesian layer, a value that is not finite or a precision
+            that is not positive, a field of the card is bad or contradicts the model, or metrics were sampled
+            from a posterior that nothing has written.
+        FileExistsError: If the folder holds anything but a posterior.
+    """
+    folder, network = Path(os.path.expanduser(folder)).resolve(), unwrapped(model)
+    if not any(True for _ in posterior(network)):
+        raise ValueError("model must have Bayesian layers, got none. Build it from them, as BayesLinear.")
+    weights = save_tensors(_checked_tensors(network))
+    own = getattr(network, "card", None)
+    card = own if isinstance(own, Card) else Card()
+    fields = {"name": folder.name} | fields | chosen_likelihood(network, fields)
+    try:
+        card = dataclasses.replace(card, **fields, sha256=hashlib.sha256(weights).hexdigest())
+    except ValidationError as error:
+        raise ValueError(f"card has a bad {first_bad_field(error)}") from None
+    likelihood_in(card)
+    refuse_unwritten(network, card)
+    write_folder(folder, {WEIGHTS: weights, CONFIG: card.to_json().encode(), README: model_card(card).encode()})
+    return card
+
+
+def _checked_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Return a network's tensors, which can be loaded again.
+
+    They are cloned, for a safetensors file has no two names for one memory, as a layer used twice gives.
+    """
+    state = network.state_dict()
+    Weights(Path("model"), state)  # checks what the tensors are
+    for name, tensor in state.items():
+        check_values(name, tensor, "model")
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+
+
+def write_folder(folder: Path, contents: dict[str, bytes]) -> None:
+    """Make or replace a posterior's folder, whole or not at all.
+
+    Args:
+        folder: Folder, resolved.
+        contents: Its files.
+
+    Raises:
+        FileExistsError: If the folder holds anything but a posterior.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not _replaceable(folder):
+        raise FileExistsError(
+            f"folder must be new, empty or a posterior, got {folder}, which holds something else. Choose another."
+        )
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for name, content in contents.items():
+            write_atomically(fresh / name, content)
+        fresh.chmod(0o755)
+        _replace_folder(fresh, folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether a folder is empty or a posterior and nothing else, by its card: any project may have a config.json."""
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if held - {WEIGHTS, CONFIG, README}:
+        return False
+    try:
+        return not held or bool(read_card(folder))
+    except PosteriorError:
+        return False
+
+
+def _replace_folder(fresh: Path, folder: Path) -> None:
+    """Move `fresh` to `folder`; what was there is gone only once the new one is in place."""
+    old = fresh.with_name(fresh.name + ".old")
+    try:
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_card(folder: str | Path) -> Card:
+    """Return the card of a posterior's folder, its fields checked.
+
+    Raises:
+        PosteriorError: If the folder or its `config.json` is missing or bad.
+    """
+    folder = Path(os.path.expanduser(folder))
+    return card_from_json(read_member(folder, CONFIG, _CONFIG_BYTES), str(folder / CONFIG))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A posterior as it was read from a folder.
+
+    Attributes:
+        card: Its card.
+        weights: Its tensors, whose values are checked when they are taken.
+        files: Content of the two files.
+    """
+
+    card: Card
+    weights: Weights
+    files: dict[str, bytes]
+
+
+def read_posterior(folder: str | Path) -> Stored:
+    """Read a posterior's folder, each file once.
+
+    Raises:
+        PosteriorError: If a file is missing or bad, or the hash of the weights is not the card's.
+    """
+    folder = Path(os.path.expanduser(folder))
+    files = {CONFIG: read_member(folder, CONFIG, _CONFIG_BYTES)}
+    card = card_from_json(files[CONFIG], str(folder / CONFIG))
+    files[WEIGHTS] = read_member(folder, WEIGHTS)
+    return Stored(card, parse_weights(files[WEIGHTS], card.sha256, folder), files)
+
+
+def load_posterior(folder: str | Path, model: nn.Module) -> Card:
+    """Load a posterior's weights into a model of the same architecture, having checked them.
+
+    The model gets the posterior's card as `model.card`, and the likelihood that it names as `model.likelihood`.
+
+    Args:
+        folder: Folder that `save_posterior` wrote.
+        model: Model to fill; left as it was if anything is wrong.
+
+    Returns:
+        The posterior's card.
+
+    Raises:
+        PosteriorError: If a file is missing or truncated, its hash differs, a tensor is missing,
+            unknown or of another shape, a value is not finite, or a precision is not positive.
+    """
+    stored = read_posterior(folder)
+    card, weights = stored.card, stored.weights
+    network = unwrapped(model)
+    weights.fill(network)
+    likelihood = getattr(network, "likelihood", None)
+    if likelihood is None or (card.likelihood, card.likelihood_parameters) != ("categorical", None):
+        likelihood = likelihood_in(
+            card
+        )  # other cards are of a release that wrote "categorical" whatever the model said
+    network.__dict__.update(card=card, likelihood=likelihood)
+    return card

@@ -1,0 +1,250 @@
+"""The weight file of a posterior, read with distrust: what does not fit a network is refused before it is held."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from torch import Tensor, nn
+
+from bayeslayers.layers import POSTERIOR_SUFFIXES, ROOTS, BayesianLayer, attach_posterior
+from bayeslayers.sampling import posterior
+from bayeslayers.storage.card import PosteriorError
+
+WEIGHTS, CONFIG, README = "model.safetensors", "config.json", "README.md"
+_HEADER_BYTES = 4 * 2**20  # names and shapes of some 30,000 tensors
+_FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_WHOLE = {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_KINDS = {**_FLOATS, **_WHOLE, torch.complex64: "C64"}
+
+
+def member(folder: str | Path, name: str) -> Path:
+    """Return the path of a file of a posterior's folder.
+
+    Raises:
+        PosteriorError: If there is none, or it is a link that leaves the folder. The links of a snapshot in
+            the Hub's cache, to the `blobs` of its repository, are the exception.
+    """
+    path = Path(folder) / name
+    if not path.is_file():
+        raise PosteriorError(f"{folder} must hold a posterior, got no {name} in it.")
+    home, target = Path(folder).resolve(), path.resolve()
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
+        raise PosteriorError(f"{path} must be a file of its folder, got a link that leaves it.")
+    return path
+
+
+class Weights:
+    """The tensors of a file by name, checked against a model and then loaded into it, all or none.
+
+    Args:
+        path: Path of the file, for messages.
+        tensors: What it holds.
+
+    Raises:
+        PosteriorError: If something is no tensor of a name, or a tensor of a kind that no posterior has.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor]):
+        self.path = path
+        if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
+            raise PosteriorError(f"{path} must hold tensors by name, got {type(tensors).__name__}.")
+        self._tensors = tensors
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS | _WHOLE:
+                kind = _kind(tensor) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise PosteriorError(f"{path}: tensor '{name}' must be of real numbers, got {kind}.")
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def check_shapes(self, model: nn.Module) -> None:
+        """Check names, shapes and kinds of the tensors against a model's, which may be on the meta device.
+
+        Raises:
+            PosteriorError: If a tensor is missing, unknown, of another shape or kind.
+        """
+        own = self._expected(model)
+        if missing := sorted(own.keys() - self.shapes.keys()):
+            raise PosteriorError(
+                f"{self.path} must hold tensor '{missing[0]}', got none of that name ({len(missing)} missing)."
+            )
+        if unknown := sorted(self.shapes.keys() - own.keys()):
+            raise PosteriorError(
+                f"{self.path} must hold the model's tensors, got '{unknown[0]}' ({len(unknown)} unknown)."
+            )
+        means = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+        for name, expected in own.items():
+            # A prior may be one number in the file and a tensor in the model, or the other way round.
+            prior_of = name.rpartition("_prior_")[0] if "_prior_" in name else None
+            shapes = {tuple(expected.shape)} | ({(), means[prior_of]} if prior_of in means else set())
+            if self.shapes[name] not in shapes or not self._fits(name, expected):
+                raise PosteriorError(
+                    f"{self.path}: tensor '{name}' must be {expected.dtype} of shape {tuple(expected.shape)}, got "
+                    f"{_kind(self._tensors[name])} of shape {self.shapes[name]}."
+                )
+
+    def _expected(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the tensors that a model takes from this file: its own, but roots and posteriors as the file has."""
+        expected = dict(model.state_dict())
+        for name, parameter in self._attachable(model).items():
+            for suffix, shape in zip(POSTERIOR_SUFFIXES, (parameter.shape, (), ()), strict=True):
+                expected[name + suffix] = parameter.new_empty(shape, device="meta")
+        for path, layer in model.named_modules(remove_duplicate=False):
+            if not isinstance(layer, BayesianLayer):
+                continue
+            names = [f"{path}.{root}" if path else root for root in ROOTS]
+            found, allowed = [self.shapes.get(name) for name in names], layer.root_shapes()
+            for name in names:
+                expected.pop(name, None)
+            if allowed and found != [None, None]:
+                shapes = next((pair for pair in allowed if list(pair) == found), allowed[0])
+                weight = layer.get_parameter("weight")
+                expected |= {n: weight.new_empty(s, device="meta") for n, s in zip(names, shapes, strict=True)}
+        return expected
+
+    def _attachable(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the parameters that have a posterior in the file and none in the model, as those IVON trains."""
+        own = model.state_dict()
+        return {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.is_floating_point()
+            and all(name + suffix in self.shapes and name + suffix not in own for suffix in POSTERIOR_SUFFIXES)
+        }
+
+    def _attach(self, model: nn.Module) -> None:
+        """Give parameters the buffers for what the file holds of them, outside of Bayesian layers."""
+        for name in self._attachable(model):
+            path, _, key = name.rpartition(".")
+            attach_posterior(model.get_submodule(path), 1.0, 1.0, [key])
+        for site in posterior(model):
+            for suffix, prior in zip(POSTERIOR_SUFFIXES[1:], (site.prior_mean, site.prior_precision), strict=True):
+                if not isinstance(site.module, BayesianLayer) and prior.shape != self.shapes[site.name + suffix]:
+                    setattr(site.module, site.key + suffix, prior.new_empty(self.shapes[site.name + suffix]))
+
+    def _fits(self, name: str, expected: Tensor) -> bool:
+        """Whether a tensor is of the expected kind; floating-point numbers may be of another precision."""
+        found = self._tensors[name]
+        return not expected.is_complex() and expected.is_floating_point() == found.is_floating_point()
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a tensor, its values checked as a model of that dtype will hold them.
+
+        Raises:
+            PosteriorError: If a value is not finite, or a precision is not positive.
+        """
+        tensor = self._tensors[name]
+        tensor = tensor if dtype is None else tensor.to(dtype)
+        check_values(name, tensor, str(self.path))
+        return tensor
+
+    def fill(self, model: nn.Module) -> None:
+        """Load the tensors into a model, all or none; a parameter gets the posterior that the file has for it.
+
+        Raises:
+            PosteriorError: As `check_shapes` and `read` do.
+        """
+        self.check_shapes(model)
+        tensors = {name: self.read(name, expected.dtype) for name, expected in self._expected(model).items()}
+        self._attach(model)
+        # Into the model's own state, which holds the versions of its modules: some load those of older ones otherwise.
+        state = model.state_dict()
+        for name in state.keys() - tensors.keys():
+            del state[name]
+        state.update(tensors)
+        model.load_state_dict(state)
+
+
+def read_member(folder: str | Path, name: str, limit: int | None = None) -> bytes:
+    """Return the content of a file of a posterior's folder, read once: what is checked is what is used.
+
+    Args:
+        folder: Folder.
+        name: The file's name.
+        limit: Bytes that it may have; None for what memory holds.
+
+    Raises:
+        PosteriorError: As `member` does, or if the file is larger.
+    """
+    path = member(folder, name)
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise PosteriorError(f"{path} must have at most {limit} bytes, got {size}.")
+        try:
+            return file.read()
+        except MemoryError:
+            raise PosteriorError(f"{path} must fit into memory, got {size} bytes.") from None
+
+
+def parse_weights(data: bytes, sha256: str, folder: str | Path) -> Weights:
+    """Return the tensors of a weight file whose hash must be the card's.
+
+    Args:
+        data: Content of the file.
+        sha256: Hash that the card names.
+        folder: Its folder, for messages.
+
+    Raises:
+        PosteriorError: If it has another hash, or is no safetensors file.
+    """
+    path = Path(folder) / WEIGHTS
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise PosteriorError(f"{path} must have the sha256 that {CONFIG} names, got another: it is damaged or changed.")
+    if int.from_bytes(data[:8], "little") > _HEADER_BYTES:
+        raise PosteriorError(f"{path} must be a safetensors file with a header of at most {_HEADER_BYTES} bytes.")
+    return Weights(path, parse_tensors(data, f"{path} must be a safetensors file, got one that is not"))
+
+
+def parse_tensors(data: bytes, complaint: str) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Args:
+        data: Its content.
+        complaint: How an error begins.
+
+    Raises:
+        PosteriorError: If it is no such file, or a tensor is of a kind that torch does not know.
+    """
+    try:
+        return load_tensors(data)
+    except (SafetensorError, KeyError, MemoryError) as error:
+        raise PosteriorError(f"{complaint}: {error}.") from None
+
+
+def _kind(tensor: Tensor) -> str:
+    """Return the name that safetensors gives to a tensor's kind of numbers."""
+    return _KINDS.get(tensor.dtype, str(tensor.dtype))
+
+
+def check_values(name: str, tensor: Tensor, source: str) -> None:
+    """Check that the values are finite, and as large as their name asks for.
+
+    A precision and the standard deviation of the inputs are > 0, the running variance of a norm >= 0.
+
+    Raises:
+        PosteriorError: If they are not.
+    """
+    floating = tensor.is_floating_point() and tensor.numel() > 0
+    low, high = map(float, tensor.aminmax()) if floating else (1.0, 1.0)  # in one pass, which NaN goes through
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise PosteriorError(f"{source}: tensor '{name}' must be finite, got NaN or infinite values.")
+    if name.endswith("_precision") and not (low > 0 if floating else (tensor > 0).all()):
+        raise PosteriorError(f"{source}: precision '{name}' must be > 0, got {float(tensor.min()):.4g}.")
+    if f".{name}".endswith(".normalise.std") and not low > 0:
+        raise PosteriorError(f"{source}: standard deviation '{name}' must be > 0, got {low:.4g}.")
+    if f".{name}".endswith(".running_var") and not low >= 0:
+        raise PosteriorError(f"{source}: variance '{name}' must be >= 0, got {low:.4g}.")

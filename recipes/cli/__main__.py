@@ -1,0 +1,7 @@
+"""`python -m recipes.cli COMMAND`."""
+
+import sys
+
+from recipes.cli.parser import main
+
+sys.exit(main())

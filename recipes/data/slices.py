@@ -1,0 +1,96 @@
+"""The bundled slices of test data, on which a posterior is verified without a download."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bayeslayers.checks import did_you_mean
+from recipes.data.split import Split, load_split, sides
+from recipes.data.names import short_name
+
+SLICES = Path(__file__).parents[1] / "assets" / "slices"
+
+
+@dataclass(frozen=True)
+class Points:
+    """Examples that a network takes as they are.
+
+    Attributes:
+        x: Inputs `(n, *)`, floating point.
+        labels: Class indices `(n,)`, or of yes or no `(n, 1)`.
+    """
+
+    x: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def inputs(self, index: Tensor | slice) -> Tensor:
+        """Return inputs, as those of a `Split` are."""
+        return self.x[index]
+
+
+def sliced() -> list[str]:
+    """Return the names of the data sets with bundled examples, sorted."""
+    return sorted(path.stem for path in SLICES.glob("*.safetensors"))
+
+
+def load_slice(name: str, size: Sequence[int] | None = None, resize: int | None = None) -> Split | Points:
+    """Return the bundled examples of a data set's test split.
+
+    Args:
+        name: Data set.
+        size: As for `load_split`.
+        resize: As for `load_split`.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if name not in sliced():
+        raise ValueError(
+            f"data set must have a bundled slice, got {name!r}.{did_you_mean(name, sliced())} {', '.join(sliced())} do."
+        )
+    tensors = load_file(SLICES / f"{name}.safetensors")
+    labels = tensors["labels"].long()
+    if "images" not in tensors:
+        return Points(tensors["x"], labels)
+    whole, crop = sides(size, resize)
+    return Split(tensors["images"], labels, [], whole and whole[1:], crop)
+
+
+def write_slice(name: str, data_root: str | Path | None = None, count: int = 300) -> Path:
+    """Write every k-th example of a data set's test split as its bundled slice, and return the file.
+
+    Args:
+        name: Data set.
+        data_root: Folder of data, as for `load_split`.
+        count: Examples.
+
+    Raises:
+        ValueError: If it has fewer examples, or too many classes for a byte.
+    """
+    split = load_split(name, data_root, train=False)
+    if not 1 <= count <= len(split):
+        raise ValueError(f"count must be from 1 to the {len(split)} examples of {name}, got {count}.")
+    index = torch.arange(count) * (len(split) // count)
+    return _save_slice(short_name(name), "images", split.images[index], split.labels[index])
+
+
+def save_slice(name: str, points: Points) -> Path:
+    """Write examples as a data set's bundled slice, and return the file."""
+    return _save_slice(name, "x", points.x, points.labels)
+
+
+def _save_slice(name: str, kind: str, inputs: Tensor, labels: Tensor) -> Path:
+    if int(labels.max()) > 255:
+        raise ValueError(f"labels must be < 256 for a slice, which keeps them as bytes, got {int(labels.max())}.")
+    SLICES.mkdir(parents=True, exist_ok=True)
+    save_file({kind: inputs.contiguous(), "labels": labels.to(torch.uint8)}, SLICES / f"{name}.safetensors")
+    return SLICES / f"{name}.safetensors"

@@ -1,0 +1,240 @@
+"""Data sets as tensors, and batches of them in an order that depends on seed and epoch alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bayeslayers.checks import did_you_mean
+from recipes.data.augmentation import Augmentation
+from recipes.data.image_files import ImageFiles, check_colours, read_folder, read_npz
+from zoo.transforms import fitted, middle
+
+NAMES = {
+    "mnist": "MNIST",
+    "fashion-mnist": "FashionMNIST",
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "svhn": "SVHN",
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a data set of images.
+
+    Attributes:
+        images: Bytes `(n, c, h, w)`, or files that are decoded to them.
+        labels: Class indices `(n,)`.
+        classes: Names of the classes.
+        size: Height and width that inputs are resized to; None for those of the images.
+        crop: Height and width of the middle of that which an input is; None for the whole.
+    """
+
+    images: Tensor | ImageFiles
+    labels: Tensor
+    classes: list[str]
+    size: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def inputs(self, index: Tensor | slice) -> Tensor:
+        """Return images as `ToTensor` gives them, float in [0, 1]."""
+        x = self._resized(index)
+        return x if self.crop is None else middle(x, self.crop)
+
+    def varied(self, index: Tensor | slice, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+        """Return images as `inputs`, each cropped and mirrored at random."""
+        x = self._resized(index)
+        return augmentation(x, self.crop or (x.shape[2], x.shape[3]), generator)
+
+    def _resized(self, index: Tensor | slice) -> Tensor:
+        x = self.images[index].float() / 255
+        if self.size in (None, x.shape[2:]):
+            return x
+        return fitted(x, self.size)
+
+    def limited(self, limit: int | None) -> Split:
+        """Return `limit` examples from all over the split, in its order and always the same; all if None.
+
+        One is drawn from each of `limit` stretches: sets often lie class by class, which the first ones would see
+        one class of; classes that take turns could be missed by examples at equal distances.
+        """
+        if limit is None or limit >= len(self):
+            return self
+        edges = torch.arange(limit + 1) * len(self) // limit
+        within = torch.randint(2**62, (limit,), generator=torch.Generator().manual_seed(0)) % edges.diff()
+        return self.taken(edges[:-1] + within)
+
+    def taken(self, index: Tensor) -> Split:
+        """Return the examples of these numbers."""
+        images = self.images.taken(index) if isinstance(self.images, ImageFiles) else self.images[index]
+        return dataclasses.replace(self, images=images, labels=self.labels[index])
+
+    def held_out(self, count: int) -> tuple[Split, Split]:
+        """Return the split without `count` examples, chosen at random but always the same, and these.
+
+        Raises:
+            ValueError: If none would be left.
+        """
+        if count >= len(self):
+            raise ValueError(f"validation must leave training examples, got {count} of {len(self)}.")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+        return self.taken(order[count:].sort().values), self.taken(order[:count].sort().values)
+
+    def in_order(self, batch_size: int, device: torch.device) -> InOrder:
+        """Return the batches to measure on, on a device."""
+        return InOrder(self, batch_size, device)
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """Batches of inputs and labels of a split, in its order, as often as they are asked for.
+
+    Attributes:
+        split: The examples.
+        batch_size: Examples per batch; the last one may have fewer.
+        device: Where they are wanted.
+    """
+
+    split: Split
+    batch_size: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        return -(-len(self.split) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.split), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield self.split.inputs(part).to(self.device), self.split.labels[part].to(self.device)
+
+
+def load_split(
+    name: str,
+    root: str | Path | None,
+    *,
+    train: bool,
+    size: Sequence[int] | None = None,
+    resize: int | None = None,
+    argument: str = "data",
+) -> Split:
+    """Return a split of a data set.
+
+    Args:
+        name: A key of `NAMES`, a torchvision data set; "npz:PATH", see `read_npz`; or "imagefolder:PATH", see
+            `read_folder`.
+        root: Folder of torchvision's data already there, as it lays it out. None: the folder `data`,
+            where the set is downloaded to if need be.
+        train: The training split, else the test split.
+        size: `(c, h, w)` of the inputs; None, or of another number of dimensions, for that of the images.
+        resize: Side that images are resized to before `size` is cropped from them; None for that of `size`.
+        argument: What errors say was to name it.
+
+    Raises:
+        ValueError: If the name is unknown, the data is damaged, or its images are grey where `size` is for
+            colours, or the other way round.
+        FileNotFoundError: If there is no such data.
+        ConnectionError: If it could not be downloaded.
+    """
+    size, crop = sides(size, resize)
+    kind, _, path = name.partition(":")
+    if kind == "imagefolder" and path:
+        return Split(*read_folder(path, train=train, size=size, argument=argument), crop=crop)
+    if kind == "npz" and path:
+        images, labels, classes = read_npz(path, train=train, argument=argument)
+    elif name in NAMES:
+        images, labels, classes = _read_torchvision(name, root, train, argument)
+    else:
+        raise ValueError(
+            f"unknown data set {name!r}.{did_you_mean(name, NAMES)} Known: {', '.join(NAMES)}, npz:PATH, imagefolder:PATH."
+        )
+    if size is None:
+        return Split(images, labels, classes)
+    channels, height, width = size
+    check_colours(name, images.shape[1], channels)
+    return Split(images, labels, classes, (height, width), crop)
+
+
+def sides(size: Sequence[int] | None, resize: int | None) -> tuple[tuple[int, int, int] | None, tuple[int, int] | None]:
+    """Return the shape `(c, h, w)` to resize to and the height and width of the middle to take, as of a `Split`.
+
+    Both are None where nothing is asked for, or inputs are no images.
+    """
+    if size is None or len(size) != 3:
+        return None, None
+    channels, height, width = size
+    return ((channels, height, width), None) if resize is None else ((channels, resize, resize), (height, width))
+
+
+def _read_torchvision(
+    name: str, root: str | Path | None, train: bool, argument: str
+) -> tuple[Tensor, Tensor, list[str]]:
+    from urllib.error import URLError
+
+    from torchvision import datasets
+
+    which = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
+    try:
+        data = getattr(datasets, NAMES[name])(root or "data", download=root is None, **which)
+    except ModuleNotFoundError as error:  # SVHN's files are MATLAB's
+        raise RuntimeError(f"{NAMES[name]} needs {error.name} to read its files. pip install {error.name}.") from None
+    except (RuntimeError, URLError) as error:
+        if root is None:
+            raise ConnectionError(
+                f"{NAMES[name]} could not be downloaded: {error}. Give --data-root, or another set as {argument}."
+            ) from None
+        raise FileNotFoundError(
+            f"data root must hold {NAMES[name]} as torchvision lays it out, got {root} without it. Leave --data-root "
+            f"out to download it, or give another set as {argument}."
+        ) from None
+    except (ValueError, AssertionError, LookupError):  # what torchvision raises for damaged files
+        raise ValueError(
+            f"{NAMES[name]} must be as torchvision lays it out, got a damaged file in {root or 'data'}. "
+            "Download it anew."
+        ) from None
+    images = torch.as_tensor(data.data)
+    labels = torch.as_tensor(data.labels if name == "svhn" else data.targets)
+    if len(images) != len(labels):
+        raise ValueError(f"{NAMES[name]} must have a label per image, got {len(labels)} for {len(images)}.")
+    if images.dim() == 3:
+        images = images[:, None]
+    elif images.shape[3] == 3:
+        images = images.permute(0, 3, 1, 2).contiguous()
+    classes = data.classes if hasattr(data, "classes") else range(10)
+    return images, labels.long(), [str(name) for name in classes]
+
+
+def batches(
+    split: Split,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    augmentation: Augmentation = Augmentation(),  # noqa: B008 (never written to)
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield an epoch's full batches in random order, from number `start` on.
+
+    Order and augmentation depend on seed, epoch and number alone, so a resumed run sees what an
+    uninterrupted one does. A last batch that is not full is left out, unless it is the only one.
+    Colours are the innermost dimension in memory, which convolutions on the CPU are faster for.
+    """
+    stream = seed * 100_003 + epoch
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(stream))
+    for number in range(start, num_batches(split, batch_size)):
+        index = order[number * batch_size : (number + 1) * batch_size]
+        generator = torch.Generator().manual_seed((stream * 1_000_003 + number) % 2**63)
+        x = split.varied(index, augmentation, generator)
+        yield x.contiguous(memory_format=torch.channels_last), split.labels[index]
+
+
+def num_batches(split: Split, batch_size: int) -> int:
+    """Return how many batches `batches` yields from the start of an epoch."""
+    return max(1, len(split) // batch_size)

@@ -1,0 +1,1 @@
+"""What is reported: measurements, HTML reports, comparisons, verification, benchmarks and the demo."""

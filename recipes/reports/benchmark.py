@@ -1,0 +1,281 @@
+"""Costs as ratios, measured side by side in one process: medians of interleaved runs."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import bayeslayers as bl
+import zoo
+from bayeslayers.checks import at_least_one
+from bayeslayers.storage.weight_file import WEIGHTS
+from recipes.training.methods import make_optimizer, method_of
+
+BATCH = 128
+TURN = 10  # steps
+LR = 1e-3  # whatever the method: it costs no time, and lets none diverge
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: the median step of an optimiser, and its ratio to that of Adam on the twin."""
+
+    model: str
+    batch: int
+    optimizer: str
+    median_ms: float
+    ratio_to_adam: float
+
+
+def benchmark_step(
+    rounds: int = 100,
+    seed: int = 0,
+    optimizers: Sequence[str] = ("vogn",),
+    models: Sequence[str] = ("mlp", "lenet5"),
+) -> list[Row]:
+    """Time a training step (one draw) of optimisers beside one of Adam (foreach) on the deterministic twin.
+
+    They take turns of some steps each, so that what is done at every tenth step alone has its share.
+
+    Args:
+        rounds: Steps of each, after a tenth as many to warm up.
+        seed: Of weights and data.
+        optimizers: Names of `recipes.training.methods`, each with its defaults but for the learning rate.
+        models: Names of the zoo, of classifiers.
+
+    Raises:
+        ValueError: If a model or an optimizer is not known, or a model is no classifier.
+    """
+    at_least_one("rounds", rounds)
+    rows, turn = [], min(rounds, TURN)
+    for name in models:
+        torch.manual_seed(seed)
+        model = zoo.create(name)
+        x = torch.rand(BATCH, *zoo.card_of(model).input_size)
+        y = torch.randint(_classes(name, model, x[:1]), (BATCH,))
+        turns = {"adam": _steps(*_trained(model, "adam", foreach=True), x, y, turn)}
+        turns |= {optimizer: _steps(*_trained(model, optimizer), x, y, turn) for optimizer in optimizers}
+        medians = interleaved_medians(turns, rounds // turn)
+        rows += [
+            Row(name, BATCH, optimizer, round(1e3 * median / turn, 3), round(median / medians["adam"], 3))
+            for optimizer, median in medians.items()
+        ]
+    return rows
+
+
+@torch.no_grad()
+def _classes(name: str, model: nn.Module, x: Tensor) -> int:
+    """Return how many classes a network tells apart."""
+    shape = bl.to_deterministic(model).eval()(x).shape
+    if len(shape) != 2:
+        raise ValueError(f"models must be classifiers, got {name}, whose output for one example is {tuple(shape)}.")
+    return shape[1]
+
+
+def _trained(model: nn.Module, name: str, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a copy of the network with its optimizer, an ordinary network for one of torch."""
+    net = bl.to_deterministic(model) if method_of({"name": name}).point else copy.deepcopy(model)
+    return net, make_optimizer({"name": name, "lr": LR, **options}, net, 60_000, seed=0)
+
+
+@dataclass(frozen=True)
+class LoadRow:
+    """One measurement: a posterior loaded to predict one image, and the ratio of its median time to plain torch's."""
+
+    posterior: str
+    num_samples: int
+    median_ms: float
+    plain_ms: float
+    ratio_to_plain: float
+
+
+def benchmark_load(rounds: int = 100) -> list[LoadRow]:
+    """Time `zoo.load` and `predict` for one image beside plain torch that does what of it is needed.
+
+    Plain torch builds the same network of torch.nn layers, reads the same file, and averages as many
+    draws made into the network's own weights. It checks nothing and gives the mean alone.
+
+    Args:
+        rounds: Interleaved runs of each, after a tenth as many to warm up.
+    """
+    at_least_one("rounds", rounds)
+    x, rows = torch.rand(1, 1, 28, 28), []
+    for name, build in {"lenet5-mnist": _plain_lenet5, "mlp-mnist": _plain_mlp}.items():
+        path = zoo.resolve(name) / WEIGHTS
+        for num_samples in (1, 64):
+            medians = interleaved_medians(
+                {
+                    "plain": partial(_plain_prediction, build, path, x, num_samples),
+                    "ours": partial(_prediction, name, x, num_samples),
+                },
+                rounds,
+            )
+            ratio = round(medians["ours"] / medians["plain"], 3)
+            rows.append(
+                LoadRow(name, num_samples, round(1e3 * medians["ours"], 3), round(1e3 * medians["plain"], 3), ratio)
+            )
+    return rows
+
+
+def _prediction(name: str, x: Tensor, num_samples: int) -> Tensor:
+    return bl.predict(zoo.load(name), x, num_samples).mean
+
+
+@torch.no_grad()
+def _plain_prediction(build: Callable[[], nn.Module], path: Path, x: Tensor, num_samples: int) -> Tensor:
+    net, tensors = build().eval(), load_file(path)
+    net.load_state_dict({name: tensors[name] for name, _ in net.named_parameters()})
+    deviations = {name: tensors[f"{name}_precision"].rsqrt() for name, _ in net.named_parameters()}
+    x = (x - tensors["normalise.mean"]) / tensors["normalise.std"]
+    probs = torch.zeros(())
+    for _ in range(num_samples):
+        for name, parameter in net.named_parameters():
+            torch.addcmul(tensors[name], parameter.normal_(), deviations[name], out=parameter)
+        probs = probs + net(x).softmax(1)
+    return probs / num_samples
+
+
+@dataclass(frozen=True)
+class PredictRow:
+    """One measurement: a prediction, and the ratio of its median time per draw to that of a deterministic forward."""
+
+    model: str
+    batch: int
+    num_samples: int
+    method: str
+    median_ms: float
+    forward_ms: float
+    ratio_per_sample: float
+    peak_memory_mb: float
+
+
+def benchmark_predict(
+    rounds: int = 100,
+    seed: int = 0,
+    models: Sequence[str] = ("mlp", "lenet5", "resnet20"),
+    batches: Sequence[int] = (1, 64, 512),
+    num_samples: int = 32,
+) -> list[PredictRow]:
+    """Time `predict` beside one forward pass of the deterministic twin in eval mode.
+
+    Args:
+        rounds: Interleaved runs, after a tenth as many to warm up: of the twin, and a twentieth as many of `predict`,
+            1 at the least.
+        seed: Of weights and data.
+        models: Names of the zoo.
+        batches: Examples per batch.
+        num_samples: Draws.
+    """
+    at_least_one("rounds", rounds)
+    rows = []
+    for name in models:
+        torch.manual_seed(seed)
+        model = zoo.create(name).eval()
+        twin, size = bl.to_deterministic(model).eval(), zoo.card_of(model).input_size
+        for batch in batches:
+            x = torch.rand(batch, *size)
+            options = {"sample": {}, "sample, antithetic": {"antithetic": True}, "local": {"method": "local"}}
+            methods: dict[str, Callable[[], object]] = {
+                method: partial(bl.predict, model, x, num_samples, **own) for method, own in options.items()
+            }
+            passes = max(1, 20 // len(methods))
+            medians = interleaved_medians(
+                {"forward": partial(_forwards, twin, x, passes)} | methods, max(1, rounds // 20)
+            )
+            forward = medians["forward"] / passes
+            for method, action in methods.items():
+                ratio, peak = medians[method] / (num_samples * forward), peak_memory(action) / 2**20
+                times = (round(1e3 * medians[method], 3), round(1e3 * forward, 3))
+                rows.append(PredictRow(name, batch, num_samples, method, *times, round(ratio, 3), round(peak, 1)))
+    return rows
+
+
+@torch.no_grad()
+def _forwards(net: nn.Module, x: Tensor, passes: int) -> None:
+    for _ in range(passes):
+        net(x)
+
+
+def peak_memory(action: Callable[[], object]) -> int:
+    """Return the most bytes that the process held while it ran an action; without Linux, at any time so far."""
+    import resource
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # brings the mark to what is held now
+    except OSError:
+        action()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    action()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def _plain_lenet5() -> nn.Module:
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        conv1=nn.Conv2d(1, 6, 5, padding=2),
+        act1=nn.ReLU(),
+        pool1=nn.MaxPool2d(2),
+        conv2=nn.Conv2d(6, 16, 5),
+        act2=nn.ReLU(),
+        pool2=nn.MaxPool2d(2),
+        flatten=nn.Flatten(),
+        linear1=nn.Linear(400, 120),
+        act3=nn.ReLU(),
+        linear2=nn.Linear(120, 84),
+        act4=nn.ReLU(),
+        output=nn.Linear(84, 10),
+    )
+    return nn.Sequential(layers)
+
+
+def _plain_mlp() -> nn.Module:
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        flatten=nn.Flatten(),
+        hidden1=nn.Linear(784, 400),
+        act1=nn.ReLU(),
+        hidden2=nn.Linear(400, 400),
+        act2=nn.ReLU(),
+        output=nn.Linear(400, 10),
+    )
+    return nn.Sequential(layers)
+
+
+def interleaved_medians(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Return the median time of each action in seconds, the actions taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for number in range(rounds + rounds // 10):
+        for name, action in actions.items():
+            began = time.perf_counter()
+            action()
+            if number >= rounds // 10:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, number: int
+) -> Callable[[], object]:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    def run() -> None:
+        for _ in range(number):
+            optimizer.step(closure)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    return run

@@ -1,0 +1,112 @@
+"""The picture of several training runs: their curves side by side, and their reliability."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bayeslayers.plots.canvas import BLACK, COLOURS, YELLOW, finish, label, legend_below, new_figure, short
+from recipes.training.run_folder import REPORT, Run, measured_on
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOURS = [colour for colour in COLOURS if colour != YELLOW]
+_MARKERS = ("", "s", "^", "X", "D")  # of the first seven runs, the next seven, and so on
+
+
+def draw(runs: Mapping[str, Run], path: str | Path | None = None) -> Figure:
+    """Draw accuracy and NLL against epochs, and accuracy against confidence, a line for each run.
+
+    As Osawa et al. 2019 (arXiv 1906.02506, Fig. 1) show optimisers. The curves' axes hold all but the first quarter
+    of the epochs, for later ones differ by little, and the end of each run; what is beyond is cut off. Bins of the
+    confidence without examples are left out, and the larger a bin's dot, the more of the examples it holds.
+
+    Args:
+        runs: By name.
+        path: File to write, or None.
+    """
+    from matplotlib.lines import Line2D
+
+    figure, styles = new_figure(13, 5), _styles(len(runs))
+    accuracy, nll, reliability = figure.subplots(1, 3)
+    _draw_curves(accuracy, list(runs.values()), styles, ("accuracy", "train_accuracy"))
+    nll.set_yscale("log")
+    _draw_curves(nll, list(runs.values()), styles, ("nll",))
+    _draw_reliability(reliability, list(runs.values()), styles)
+    held_out = measured_on(runs.values())
+    label(accuracy, "Accuracy", "epoch", "accuracy")
+    label(nll, f"NLL ({held_out})", "epoch", "NLL (nats)")
+    label(reliability, "Reliability (test)", "confidence", "accuracy")
+    handles = [
+        Line2D([], [], color=BLACK, label=held_out),
+        Line2D([], [], color=BLACK, ls="--", lw=1, label="training"),
+        Line2D([], [], color=BLACK, ls=":", lw=1, label="calibrated"),
+    ]
+    for (name, run), style in zip(runs.items(), styles, strict=True):
+        handles.append(Line2D([], [], label=short(name, 32) + " (unfinished)" * (not run.finished), lw=2, **style))
+    missing = [short(name) for name, run in runs.items() if run.reliability is None]
+    if missing:
+        without = f"without {REPORT}: {', '.join(missing) if len(missing) < len(runs) else 'all runs'}"
+        lines = textwrap.wrap(without, 46, max_lines=3, placeholder=" and others", break_on_hyphens=False)
+        reliability.set_xlabel("\n".join(["confidence", *lines]))
+    legend_below(figure, handles)
+    return finish(figure, path)
+
+
+def _styles(count: int) -> list[dict[str, Any]]:
+    """Return colour and marker of each run."""
+    turns = [divmod(k, len(_COLOURS)) for k in range(count)]
+    return [{"color": _COLOURS[k], "marker": _MARKERS[turn % len(_MARKERS)], "ms": 4} for turn, k in turns]
+
+
+def _draw_curves(axis: Axes, runs: Sequence[Run], styles: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
+    """Draw the first figure as a line, and the second, if there is one, as a thin dashed one."""
+    from matplotlib.ticker import MaxNLocator
+
+    early, late = max(run.epochs for run in runs) / 4, []
+    for run, style in zip(runs, styles, strict=True):
+        epochs = run.curves["epoch"]
+        markers = style["marker"] or "o" * (len(epochs) == 1), "o" * (len(epochs) == 1)  # a point is no line
+        for key, line, width, marker in zip(keys, ("-", "--"), (1.7, 0.9), markers, strict=False):
+            marks: dict[str, Any] = style | {"marker": marker, "markevery": max(1, len(epochs) // 8)}
+            marks["markerfacecolor"] = style["color"] if line == "-" else "none"
+            axis.plot(epochs, run.curves[key], line, lw=width, **marks)
+            values = [(epoch, x) for epoch, x in zip(epochs, run.curves[key], strict=True) if x > 0]  # and no NaN
+            late += [x for epoch, x in values if epoch > early] or [x for _, x in values[-1:]]
+    late = [x for x in late if math.isfinite(x)]
+    if late:
+        _show_values(axis, min(late), max(late))
+    axis.grid(alpha=0.3)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+
+
+def _show_values(axis: Axes, low: float, high: float) -> None:
+    """Let an axis of figures, linear or logarithmic, show those from low to high, with ticks in plain numbers."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+    if axis.get_yscale() == "linear":
+        margin = 0.06 * (high - low) or 0.01
+        axis.set_ylim(low - margin, high + margin)
+        return
+    margin = (high / low) ** 0.06 if high > low else 1.1
+    axis.set_ylim(low / margin, high * margin)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)) if high > 4 * low else MaxNLocator(6))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def _draw_reliability(axis: Axes, runs: Sequence[Run], styles: Sequence[dict[str, Any]]) -> None:
+    axis.plot([0, 1], [0, 1], ":", color=BLACK, lw=1)
+    for run, style in zip(runs, styles, strict=True):
+        if run.reliability:
+            confidence, accuracy, share = zip(*run.reliability, strict=True)
+            axis.plot(confidence, accuracy, lw=1, alpha=0.5, color=style["color"])
+            areas = [3 + 80 * x**0.5 for x in share]
+            axis.scatter(confidence, accuracy, areas, color=style["color"], marker=style["marker"] or "o", lw=0)
+    axis.set(xlim=(0, 1.03), ylim=(0, 1.03))
+    axis.grid(alpha=0.3)

@@ -1,0 +1,291 @@
+"""Whether a posterior does what its card says: figures measured anew beside the claimed ones.
+
+A figure is an average over draws, so another seed or another release of torch gives another value. How
+far apart two measurements may be is estimated by the bootstrap over draws (Efron 1979). Whole draws
+are resampled, in blocks, for one draw moves all examples at once. Figures without draws, at the
+posterior means, must agree to rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bayeslayers as bl
+import zoo
+from bayeslayers.metrics import classification_metrics, ood_auroc
+from bayeslayers.metrics.ranking import Levels
+from bayeslayers.prediction import Prediction, predict
+from recipes.data.slices import Points, load_slice, sliced
+from recipes.data.split import NAMES, Split, load_split
+
+BLOCKS, RESAMPLES = 16, 64  # blocks of draws, and bootstrap samples of them
+DEVIATIONS = 6.0  # tolerated standard deviations: 1 figure in 40,000 by chance, by Student's t of 15 degrees
+LARGEST_SEED = 2**63 - 1
+MAX_SAMPLES = 10_000  # a card is not to be trusted with the time of whoever verifies it
+_SETTINGS = ("test_examples", "num_samples", "seed")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claimed figure beside the measured one, which is None for a figure that `verify` does not know."""
+
+    posterior: str
+    data: str
+    figure: str
+    claimed: float
+    measured: float | None
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether they agree."""
+        return self.measured is not None and abs(self.claimed - self.measured) <= self.tolerance
+
+
+def verify(name: str | Path, data_root: str | Path | None = None, seed: int | None = None) -> list[Check]:
+    """Measure a posterior anew, and compare each figure with its card's.
+
+    A card with `verification` is checked on the bundled slice. The card's `metrics` are checked on the
+    whole test split where `data_root` is given, or there is no `verification`. Figures of strangers that have no
+    name in `load_split` are not measured.
+
+    Args:
+        name: A posterior, as for `zoo.load`.
+        data_root: Folder of data, as for `load_split`.
+        seed: Of the draws; None for the card's.
+
+    Raises:
+        ValueError: If there is no such posterior, its files are bad, it is neither of classes nor of one
+            yes or no, its data is none that can be loaded, or its card claims nothing.
+    """
+    model = zoo.load(name)
+    card = zoo.card_of(model)
+    if not (card.verification or card.metrics):
+        raise ValueError(f"card of {card.name!r} must claim figures, got none.")
+    checks = []
+    if card.verification:
+        known = _slice(_dataset(card), card)
+        strangers = {ood: _slice(ood, card) for ood in _strangers(card.verification)}
+        checks += compare(model, card.verification, known, strangers, f"{_dataset(card)} slice", seed)
+    if data_root is not None or not card.verification:
+        known = _test_split(_dataset(card), data_root, card)
+        reachable = [ood for ood in _strangers(card.metrics) if ood in (*NAMES, *sliced())]
+        strangers = {ood: _test_split(ood, data_root, card) for ood in reachable}
+        checks += compare(model, card.metrics, known, strangers, _dataset(card), seed)
+    return checks
+
+
+def record(name: str | Path) -> bl.Card:
+    """Measure a posterior on the bundled slices, and write the figures to its folder as its `verification`.
+
+    Args:
+        name: A bundled name or a folder, which is rewritten. Its card's metrics say how many draws and
+            which strangers; those without a slice are left out.
+
+    Raises:
+        ValueError: If there is no such posterior, its files are bad, or its data has no slice.
+    """
+    if str(name) not in zoo.list_posteriors() and not Path(name).is_dir():
+        raise ValueError(f"posterior must be a bundled name or a folder to record in, got {str(name)!r}.")
+    folder = zoo.resolve(name)
+    model = zoo.load(folder)
+    card = zoo.card_of(model)
+    known = _slice(_dataset(card), card)
+    strangers = {ood: _slice(ood, card) for ood in _strangers(card.metrics) if ood in sliced()}
+    of_means = card.metrics.get("num_samples", 0) < 2
+    num_samples, seed = _settings({} if of_means else card.metrics, None)
+    values, _ = measure(model, known, strangers, num_samples, seed)
+    settings = {"test_examples": len(known), "num_samples": num_samples, "seed": seed}
+    rounded = {key: round(value, 5) for key, value in values.items() if not math.isnan(value)}
+    return bl.save_posterior(model, folder, name=card.name, verification=rounded | settings)
+
+
+def compare(
+    model: nn.Module,
+    claimed: Mapping[str, float],
+    known: Split | Points,
+    strangers: Mapping[str, Split | Points],
+    data: str,
+    seed: int | None = None,
+) -> list[Check]:
+    """Return a check of every claimed figure.
+
+    Two measurements differ by sqrt(2) of the standard error of one. Where the claim was measured on
+    another number of examples, those count as a part of these or the other way round, and the
+    difference of such means is allowed for.
+
+    Args:
+        model: A posterior of the zoo.
+        claimed: Figures, with `num_samples`, `seed` and `test_examples` of the claim.
+        known: Examples to measure on.
+        strangers: Examples of other data sets.
+        data: Name of the examples.
+        seed: Of the draws; None for the claim's.
+    """
+    of = _whole(claimed, "test_examples", 0, 0, LARGEST_SEED)
+    values, errors = measure(model, known, strangers, *_settings(claimed, seed), of=of)
+    name, checks = zoo.card_of(model).name, []
+    for figure, claim in claimed.items():
+        if figure in _SETTINGS:
+            continue
+        rounding = 1e-5 + 1e-4 * abs(claim) + (2 / len(known) if figure == "accuracy" else 0)
+        tolerance = max(DEVIATIONS * errors.get(figure, 0.0), rounding)
+        checks.append(Check(name, data, figure, float(claim), values.get(figure), tolerance))
+    return checks
+
+
+def measure(
+    model: nn.Module,
+    known: Split | Points,
+    strangers: Mapping[str, Split | Points],
+    num_samples: int,
+    seed: int,
+    of: int = 0,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return figures, and the standard deviation of the difference to another measurement of each.
+
+    Args:
+        model: A posterior of classes, or of one yes or no.
+        known: Examples of its data set.
+        strangers: Examples of others, by name.
+        num_samples: Draws, >= 2.
+        seed: Of the draws.
+        of: Number of examples of the other measurement; 0 for these examples.
+    """
+    splits = {"": known, **strangers}
+    draws = {name: _draw_blocks(model, split, num_samples, seed) for name, split in splits.items()}
+    counts = torch.tensor([block.num_samples for block in draws[""]], dtype=torch.float64)
+    parts = {name: _pool(blocks, counts) for name, blocks in draws.items()}
+    generator = torch.Generator().manual_seed(0)  # of the bootstrap: the same tolerance each time
+    resampled = []
+    for _ in range(RESAMPLES):
+        repeats = torch.randint(len(counts), counts.shape, generator=generator).bincount(minlength=len(counts))
+        resampled.append(_figures({name: _pool(b, counts * repeats) for name, b in draws.items()}, known.labels))
+    # Two measurements differ; and n resampled blocks spread (n - 1) / n as much as n new ones.
+    correction = 2 * len(counts) / (len(counts) - 1)
+    variance = {key: correction * spread for key, spread in _variances(resampled).items()}
+    if of not in (0, len(known)):
+        resampled = []
+        for _ in range(RESAMPLES):
+            index = {name: torch.randint(len(s), (len(s),), generator=generator) for name, s in splits.items()}
+            chosen = {name: _select(part, index[name]) for name, part in parts.items()}
+            resampled.append(_figures(chosen, known.labels[index[""]]))
+        variance = {key: v + abs(len(known) / of - 1) * _variances(resampled)[key] for key, v in variance.items()}
+    means = {
+        name: predict(model, split.inputs(slice(None)), method="mean", batch_size=1000)
+        for name, split in splits.items()
+    }
+    exact = {
+        "nll_at_means": classification_metrics(means[""], known.labels)["nll"],
+        **{f"total{_suffix(name)}_at_means": float(part.total.double().mean()) for name, part in means.items()},
+        "kl": float(bl.kl_divergence(model).detach()),
+    }
+    return _figures(parts, known.labels) | exact, {key: math.sqrt(value) for key, value in variance.items()}
+
+
+def _draw_blocks(model: nn.Module, split: Split | Points, num_samples: int, seed: int) -> list[Prediction]:
+    """Return predictions by blocks of draws, which together are those of one `predict` by the card's method."""
+    generator = torch.Generator().manual_seed(seed)
+    number = min(BLOCKS, num_samples)
+    sizes = [num_samples // number + (block < num_samples % number) for block in range(number)]
+    x = split.inputs(slice(None))
+    how: Any = zoo.card_of(model).method
+    return [predict(model, x, size, method=how, batch_size=1000, generator=generator) for size in sizes]
+
+
+def _pool(blocks: Sequence[Prediction], counts: Tensor) -> Prediction:
+    """Return the prediction over all blocks of draws, each counted that often."""
+    # Divided by last: whole numbers keep the mean of probabilities at most 1, for rounding is monotone.
+    mean, aleatoric = (
+        torch.tensordot(counts, torch.stack([getattr(block, part) for block in blocks]).double(), 1) / counts.sum()
+        for part in ("mean", "aleatoric")
+    )
+    total, epistemic = blocks[0].likelihood.split(mean, torch.zeros_like(mean), aleatoric)
+    return dataclasses.replace(blocks[0], mean=mean, total=total, aleatoric=aleatoric, epistemic=epistemic)
+
+
+def _select(prediction: Prediction, index: Tensor) -> Prediction:
+    chosen = {key: getattr(prediction, key)[index] for key in ("mean", "total", "aleatoric", "epistemic")}
+    return dataclasses.replace(prediction, **chosen)
+
+
+def figures(parts: Mapping[str, Prediction], labels: Tensor) -> dict[str, float]:
+    """Return figures of predictions of classes, or of one yes or no.
+
+    Args:
+        parts: Predictions for the examples of a posterior's data set, by "", and for those of others, by name.
+        labels: Of the former.
+    """
+    known = parts[""]
+    found = classification_metrics(known, labels)
+    for name, part in parts.items():
+        for kind in ("total", "epistemic"):
+            found[f"{kind}{_suffix(name)}"] = float(getattr(part, kind).mean())
+        if name:
+            found[f"ood_auroc_{name}"] = ood_auroc(known.total.flatten(), part.total.flatten())
+            found[f"ood_auroc_{name}_epistemic"] = ood_auroc(known.epistemic.flatten(), part.epistemic.flatten())
+    return found
+
+
+def _figures(parts: Mapping[str, Prediction], labels: Tensor) -> dict[str, float]:
+    """Return `figures`, and how well confidence tells errors from right predictions: NaN without one or the other."""
+    found, known = figures(parts, labels), parts[""]
+    levels = Levels.of(1 - known.confidence.flatten(), (known.labels != labels).flatten())
+    return found | {"misclassification_auroc_confidence": levels.auroc()}
+
+
+def _suffix(name: str) -> str:
+    return f"_{name}" if name else ""
+
+
+def _variances(resampled: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the variance of each figure over the bootstrap samples that have it."""
+    values = {key: torch.tensor([found[key] for found in resampled], dtype=torch.float64) for key in resampled[0]}
+    there = {key: value[value.isfinite()] for key, value in values.items()}
+    return {key: float(value.var()) if len(value) > 1 else math.inf for key, value in there.items()}
+
+
+def _settings(claimed: Mapping[str, float], seed: int | None) -> tuple[int, int]:
+    """Return number and seed of the draws of a claim."""
+    num_samples = _whole(claimed, "num_samples", 64, 2, MAX_SAMPLES, " --record measures with more draws.")
+    own = _whole(claimed, "seed", 0, 0, LARGEST_SEED)
+    return num_samples, own if seed is None else seed
+
+
+def _whole(claimed: Mapping[str, float], name: str, default: int, least: int, most: int, advice: str = "") -> int:
+    """Return a setting of a claim, which anyone may have written."""
+    value = claimed.get(name, default)
+    if not (least <= value <= most and value == int(value)):
+        raise ValueError(f"card's {name} must be from {least} to {most}, got {value}.{advice}")
+    return int(value)
+
+
+def _dataset(card: bl.Card) -> str:
+    """Return the name of the data set, the first word of what the card says of it."""
+    return card.dataset.partition(" ")[0]
+
+
+def _strangers(figures: Mapping[str, float]) -> list[str]:
+    """Return the names of the data sets that figures tell from the posterior's own."""
+    return sorted({found[1] for key in figures if (found := re.fullmatch("ood_auroc_(.+?)(_epistemic)?", key))})
+
+
+def _test_split(name: str, data_root: str | Path | None, card: bl.Card) -> Split | Points:
+    """Return a test split as a posterior takes it; that of a data set that nothing but its slice is of, the slice."""
+    if name in sliced() and name not in NAMES:
+        return _slice(name, card)
+    return load_split(name, data_root, train=False, size=card.input_size, resize=card.resize)
+
+
+def _slice(name: str, card: bl.Card) -> Split | Points:
+    """Return a slice as a posterior takes it."""
+    return load_slice(name, card.input_size, card.resize)

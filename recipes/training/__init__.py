@@ -1,0 +1,1 @@
+"""Training: configuration, methods, the loop, and the folder that a run leaves."""

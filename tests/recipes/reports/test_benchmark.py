@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import zoo
+from bayeslayers.storage.weight_file import WEIGHTS
+from recipes.cli import main
+from recipes.reports import benchmark
+from recipes.reports.demo import ASSETS
+from recipes.training import methods
+
+
+@pytest.mark.parametrize(("name", "build"), [("lenet5-mnist", "_plain_lenet5"), ("mlp-mnist", "_plain_mlp")])
+def test_plain_torch_predicts_the_same(name, build):
+    build = getattr(benchmark, build)
+    digit = load_file(ASSETS)["digits"][4:5, None].float() / 255
+    ours = benchmark._prediction(name, digit, 64)
+    plain = benchmark._plain_prediction(build, zoo.resolve(name) / WEIGHTS, digit, 64)
+    assert_close(plain, ours, rtol=0, atol=0.05)
+    model, net = zoo.load(name), build()
+    net.load_state_dict({key: model.get_parameter(key) for key, _ in net.named_parameters()})
+    assert_close(net(model.normalise(digit)), model(digit))
+    assert [key for key, _ in net.named_parameters()] == [key for key, _ in model.named_parameters()]
+
+
+def test_the_load_benchmark_compares_side_by_side(capsys):
+    before = torch.random.get_rng_state()
+    assert main(["benchmark", "load", "--rounds", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["posterior"], row["num_samples"]) for row in rows] == [
+        ("lenet5-mnist", 1),
+        ("lenet5-mnist", 64),
+        ("mlp-mnist", 1),
+        ("mlp-mnist", 64),
+    ]
+    for row in rows:
+        assert row["ratio_to_plain"] == pytest.approx(row["median_ms"] / row["plain_ms"], rel=0.01)
+    torch.random.set_rng_state(before)
+
+
+METHODS = ("sample", "sample, antithetic", "local")
+
+
+def test_the_predict_benchmark_gives_ratios_per_draw():
+    before = torch.random.get_rng_state()
+    rows = benchmark.benchmark_predict(1, models=["lenet5"], batches=[1, 3], num_samples=4)
+    assert [(row.batch, row.method) for row in rows] == [(b, m) for b in (1, 3) for m in METHODS]
+    for row in rows:
+        assert row.ratio_per_sample == pytest.approx(row.median_ms / (4 * row.forward_ms), rel=0.02)
+    torch.random.set_rng_state(before)
+
+
+def test_the_step_benchmark_takes_every_method(capsys):
+    before = torch.random.get_rng_state()
+    rows = benchmark.benchmark_step(
+        1, optimizers=[name for name in methods.METHODS if name != "adam"], models=["lenet5"]
+    )
+    assert [row.optimizer for row in rows] == ["adam", *(name for name in methods.METHODS if name != "adam")]
+    assert [row.ratio_to_adam == 1 for row in rows][:2] == [True, False]
+    words = ["--optimizers", "sgd", "--models", "mlp", "alexnet"]
+    assert main(["benchmark", "step", "--rounds", "1", *words, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["model"], row["optimizer"]) for row in rows] == [
+        (model, optimizer) for model in ("mlp", "alexnet") for optimizer in ("adam", "sgd")
+    ]
+    with pytest.raises(ValueError, match=r"models must be classifiers, got smp:Unet/resnet18, .* \(1, 2, 224, 224\)"):
+        benchmark.benchmark_step(1, models=["smp:Unet/resnet18"])
+    with pytest.raises(ValueError, match=r"optimizer must be one of .*, got 'vogm'. Did you mean 'vogn'"):
+        benchmark.benchmark_step(1, optimizers=["vogm"], models=["mlp"])
+    torch.random.set_rng_state(before)
+
+
+PEAKS = """
+import torch
+from recipes.benchmark import peak_memory
+print(*(peak_memory(lambda: torch.ones(n, dtype=torch.uint8)) for n in (1, 2**26)))
+"""
+
+
+def test_peak_memory_is_that_of_the_action():
+    done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True)
+    little, much = map(int, done.stdout.split())
+    assert 0.5 * 2**26 < much - little < 1.5 * 2**26

@@ -1,0 +1,5 @@
+"""The networks of the zoo, one family a file; importing them registers their builders."""
+
+from zoo.networks import alexnet, lenet, mlp, resnet, segmentation, vgg
+
+__all__ = ["alexnet", "lenet", "mlp", "resnet", "segmentation", "vgg"]
