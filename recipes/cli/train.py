@@ -37,7 +37,7 @@ def _toy2d() -> ModuleType:
 RECIPES = {"classification": _classification, "toy2d": _toy2d}
 
 
-def train(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Train a posterior from a configuration file."""
     recipe, config = _asked_for(arguments)
     if arguments.print_config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.data.names import shortest_ends
-from recipes.reports.tables import cell, print_fitting
+from recipes.reports.tables import cell
 from recipes.training.run_folder import FIGURES, OOD, Run, measured_on, read_run
 
 if TYPE_CHECKING:
@@ -183,16 +182,3 @@ def compare(folders: Sequence[str | Path], output: str | Path | None = None) -> 
 
         draw(runs, output)
     return Comparison(runs)
-
-
-def show(arguments: argparse.Namespace) -> int:
-    """Print the comparison that the command line asks for."""
-    comparison = compare(arguments.runs, arguments.output)
-    if arguments.json or arguments.markdown:
-        print(comparison.to_json() if arguments.json else comparison.to_markdown(), end="")
-        return 0
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    print_fitting(console, comparison.__rich__(), comparison.titles(), comparison.cells(), fit=console.is_terminal)
-    return 0

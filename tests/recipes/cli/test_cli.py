@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ import bayeslayers as bl
 import zoo
 from bayeslayers.prediction.predict import METHODS as predict_methods
 from bayeslayers.storage.posterior import read_card
-from recipes.cli import main
-from recipes.cli.parser import METHODS
+from recipes.cli import main, parser
+from recipes.cli.options import METHODS
+from recipes.cli.parser import COMMANDS
 from recipes.cli.train import CONFIGS
 from recipes.reports.demo import ASSETS
 
@@ -287,6 +289,13 @@ def test_what_cannot_work_is_said_before_anything_heavy_is_imported(tmp_path, wo
 def test_demo_refuses_a_folder_that_may_not_be_written(capsys, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o555)
     assert "that you may write" in failure(capsys, "demo", "--output", str(tmp_path / "locked/demo.png"))
+
+
+def test_each_command_is_one_file_and_each_file_one_command():
+    files = {path.stem for path in Path(parser.__file__).parent.glob("*.py")}
+    assert files - {"__init__", "__main__", "parser", "options"} == set(COMMANDS)
+    for name, command in COMMANDS.items():
+        assert command.__name__ == f"recipes.cli.{name}" and (command.run.__doc__ or "").count("\n") == 0
 
 
 def test_version_is_printed(capsys):

@@ -1,0 +1,57 @@
+"""The command `bayeslayers benchmark`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from recipes.cli.options import add_data_root, add_json
+
+_TASKS = ["toy", "mnist", "energy"]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `benchmark`."""
+    parser.add_argument(
+        "what",
+        choices=["step", "load", "predict", "defaults"],
+        help="step: a training step of VOGN beside one of Adam; load: a posterior loaded to predict one image, beside "
+        "plain torch; predict: 32 samples beside one forward pass; defaults: what VOGN and IVON reach when only "
+        "dataset_size is given, beside Adam",
+    )
+    parser.add_argument("--rounds", type=int, default=100, help="interleaved runs of each (%(default)s)")
+    _add_names(parser, "--optimizers", ["vogn"], "step: beside Adam, by their recipes' names (vogn)")
+    models = "step: classifiers of the zoo, on batches of 128 (mlp lenet5)"
+    _add_names(parser, "--models", ["mlp", "lenet5"], models)
+    tasks = f"defaults: of {' '.join(_TASKS)} (these), fashion resnet18 unet (minutes)"
+    _add_names(parser, "--tasks", _TASKS, tasks)
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="defaults: runs of each (%(default)s)")
+    add_data_root(parser, "defaults: folder of data (stand-ins are generated)")
+    add_json(parser)
+
+
+def _add_names(parser: argparse.ArgumentParser, option: str, default: list[str], text: str) -> None:
+    parser.add_argument(option, nargs="+", default=default, metavar="NAME", help=text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure costs as ratios, or what the defaults reach, side by side in one process."""
+    from recipes.reports.benchmark import benchmark_load, benchmark_predict, benchmark_step
+
+    if arguments.what == "defaults":
+        from recipes.reports.benchmark_defaults import benchmark_defaults
+
+        measured = benchmark_defaults(arguments.tasks, arguments.seeds, arguments.data_root)
+    elif arguments.what == "step":
+        measured = benchmark_step(arguments.rounds, optimizers=arguments.optimizers, models=arguments.models)
+    else:
+        measured = {"load": benchmark_load, "predict": benchmark_predict}[arguments.what](arguments.rounds)
+    rows = [dataclasses.asdict(row) for row in measured]
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        from recipes.reports.tables import print_table
+
+        print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
+    return 0

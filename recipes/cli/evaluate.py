@@ -1,0 +1,56 @@
+"""The command `bayeslayers evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+
+from recipes.cli.options import add_data_root, add_device, add_json, add_method, add_posterior, add_samples, typed_path
+from recipes.data.names import expanded
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `evaluate`."""
+    add_posterior(parser)
+    data = "mnist, cifar10, npz:PATH, imagefolder:PATH, ... (the card's)"
+    parser.add_argument("--data", type=expanded, metavar="NAME", help=data)
+    add_data_root(parser, "folder of data already there (downloaded to data)")
+    ood = "out-of-distribution data; repeatable"
+    parser.add_argument("--ood", type=expanded, action="append", default=[], metavar="NAME", help=ood)
+    add_method(parser)
+    parser.add_argument("--limit", type=int, metavar="N", help="use N examples of each set alone")
+    batch = "examples per forward pass (%(default)s)"
+    parser.add_argument("--batch-size", type=int, default=250, metavar="N", help=batch)
+    parser.add_argument("--report", type=typed_path, metavar="FOLDER", help="write report.html and report.json there")
+    add_samples(parser)
+    add_device(parser)
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure a posterior on data, and how well it recognises out-of-distribution data."""
+    from recipes.reports.measure import Question, evaluate
+    from recipes.training.run_folder import check_folder
+
+    if (folder := arguments.report) is not None:
+        check_folder("report", folder)
+    options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Question)}
+    shown = not arguments.json and sys.stdout.isatty()
+    answer = evaluate(Question(**options), arguments.data_root, progress=shown, device=arguments.device)
+    if folder is not None:
+        from recipes.reports.html import write_report
+
+        write_report(answer, folder)
+    if arguments.json:
+        print(answer.to_json(), end="")
+        return 0
+    from rich.console import Console
+
+    from bayeslayers.display import printable
+
+    print(printable(f"{answer.question.posterior} on {answer.question.data}"))
+    Console().print(answer.evaluation)
+    if folder is not None:
+        print(printable(f"written to {folder / 'report.html'} and report.json"))
+    return 0
