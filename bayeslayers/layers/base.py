@@ -144,8 +144,8 @@ class BayesianLayer(nn.Module):
         """Return a drawn output of the layer, whose op is given."""
         if self.active_leaves() is not None:
             raise RuntimeError(
-                f"curvature must be tracked under how='weights', got how={perturbation.how!r}: it squares per-example "
-                "gradients at one draw of the weights."
+                f"curvature must be tracked under estimator='weights', got {perturbation.estimator!r}: it squares "
+                "per-example gradients at one draw of the weights."
             )
         return perturbation(op, input, self.value("weight"), self.value("bias"))  # the means: no weight is drawn
 

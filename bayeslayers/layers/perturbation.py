@@ -4,7 +4,7 @@ One drawn weight serves a whole batch, so the noise of the examples' gradients i
 average out over them. A layer that is linear in its weight can draw for each example by itself, at
 the cost of a second op, which lowers the variance of a batch's gradient.
 
-A layer that runs twice draws anew each time.
+A layer that runs twice draws new noise each time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from bayeslayers.distributions.noise import StandardNormal
 from bayeslayers.dtypes import at_least_float32, full_precision
 
-How = Literal["weights", "local", "flipout"]
+Estimator = Literal["weights", "local", "flipout"]  # of the expectation over the weights
 Op = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of input, weight and bias, linear in the latter two together
 
 
@@ -27,7 +27,7 @@ class Perturbation(abc.ABC):
     """How one layer draws its output inside a scope.
 
     Args:
-        how: Its name.
+        estimator: Its name.
         generator: Source of the noise; torch's default one if None.
 
     Attributes:
@@ -35,8 +35,8 @@ class Perturbation(abc.ABC):
             certain.
     """
 
-    def __init__(self, how: How, generator: torch.Generator | None):
-        self.how = how
+    def __init__(self, estimator: Estimator, generator: torch.Generator | None):
+        self.estimator = estimator
         self.values: dict[str, Tensor] = {}
         self._generator = generator
 
@@ -50,8 +50,9 @@ class Perturbation(abc.ABC):
         recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if recomputed and self._generator is not None:
             raise RuntimeError(
-                f"a checkpointed layer must draw from torch's default generator under how={self.how!r}, got another: "
-                "the layer would draw anew when it is recomputed. Leave generator at None, or use how='weights'."
+                f"a checkpointed layer must draw from torch's default generator under estimator={self.estimator!r}, "
+                "got another: the layer would draw other noise when it is recomputed. Leave generator at None, or use "
+                "estimator='weights'."
             )
         return self._generator
 

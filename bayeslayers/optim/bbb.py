@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.checks import fraction, non_negative, positive
-from bayeslayers.layers.perturbation import How
+from bayeslayers.layers.perturbation import Estimator
 from bayeslayers.optim.adam import adam_direction
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
@@ -45,13 +45,14 @@ class BBB(VariationalOptimizer):
         prior_precision: Precision of the prior for every Bayesian tensor; None keeps the layers'.
         init_precision: Precision of the posterior at the start; None keeps the layers'.
         temperature: T of the tempered posterior; the likelihood counts N/T times. T < 1 sharpens.
-        how: "weights" draws each weight once for the batch, "local" and "flipout" draw the outputs of
+        estimator: "weights" draws each weight once for the batch, "local" and "flipout" draw the outputs of
             linear layers and convolutions by example, for gradients of a lower variance; see `sampled`.
         num_samples: Draws per `step(closure)`.
         generator: Source of the draws, on the model's device; torch's default one if None.
         groups: Parameter groups with hyperparameters of their own, each a dict of `params` and any of
             lr, beta1, beta2, temperature, prior_precision.
         sync: Average over the ranks of torch.distributed's default group before each step.
+        how: The former name of `estimator`, which it replaces if given.
 
     Raises:
         ValueError: If an argument breaks its rule, or the model has no Bayesian layer.
@@ -60,7 +61,7 @@ class BBB(VariationalOptimizer):
         >>> import torch, bayeslayers as bl
         >>> net = bl.BayesLinear(2, 1)
         >>> x, y = torch.randn(8, 2), torch.randn(8, 1)
-        >>> optimizer = bl.BBB(net, dataset_size=8, how="local")
+        >>> optimizer = bl.BBB(net, dataset_size=8, estimator="local")
         >>> with optimizer.sampled():
         ...     torch.nn.functional.mse_loss(net(x), y).backward()
         >>> optimizer.step()
@@ -79,13 +80,14 @@ class BBB(VariationalOptimizer):
         prior_precision: float | None = None,
         init_precision: float | None = None,
         temperature: float = 1.0,
-        how: How = "weights",
+        estimator: Estimator = "weights",
         num_samples: int = 1,
         generator: torch.Generator | None = None,
         groups: Sequence[Mapping[str, Any]] | None = None,
         sync: bool = False,
+        how: Estimator | None = None,
     ):
-        self.how: How = how
+        self.estimator: Estimator = estimator if how is None else how
         super().__init__(
             model,
             dataset_size,
@@ -101,7 +103,9 @@ class BBB(VariationalOptimizer):
 
     def _bind(self) -> None:
         super()._bind()
-        self._sampler = Sampler(list(self._sites.values()), self._generator, how=self.how, differentiable=True)
+        self._sampler = Sampler(
+            list(self._sites.values()), self._generator, estimator=self.estimator, differentiable=True
+        )
 
     def _scope(self, noise: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
         return self._sampler.draw(noise)

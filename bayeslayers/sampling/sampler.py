@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bayeslayers.distributions.matrix_gaussian import as_matrix, correlated
 from bayeslayers.distributions.noise import StandardNormal
 from bayeslayers.layers import BayesianLayer, can_draw_output
-from bayeslayers.layers.perturbation import PERTURBATIONS, How, Perturbation
+from bayeslayers.layers.perturbation import PERTURBATIONS, Estimator, Perturbation
 from bayeslayers.sampling.placement import placed
 from bayeslayers.sampling.sites import Site, posterior
 
@@ -20,7 +20,8 @@ def sampled(
     model: nn.Module,
     generator: torch.Generator | None = None,
     noise: Mapping[str, Tensor] | None = None,
-    how: How = "weights",
+    estimator: Estimator = "weights",
+    how: Estimator | None = None,
 ) -> AbstractContextManager[None]:
     """Compute with one draw of the posterior's weights inside the scope, with the means again after it.
 
@@ -32,12 +33,13 @@ def sampled(
         generator: Source of the noise, on the model's device; torch's default one if None.
         noise: Standard normal values by parameter name, in place of drawn ones (for antithetic
             pairs, say). It must name every site.
-        how: "weights" draws each weight once for the scope. "local" and "flipout" draw the outputs of
+        estimator: "weights" draws each weight once for the scope. "local" and "flipout" draw the outputs of
             linear layers and convolutions, example by example (`perturbation.LocalReparameterization`,
             `perturbation.Flipout`), and other layers' weights as before. Under these two there is no
             curvature to track; "local" takes no `noise`. A matrix-variate posterior has its weight drawn.
+        how: The former name of `estimator`, which it replaces if given.
     """
-    return Sampler(list(posterior(model)), generator, how=how).draw(noise)
+    return Sampler(list(posterior(model)), generator, estimator=estimator if how is None else how).draw(noise)
 
 
 class Sampler:
@@ -47,7 +49,7 @@ class Sampler:
         sites: The uncertain tensors to draw.
         generator: Source of the noise; torch's default one if None.
         frozen: The posterior will not change between draws, so that standard deviations are kept.
-        how: What is drawn; see `sampled`.
+        estimator: What is drawn; see `sampled`.
         differentiable: Let backward passes reach the standard deviations, by `leaves`.
 
     Attributes:
@@ -62,14 +64,14 @@ class Sampler:
         sites: Sequence[Site],
         generator: torch.Generator | None = None,
         frozen: bool = False,
-        how: How = "weights",
+        estimator: Estimator = "weights",
         differentiable: bool = False,
     ):
-        if how not in ("weights", *PERTURBATIONS):
-            raise ValueError(f"how must be 'weights', 'local' or 'flipout', got {how!r}.")
+        if estimator not in ("weights", *PERTURBATIONS):
+            raise ValueError(f"estimator must be 'weights', 'local' or 'flipout', got {estimator!r}.")
         self.sites = sites
         self.generator = generator
-        self.how: How = how
+        self.estimator: Estimator = estimator
         self.differentiable = differentiable
         self.leaves: dict[str, Tensor] = {}
         self.noise: dict[str, tuple[Tensor, float]] = {}
@@ -78,7 +80,9 @@ class Sampler:
         for site in sites:
             if isinstance(site.module, BayesianLayer):
                 self._layers.setdefault(site.module, {})[site.key] = site
-        self._perturbed = [m for m in self._layers if how in PERTURBATIONS and m not in tied and can_draw_output(m)]
+        self._perturbed = [
+            m for m in self._layers if estimator in PERTURBATIONS and m not in tied and can_draw_output(m)
+        ]
         # Memory is kept from draw to draw: on a CPU its allocation costs as much as the arithmetic.
         self._noise: dict[str, Tensor] = {}
         self._deviations = {site.name: site.deviation for site in sites} if frozen else None
@@ -86,12 +90,12 @@ class Sampler:
     @contextmanager
     def draw(self, noise: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Compute with a new draw inside the scope; see `sampled`."""
-        if noise is not None and self.how == "local":
-            raise ValueError("noise must be None under how='local', which draws outputs, got values for weights.")
+        if noise is not None and self.estimator == "local":
+            raise ValueError("noise must be None under estimator='local', which draws outputs, got values for weights.")
         normal = StandardNormal(self.generator)
         self.leaves, self.noise = {}, {}
         perturbations: dict[nn.Module, Perturbation] = {
-            layer: PERTURBATIONS[self.how](self.how, self.generator) for layer in self._perturbed
+            layer: PERTURBATIONS[self.estimator](self.estimator, self.generator) for layer in self._perturbed
         }
         values: dict[str, Tensor] = {}
         for site in self.sites:
@@ -113,7 +117,7 @@ class Sampler:
         """Return the draw of a site; None if its layer draws the output, with what it gets here."""
         mean = site.mean
         deviation = site.deviation if self._deviations is None else self._deviations[site.name]
-        if perturbation is not None and self.how == "local":
+        if perturbation is not None and self.estimator == "local":
             perturbation.values[site.key] = self._leaf(site, deviation)
             return None
         values, factor = self._noise_of(site, mean, normal) if noise is None else (_given(noise, site), 1.0)

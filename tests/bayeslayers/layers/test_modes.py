@@ -69,9 +69,9 @@ def assert_z(estimate: torch.Tensor, expected: torch.Tensor | float, deviation: 
     assert_close(z.abs().clamp(max=5), z.abs())
 
 
-def draws(layer: nn.Module, x: torch.Tensor, how: str, count: int) -> torch.Tensor:
+def draws(layer: nn.Module, x: torch.Tensor, estimator: str, count: int) -> torch.Tensor:
     """Return outputs `(count, n, k)`, each under a scope of its own."""
-    sampler = Sampler(list(bl.posterior(layer)), seeded(), how=how)
+    sampler = Sampler(list(bl.posterior(layer)), seeded(), estimator=estimator)
     outputs = []
     for _ in range(count):
         with sampler.draw(), torch.no_grad():
@@ -84,7 +84,7 @@ def test_local_entries_have_the_moments_of_weight_draws_and_are_independent(laye
     layer, x = prepared(layer, shape)
     mean, covariance = moments(layer, x)
     count = 5000
-    with bl.sampled(layer, seeded(), how="local"), torch.no_grad():
+    with bl.sampled(layer, seeded(), estimator="local"), torch.no_grad():
         outputs = layer(x.repeat(count, *[1] * (x.dim() - 1))).reshape(count, *mean.shape)
     z = ((outputs - mean) / covariance.diagonal(dim1=1, dim2=2).sqrt()).flatten(1)
     for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
@@ -118,20 +118,20 @@ def test_weight_draws_are_correlated_between_examples():
 
 def test_given_noise_is_flipouts_perturbation():
     layer, x = prepared(bl.BayesLinear(1, 1, bias=False), (50, 1))
-    with bl.sampled(layer, seeded(), noise={"weight": torch.full((1, 1), 1.7, **F64)}, how="flipout"):
+    with bl.sampled(layer, seeded(), noise={"weight": torch.full((1, 1), 1.7, **F64)}, estimator="flipout"):
         deviations = layer(x) - x * layer.weight
     expected = 1.7 * x / layer.weight_precision.sqrt()
     assert_close(deviations.detach().abs(), expected.abs())
     assert 10 < int((deviations * expected > 0).sum()) < 40
 
 
-@pytest.mark.parametrize("how", ["local", "flipout"])
+@pytest.mark.parametrize("estimator", ["local", "flipout"])
 @pytest.mark.parametrize(("layer", "shape"), [(bl.BayesLinear(3, 2), (3,)), (bl.BayesConv1d(3, 2, 2), (3, 5))])
-def test_a_single_example_needs_no_dimension_for_examples(layer, shape, how):
+def test_a_single_example_needs_no_dimension_for_examples(layer, shape, estimator):
     layer, x = prepared(layer, shape)
     outputs = []
     for input in (x, x[None]):
-        with bl.sampled(layer, seeded(), how=how):
+        with bl.sampled(layer, seeded(), estimator=estimator):
             outputs.append(layer(input))
     assert_close(outputs[0], outputs[1][0])
     assert not torch.equal(outputs[0], layer(x))
@@ -151,12 +151,12 @@ def make_mixed_net() -> nn.Sequential:
     return nn.Sequential(*bl.to_bayesian(nn.Sequential(*parts))[0], Doubled(2, 3), bl.BayesLinear(3, 1))
 
 
-@pytest.mark.parametrize("how", ["local", "flipout"])
-def test_other_layers_draw_weights(how):
+@pytest.mark.parametrize("estimator", ["local", "flipout"])
+def test_other_layers_draw_weights(estimator):
     net, ids = make_mixed_net(), torch.randint(5, (6, 7), generator=seeded())
     net[0].register_forward_hook(lambda layer, inputs, output: output.mT)
     drawn = {"0.weight", "2.weight", "2.bias", "5.weight", "5.bias", "6.weight", "6.bias"}
-    with bl.sampled(net, seeded(), how=how):
+    with bl.sampled(net, seeded(), estimator=estimator):
         for site in bl.posterior(net):
             changed = not torch.equal(site.module.value(site.key), site.mean)
             assert changed == (site.name in drawn), site.name
@@ -164,33 +164,33 @@ def test_other_layers_draw_weights(how):
     assert not [name for name, p in net.named_parameters() if p.grad is None and name != "6.bias"]
 
 
-@pytest.mark.parametrize("how", ["local", "flipout"])
-def test_tied_weight_is_drawn_once_for_all_its_places(how):
+@pytest.mark.parametrize("estimator", ["local", "flipout"])
+def test_tied_weight_is_drawn_once_for_all_its_places(estimator):
     layer, x = prepared(bl.BayesLinear(3, 3, bias=False), (4, 3))
     twin = nn.Linear(3, 3, bias=False)
     twin.weight = layer.weight
-    with bl.sampled(nn.Sequential(layer, twin), seeded(), how=how):
+    with bl.sampled(nn.Sequential(layer, twin), seeded(), estimator=estimator):
         assert_close(layer(x), twin(x), **SAME)
         assert not torch.equal(layer.value("weight"), layer.weight)
 
 
-@pytest.mark.parametrize("how", ["local", "flipout"])
-def test_generator_fixes_the_draw_and_each_call_draws_anew(how):
+@pytest.mark.parametrize("estimator", ["local", "flipout"])
+def test_generator_fixes_the_draw_and_each_call_draws_anew(estimator):
     layer, x = prepared(bl.BayesLinear(3, 300), (500, 3))
     state = torch.get_rng_state()
     results = []
     for seed in (1, 1, 2):
-        with bl.sampled(layer.float(), seeded(seed), how=how):
+        with bl.sampled(layer.float(), seeded(seed), estimator=estimator):
             results += [layer(x.float()), layer(x.float())]
     assert_close(torch.get_rng_state(), state, **SAME)
     assert_close(results[:2], results[2:4], **SAME)
     for other in results[1], results[4]:
         assert not torch.equal(other, results[0])
     torch.manual_seed(3)
-    with bl.sampled(layer, how=how):
+    with bl.sampled(layer, estimator=estimator):
         first = layer(x.float())
     torch.manual_seed(3)
-    with bl.sampled(layer, how=how):
+    with bl.sampled(layer, estimator=estimator):
         assert_close(layer(x.float()), first, **SAME)
 
 
@@ -199,24 +199,24 @@ def test_scopes_of_different_kinds_nest_and_the_inner_one_holds():
     plain = layer(x)
     with bl.sampled(layer, seeded(1)):
         weights = layer(x)
-        with bl.sampled(layer, seeded(2), how="local"):
+        with bl.sampled(layer, seeded(2), estimator="local"):
             inner = layer(x)
             with bl.sampled(layer, seeded(1)):
                 assert_close(layer(x), weights, **SAME)
             assert not torch.equal(layer(x), weights)
         assert_close(layer(x), weights, **SAME)
-    with bl.sampled(layer, seeded(2), how="local"):
+    with bl.sampled(layer, seeded(2), estimator="local"):
         assert_close(layer(x), inner, **SAME)
-        with pytest.raises(KeyError, match="boom"), bl.sampled(layer, how="flipout"):
+        with pytest.raises(KeyError, match="boom"), bl.sampled(layer, estimator="flipout"):
             raise KeyError("boom")
-        assert layer.perturbation.how == "local"
+        assert layer.perturbation.estimator == "local"
     assert_close(layer(x), plain, **SAME)
 
 
-@pytest.mark.parametrize("how", ["local", "flipout"])
-def test_plain_twin_made_inside_a_scope_is_free_of_it(how):
+@pytest.mark.parametrize("estimator", ["local", "flipout"])
+def test_plain_twin_made_inside_a_scope_is_free_of_it(estimator):
     layer, x = prepared(bl.BayesLinear(3, 2), (4, 3))
-    with bl.sampled(layer, seeded(), how=how):
+    with bl.sampled(layer, seeded(), estimator=estimator):
         twin = bl.to_deterministic(layer)
     assert_close(twin(x), layer(x), **SAME)
     assert not hasattr(twin, "perturbation")
@@ -231,27 +231,27 @@ def test_gradient_where_nothing_is_uncertain_is_zero(bias):
     with torch.no_grad():
         x[0] = 0
         x[1, :, :3, :3] = 0
-    sampler = Sampler(list(bl.posterior(net)), seeded(), how="local", differentiable=True)
+    sampler = Sampler(list(bl.posterior(net)), seeded(), estimator="local", differentiable=True)
     with sampler.draw():
         net(x).square().sum().backward()
     tensors = [x, *net.parameters(), *sampler.leaves.values()]
     assert all(bool(t.grad.isfinite().all()) for t in tensors)
     if not bias:
         layer = net[3]
-        sampler = Sampler(list(bl.posterior(layer)), seeded(), how="local", differentiable=True)
+        sampler = Sampler(list(bl.posterior(layer)), seeded(), estimator="local", differentiable=True)
         with sampler.draw():
             layer(torch.zeros(2, 8)).sum().backward()
         assert_close(sampler.leaves["weight"].grad, torch.zeros(2, 8), **SAME)
 
 
-@pytest.mark.parametrize("how", ["local", "flipout"])
+@pytest.mark.parametrize("estimator", ["local", "flipout"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "half"])
-def test_half_precision_is_close_to_full(how, dtype, autocast):
+def test_half_precision_is_close_to_full(estimator, dtype, autocast):
     torch.manual_seed(0)
     layer = bl.BayesLinear(4, 3, init_precision=1e4)
     x = torch.tensor([[300.0, -600.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])  # whose squares overflow in float16
-    with bl.sampled(layer, seeded(), noise_for(layer, how), how):
+    with bl.sampled(layer, seeded(), noise_for(layer, estimator), estimator):
         expected = layer(x)
     expected.sum().backward()
     half = bl.BayesLinear(4, 3, init_precision=1e4)
@@ -259,24 +259,24 @@ def test_half_precision_is_close_to_full(how, dtype, autocast):
     if not autocast:
         half, x = half.to(dtype), x.to(dtype)
     with torch.autocast("cpu", dtype) if autocast else contextlib.nullcontext():
-        with bl.sampled(half, seeded(), noise_for(half, how), how):
+        with bl.sampled(half, seeded(), noise_for(half, estimator), estimator):
             output = half(x)
     assert output.dtype == dtype
     output.float().sum().backward()
-    if how == "flipout":  # the signs of half-precision operands are other draws
+    if estimator == "flipout":  # the signs of half-precision operands are other draws
         assert bool(output.isfinite().all()) and bool(half.weight.grad.isfinite().all())
         return
     assert_close(output.float(), expected, rtol=0, atol=700 * torch.finfo(dtype).eps)
     assert_close(half.weight.grad.float(), layer.weight.grad, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
-def noise_for(layer: nn.Module, how: str) -> dict[str, torch.Tensor] | None:
-    return None if how == "local" else {s.name: torch.ones_like(s.mean) for s in bl.posterior(layer)}
+def noise_for(layer: nn.Module, estimator: str) -> dict[str, torch.Tensor] | None:
+    return None if estimator == "local" else {s.name: torch.ones_like(s.mean) for s in bl.posterior(layer)}
 
 
-@pytest.mark.parametrize("how", ["local", "flipout"])
+@pytest.mark.parametrize("estimator", ["local", "flipout"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_repeats_the_draw_of_the_default_generator(how, reentrant):
+def test_checkpointing_repeats_the_draw_of_the_default_generator(estimator, reentrant):
     torch.manual_seed(0)
     net = nn.Sequential(bl.BayesLinear(3, 300), nn.Tanh(), bl.BayesLinear(300, 2))
     x = torch.randn(400, 3, requires_grad=True)
@@ -284,44 +284,44 @@ def test_checkpointing_repeats_the_draw_of_the_default_generator(how, reentrant)
     for run in (net, lambda x: checkpoint(net, x, use_reentrant=reentrant)):
         net.zero_grad()
         torch.manual_seed(1)
-        noise = {s.name: torch.ones_like(s.mean) for s in bl.posterior(net)} if how == "flipout" else None
-        with bl.sampled(net, noise=noise, how=how):
+        noise = {s.name: torch.ones_like(s.mean) for s in bl.posterior(net)} if estimator == "flipout" else None
+        with bl.sampled(net, noise=noise, estimator=estimator):
             run(x).square().mean().backward()
         grads.append([p.grad.clone() for p in net.parameters()])
     assert_close(grads[1], grads[0], **SAME)
-    with pytest.raises(RuntimeError, match=f"default generator under how='{how}', got another"):
-        with bl.sampled(net, seeded(), how=how):
+    with pytest.raises(RuntimeError, match=f"default generator under estimator='{estimator}', got another"):
+        with bl.sampled(net, seeded(), estimator=estimator):
             checkpoint(net, x, use_reentrant=reentrant).sum().backward()
 
 
-@pytest.mark.parametrize("how", ["local", "flipout"])
+@pytest.mark.parametrize("estimator", ["local", "flipout"])
 @pytest.mark.parametrize(
     ("layer", "shape"), [LAYERS[0], LAYERS[3], LAYERS[7]], ids=["linear", "convolution", "transposed"]
 )
-def test_a_curvature_is_refused(how, layer, shape):
+def test_a_curvature_is_refused(estimator, layer, shape):
     layer, x = prepared(layer, shape)
-    with bl.sampled(layer, how=how), bl.tracked(layer):
-        with pytest.raises(RuntimeError, match=f"must be tracked under how='weights', got how='{how}'"):
+    with bl.sampled(layer, estimator=estimator), bl.tracked(layer):
+        with pytest.raises(RuntimeError, match=f"must be tracked under estimator='weights', got '{estimator}'"):
             layer(x)
         with torch.no_grad():
             layer(x)  # from which nothing goes backward
     optimizer = bl.VOGN(layer, dataset_size=5)
-    with bl.sampled(layer, how=how), optimizer.sampled():  # a scope with weight draws of its own
+    with bl.sampled(layer, estimator=estimator), optimizer.sampled():  # a scope with weight draws of its own
         layer(x).sum().backward()
     optimizer.step()
 
 
 def test_bad_arguments_are_refused():
     layer, _ = prepared(bl.BayesLinear(3, 2), (2, 3))
-    with pytest.raises(ValueError, match="how must be 'weights', 'local' or 'flipout', got 'weight'"):
-        bl.sampled(layer, how="weight")
+    with pytest.raises(ValueError, match="estimator must be 'weights', 'local' or 'flipout', got 'weight'"):
+        bl.sampled(layer, estimator="weight")
     noise = {site.name: site.mean for site in bl.posterior(layer)}
     with (
-        pytest.raises(ValueError, match="noise must be None under how='local'"),
+        pytest.raises(ValueError, match="noise must be None under estimator='local'"),
         bl.sampled(layer, None, noise, "local"),
     ):
         pass
     with pytest.raises(ValueError, match=r"noise must hold 'bias' of shape \(2,\), got none"):
-        with bl.sampled(layer, noise={"weight": layer.weight}, how="flipout"):
+        with bl.sampled(layer, noise={"weight": layer.weight}, estimator="flipout"):
             pass
     assert layer.perturbation is None

@@ -20,7 +20,7 @@ from bayeslayers.sampling import Sampler
 
 SAME = {"rtol": 0, "atol": 0}
 F64 = {"dtype": torch.float64}
-EVERY_KIND = pytest.mark.parametrize("how", ["weights", "local", "flipout"])
+EVERY_KIND = pytest.mark.parametrize("estimator", ["weights", "local", "flipout"])
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,8 +90,8 @@ class Given:
         return self.values[-1]
 
 
-def explicit_output(parts, x, mean, deviation, noise, values, how):
-    """Return the output of the net of `make_net`, drawn as `how` says with the given random values."""
+def explicit_output(parts, x, mean, deviation, noise, values, estimator):
+    """Return the output of the net of `make_net`, drawn as `estimator` says with the given random values."""
     values = iter(values)
     for name, part in parts.named_children():
         keys = [key for key, _ in part.named_parameters() if f"{name}.{key}" in deviation]
@@ -99,9 +99,9 @@ def explicit_output(parts, x, mean, deviation, noise, values, how):
             x = functional_call(part, {key: mean[f"{name}.{key}"] for key, _ in part.named_parameters()}, (x,))
             continue
         m, s, e = ({key: tensors.get(f"{name}.{key}") for key in keys} for tensors in (mean, deviation, noise))
-        if how == "weights":
+        if estimator == "weights":
             x = functional_call(part, {key: m[key] + s[key] * e[key] for key in keys}, (x,))
-        elif how == "local":
+        elif estimator == "local":
             variance = functional_call(part, {key: s[key] ** 2 for key in keys}, (x**2,))
             x = functional_call(part, m, (x,)) + next(values) * variance.sqrt()
         else:  # a weight for each example, with the signs of its row and column
@@ -117,7 +117,7 @@ def explicit_output(parts, x, mean, deviation, noise, values, how):
 
 
 @EVERY_KIND
-def test_tracks_adam_on_the_explicit_bound(how, monkeypatch):
+def test_tracks_adam_on_the_explicit_bound(estimator, monkeypatch):
     given = Given(seeded(7))
     monkeypatch.setattr(perturbation, "StandardNormal", given.noise)
     monkeypatch.setattr(perturbation, "random_signs", given.signs)
@@ -129,17 +129,17 @@ def test_tracks_adam_on_the_explicit_bound(how, monkeypatch):
     prior = {name: Normal(site.prior_mean.clone(), site.prior_precision**-0.5) for name, site in sites.items()}
     settings = {"lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-8}
     adam = torch.optim.Adam([*mean.values(), *log_sigma.values()], **settings)
-    optimizer = make_optimizer(net, beta1=0.8, beta2=0.9, temperature=0.5, how=how)
+    optimizer = make_optimizer(net, beta1=0.8, beta2=0.9, temperature=0.5, estimator=estimator)
     for step in range(20):
         x, y = make_batch(seed=step)
         adam.zero_grad()
         for draw in range(2):
             noise = {name: torch.randn(m.shape, generator=seeded(100 * step + draw), **F64) for name, m in mean.items()}
             given.values = []
-            with optimizer.sampled(noise=None if how == "local" else noise):
+            with optimizer.sampled(noise=None if estimator == "local" else noise):
                 F.cross_entropy(net(x), y).backward()
             sigma = {name: value.exp() for name, value in log_sigma.items()}
-            output = explicit_output(plain, x, mean, sigma, noise, given.values, how)
+            output = explicit_output(plain, x, mean, sigma, noise, given.values, estimator)
             kl = sum(kl_divergence(Normal(mean[name], sigma[name]), prior[name]).sum() for name in sites)
             ((F.cross_entropy(output, y) + 0.5 / 50 * kl) / 2).backward()
         adam.step()
@@ -184,11 +184,11 @@ def test_fixed_point_is_the_mean_field_optimum(temperature):
 
 
 @functools.cache
-def draw_gradients(how: str, count: int = 500) -> torch.Tensor:
+def draw_gradients(estimator: str, count: int = 500) -> torch.Tensor:
     """Return gradients of the loss with respect to mean and log sigma, `(count, 2 * parameters)`."""
     x, y, model = regression(bias=True)
     x, y = x.repeat(5, 1), y.repeat(5, 1)
-    sampler = Sampler(list(bl.posterior(model)), seeded(), how=how, differentiable=True)
+    sampler = Sampler(list(bl.posterior(model)), seeded(), estimator=estimator, differentiable=True)
     gradients = []
     for _ in range(count):
         model.zero_grad()
@@ -201,8 +201,8 @@ def draw_gradients(how: str, count: int = 500) -> torch.Tensor:
 
 
 @EVERY_KIND
-def test_gradient_is_unbiased(how):
-    (x, y, model), gradients = regression(bias=True), draw_gradients(how)
+def test_gradient_is_unbiased(estimator):
+    (x, y, model), gradients = regression(bias=True), draw_gradients(estimator)
     ones = torch.cat([x, torch.ones(20, 1, **F64)], 1)
     mean = torch.cat([model.weight[0], model.bias]).detach()
     expected = torch.cat([ones.T @ (ones @ mean - y[:, 0]), ones.square().sum(0) / 40]) / 20
@@ -211,19 +211,19 @@ def test_gradient_is_unbiased(how):
 
 
 def test_draws_of_outputs_lower_the_variance_of_the_gradient():
-    variance = {how: draw_gradients(how).var(0) for how in ("weights", "local", "flipout")}
+    variance = {estimator: draw_gradients(estimator).var(0) for estimator in ("weights", "local", "flipout")}
     local, flipout = variance["local"] / variance["weights"], variance["flipout"] / variance["weights"]
     assert float(local.max()) < 0.3 and float(flipout[:4].max()) < 0.3
     assert float(flipout[4:].max()) < 1  # of sigma, for which a batch of 20 is too small
 
 
 @EVERY_KIND
-def test_trains_a_small_net(how):
+def test_trains_a_small_net(estimator):
     torch.manual_seed(0)
     x = torch.randn(200, 2, generator=seeded())
     y = (x.square().sum(1) > 1.4).long()  # inside or outside a circle
     net = nn.Sequential(bl.BayesLinear(2, 16), nn.ReLU(), bl.BayesLinear(16, 2))
-    optimizer = bl.BBB(net, dataset_size=200, lr=0.03, prior_precision=1.0, how=how, generator=seeded())
+    optimizer = bl.BBB(net, dataset_size=200, lr=0.03, prior_precision=1.0, estimator=estimator, generator=seeded())
     for _ in range(120):
         optimizer.step(closure_for(optimizer, net, (x, y)))
     prediction = bl.predict(net, x, num_samples=16, generator=seeded())
@@ -234,10 +234,12 @@ def test_trains_a_small_net(how):
 
 @EVERY_KIND
 @pytest.mark.parametrize("seed", [None, 0], ids=["default_generator", "own_generator"])
-def test_resume_is_exact(how, seed):
+def test_resume_is_exact(estimator, seed):
     def start(seed):
         net = make_net()
-        return net, make_optimizer(net, how=how, num_samples=2, generator=None if seed is None else seeded(seed))
+        return net, make_optimizer(
+            net, estimator=estimator, num_samples=2, generator=None if seed is None else seeded(seed)
+        )
 
     def run(net, optimizer, steps):
         for step in steps:
@@ -286,10 +288,10 @@ def test_groups_have_hyperparameters_and_priors_of_their_own():
 
 
 @EVERY_KIND
-def test_frozen_tensor_stays_as_it_is(how):
+def test_frozen_tensor_stays_as_it_is(estimator):
     net = make_net()
     net[0].weight.requires_grad_(False)
-    optimizer = make_optimizer(net, how=how)
+    optimizer = make_optimizer(net, estimator=estimator)
     before = state_of(net, optimizer)
     optimizer.step(closure_for(optimizer, net, make_batch()))
     unchanged = {key for key, value in net.state_dict().items() if torch.equal(value, before[key])}
@@ -323,12 +325,27 @@ def test_bad_step_is_refused():
 
 
 @EVERY_KIND
-def test_weight_used_past_its_layer_is_refused_by_name(how):
+def test_weight_used_past_its_layer_is_refused_by_name(estimator):
     net = make_net()
-    optimizer = make_optimizer(net, how=how)
+    optimizer = make_optimizer(net, estimator=estimator)
     with pytest.raises(RuntimeError, match=r"'4\.weight' must get its gradient through its own layer"):
         with optimizer.sampled():
             F.linear(net[:4](make_batch()[0]), net[4].weight).sum().backward()
+
+
+def test_the_former_name_of_estimator_is_still_read():
+    drawn = []
+    for option in ("estimator", "how"):
+        net = make_net()
+        optimizer = bl.BBB(net, 10, generator=seeded(), **{option: "local"})
+        assert optimizer.estimator == "local"
+        with optimizer.sampled():
+            drawn.append(net(make_batch()[0]))
+        with bl.sampled(net, seeded(), **{option: "local"}):
+            drawn.append(net(make_batch()[0]))
+    assert_close(drawn[:2], drawn[2:], **SAME)
+    with pytest.raises(ValueError, match="estimator must be 'weights', 'local' or 'flipout', got 'outputs'"):
+        bl.BBB(make_net(), 10, how="outputs")
 
 
 @pytest.mark.parametrize(
@@ -339,7 +356,7 @@ def test_weight_used_past_its_layer_is_refused_by_name(how):
         *[("lr", value) for value in (-0.1, math.nan, math.inf)],
         *[(name, value) for name in ("beta1", "beta2") for value in (-0.1, 1.0, math.nan)],
         *[("num_samples", value) for value in (0, -1, 1.5, True)],
-        ("how", "outputs"),
+        ("estimator", "outputs"),
     ],
 )  # fmt: skip
 def test_bad_argument_is_refused_by_name_and_value(name, value):

@@ -35,8 +35,8 @@ MAKERS = {
         net, N, lr=0.1, beta2=0.99, estimator="gradsq", generator=seeded(), **own
     ),
     "bbb": lambda net, **own: bl.BBB(net, N, lr=0.01, generator=seeded(), **own),
-    "bbb local": lambda net, **own: bl.BBB(net, N, lr=0.01, how="local", generator=seeded(), **own),
-    "bbb flipout": lambda net, **own: bl.BBB(net, N, lr=0.01, how="flipout", generator=seeded(), **own),
+    "bbb local": lambda net, **own: bl.BBB(net, N, lr=0.01, estimator="local", generator=seeded(), **own),
+    "bbb flipout": lambda net, **own: bl.BBB(net, N, lr=0.01, estimator="flipout", generator=seeded(), **own),
     "kfac": lambda net, **own: bl.KFAC(net, N, lr=0.01, inverse_every=2, generator=seeded(), **own),
     "noisykfac": lambda net, **own: bl.NoisyKFAC(net, N, factor_lr=0.1, inverse_every=2, generator=seeded(), **own),
 }
