@@ -61,8 +61,13 @@ def locked(folder: Path) -> Iterator[None]:
 def _acquired(folder: Path) -> BinaryIO:
     """Return the open lock file of a folder, locked."""
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # the folder has just been removed by whoever made it
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:  # whoever made it has removed it between `mkdir` and its look at what is there
+            if folder.exists():
+                raise
+            continue
+        with suppress(FileNotFoundError):  # likewise
             file = open(folder / LOCK, "a+b")
             try:
                 _lock(file, folder)

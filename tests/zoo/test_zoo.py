@@ -267,8 +267,9 @@ import socket, sys
 def refuse(*args, **kwargs): raise OSError("no network")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 import torch, zoo, bayeslayers as bl
+from bayeslayers.storage.posterior import read_card
 for name in zoo.list_posteriors():
-    if ":" not in bl.checkpoint.read_card(zoo.resolve(name)).builder:
+    if ":" not in read_card(zoo.resolve(name)).builder:
         bl.predict(zoo.load(name), torch.zeros(1, *zoo.load(name).card.input_size), 1)
 assert not {"timm", "segmentation_models_pytorch"} & set(sys.modules), "heavy"
 print("done")

@@ -79,7 +79,7 @@ def test_the_step_benchmark_takes_every_method(capsys):
 
 PEAKS = """
 import torch
-from recipes.benchmark import peak_memory
+from recipes.reports.benchmark import peak_memory
 print(*(peak_memory(lambda: torch.ones(n, dtype=torch.uint8)) for n in (1, 2**26)))
 """
 

@@ -11,6 +11,7 @@ from support.tiny import assert_same_run, log_of, quick, tiny, whole_run
 
 import bayeslayers as bl
 from bayeslayers.files import write_atomically
+from bayeslayers.storage.posterior import read_card
 from bayeslayers.storage.training_state import load_checkpoint, save_checkpoint
 from recipes.tasks import toy2d
 from recipes.tasks.classification import train
@@ -185,7 +186,7 @@ def test_an_epoch_whose_score_is_nan_is_not_the_best_one(tmp_path, monkeypatch):
         Experiment, "_measure", lambda self: measure(self) | ({"test_nll": math.nan} if next(count) in (0, 2) else {})
     )
     train(tiny(tmp_path, tmp_path / "run", epochs=3))
-    assert bl.checkpoint.read_card(tmp_path / "run/best").notes.startswith("Epoch 2 of 3")
+    assert read_card(tmp_path / "run/best").notes.startswith("Epoch 2 of 3")
 
 
 def test_a_file_that_cannot_be_written_is_named_and_as_it_was(tmp_path, monkeypatch):
