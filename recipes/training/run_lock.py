@@ -64,7 +64,7 @@ def _acquired(folder: Path) -> BinaryIO:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:  # whoever made it has removed it between `mkdir` and its look at what is there
-            if folder.exists():
+            if folder.is_file():
                 raise
             continue
         with suppress(FileNotFoundError):  # likewise
