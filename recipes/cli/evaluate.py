@@ -30,27 +30,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure a posterior on data, and how well it recognises out-of-distribution data."""
-    from recipes.reports.measure import Question, evaluate
+    from recipes.reports.measure import EvaluationRequest, evaluate
     from recipes.training.run_folder import check_folder
 
     if (folder := arguments.report) is not None:
         check_folder("report", folder)
-    options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Question)}
+    options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(EvaluationRequest)}
     shown = not arguments.json and sys.stdout.isatty()
-    answer = evaluate(Question(**options), arguments.data_root, progress=shown, device=arguments.device)
+    result = evaluate(EvaluationRequest(**options), arguments.data_root, progress=shown, device=arguments.device)
     if folder is not None:
         from recipes.reports.html import write_report
 
-        write_report(answer, folder)
+        write_report(result, folder)
     if arguments.json:
-        print(answer.to_json(), end="")
+        print(result.to_json(), end="")
         return 0
     from rich.console import Console
 
     from bayeslayers.display import printable
 
-    print(printable(f"{answer.question.posterior} on {answer.question.data}"))
-    Console().print(answer.evaluation)
+    print(printable(f"{result.request.posterior} on {result.request.data}"))
+    Console().print(result.evaluation)
     if folder is not None:
         print(printable(f"written to {folder / 'report.html'} and report.json"))
     return 0

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         from recipes.reports.tables import print_table
 
-        keys = ("figure", "claimed", "measured", "tolerance", "ok")
+        keys = ("metric", "claimed", "measured", "tolerance", "ok")
         for (name, data), group in itertools.groupby(rows, lambda row: (row["posterior"], row["data"])):
             lines = [[f"{row[key]:.5f}" if type(row[key]) is float else row[key] for key in keys] for row in group]
             print_table(keys, lines, title=f"{name} on {data}")

@@ -1,4 +1,4 @@
-"""Blobs in the plane, folded into two classes, and strangers around them."""
+"""Blobs in the plane, folded into two classes, and out-of-distribution points around them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from recipes.data.slices import Points, save_slice
 
 CLASSES = ["even blobs", "odd blobs"]
-STRANGERS = "ring"
-_RADIUS = 2.0  # of the strangers' ring, in half widths of the data
+OOD_NAME = "ring"
+_RADIUS = 2.0  # of the OOD ring, in half widths of the data
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Blobs:
             x, y = make_blobs(self.test_examples, centers=rest[0], random_state=self.seed + 1)[:2]
         return Points(torch.tensor(x, dtype=torch.float32), torch.tensor(y)[:, None] % 2)
 
-    def strangers(self) -> Points:
+    def ood(self) -> Points:
         """Return points where no examples are: an ellipse around them."""
         x = self.split(train=True).x
         low, high = x.amin(0), x.amax(0)
@@ -60,4 +60,4 @@ def write_slices() -> None:
     """Write the test examples and the ring around them where `bayeslayers verify` finds them."""
     blobs = Blobs()
     save_slice(blobs.name, blobs.split(train=False))
-    save_slice(STRANGERS, blobs.strangers())
+    save_slice(OOD_NAME, blobs.ood())

@@ -198,7 +198,7 @@ def _read_torchvision(
     except (ValueError, AssertionError, LookupError):  # what torchvision raises for damaged files
         raise ValueError(
             f"{NAMES[name]} must be as torchvision lays it out, got a damaged file in {root or 'data'}. "
-            "Download it anew."
+            "Download it again."
         ) from None
     images = torch.as_tensor(data.data)
     labels = torch.as_tensor(data.labels if name == "svhn" else data.targets)

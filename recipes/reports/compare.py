@@ -1,4 +1,4 @@
-"""Training runs side by side: a table of their figures, and a picture of their curves and their reliability."""
+"""Training runs side by side: a table of their metrics, and a picture of their curves and their reliability."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.data.names import shortest_ends
 from recipes.reports.tables import cell
-from recipes.training.run_folder import FIGURES, OOD, Run, measured_on, read_run
+from recipes.training.run_folder import COMPARED, OOD, Run, measured_on, read_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,13 +46,13 @@ class Comparison:
         return next(of_adam, next(iter(self.runs)))
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return each run's figures by name, None for one that it lacks."""
+        """Return each run's metrics by name, None for one that it lacks."""
         unit = self.runs[self.reference].seconds_per_epoch
-        keys = dict.fromkeys((*FIGURES, *(key for run in self.runs.values() for key in run.figures)))
+        keys = dict.fromkeys((*COMPARED, *(key for run in self.runs.values() for key in run.metrics)))
         rows = []
         for name, run in self.runs.items():
             numbers = {"train_accuracy": run.curves["train_accuracy"][-1]}
-            numbers |= {key: run.figures.get(key, math.nan) for key in keys}
+            numbers |= {key: run.metrics.get(key, math.nan) for key in keys}
             seconds = run.seconds_per_epoch
             numbers |= {"seconds_per_epoch": seconds, "cost": seconds / unit if unit else math.nan}
             plan = {"method": run.plan and run.plan.method, "data": run.plan and run.plan.data}
@@ -100,14 +100,14 @@ class Comparison:
         ]
 
     def _columns(self) -> list[_Column]:
-        strangers = dict.fromkeys(key for run in self.runs.values() for key in run.figures if key.startswith(OOD))
+        ood = dict.fromkeys(key for run in self.runs.values() for key in run.metrics if key.startswith(OOD))
         return [
             _Column("train_accuracy", "training accuracy", _percent, None),  # to fit the most is no merit
             _Column("accuracy", "accuracy", _percent, max),
             _Column("nll", "NLL", "{:.4f}".format, min),
             _Column("ece", "ECE", "{:.4f}".format, min),
             _Column("misclassification_auroc_confidence", "AUROC errors", "{:.3f}".format, max),
-            *(_Column(key, f"AUROC {key.removeprefix(OOD)}", "{:.3f}".format, max) for key in strangers),
+            *(_Column(key, f"AUROC {key.removeprefix(OOD)}", "{:.3f}".format, max) for key in ood),
             _Column("seconds_per_epoch", "s/epoch", "{:.1f}".format, min),
             _Column("cost", "cost", "{:.2f}".format, min),
         ]
@@ -133,7 +133,7 @@ class Comparison:
     def _caption(self) -> str:
         text = f"Cost: median time of an epoch, beside that of {self.reference}."
         unfinished = [run for run in self.runs.values() if not run.finished]
-        return text + f" Unfinished: {measured_on(unfinished)} figures after the last epoch." * bool(unfinished)
+        return text + f" Unfinished: {measured_on(unfinished)} metrics after the last epoch." * bool(unfinished)
 
 
 def _percent(value: float) -> str:

@@ -65,7 +65,7 @@ def _styles(count: int) -> list[dict[str, Any]]:
 
 
 def _draw_curves(axis: Axes, runs: Sequence[Run], styles: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
-    """Draw the first figure as a line, and the second, if there is one, as a thin dashed one."""
+    """Draw the first metric as a line, and the second, if there is one, as a thin dashed one."""
     from matplotlib.ticker import MaxNLocator
 
     early, late = max(run.epochs for run in runs) / 4, []
@@ -86,7 +86,7 @@ def _draw_curves(axis: Axes, runs: Sequence[Run], styles: Sequence[dict[str, Any
 
 
 def _show_values(axis: Axes, low: float, high: float) -> None:
-    """Let an axis of figures, linear or logarithmic, show those from low to high, with ticks in plain numbers."""
+    """Let an axis of metrics, linear or logarithmic, show those from low to high, with ticks in plain numbers."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
     if axis.get_yscale() == "linear":

@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML file that loads nothing, with its figures inside."""
+"""The report of an evaluation: one HTML file that loads nothing, with its pictures inside."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bayeslayers import plots
 from bayeslayers.display import printable
 from bayeslayers.files import write_atomically
 from bayeslayers.plots.canvas import rendered
-from recipes.reports.measure import Answer, Mistake
+from recipes.reports.measure import EvaluationResult, Mistake
 from recipes.training.run_folder import REPORT
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _SCORES = {
     "entropy": "the entropy of the prediction",
     "epistemic": "the mutual information of class and weights",
 }
-# What a figure is, by the form of its name.
+# What a metric is, by the form of its name.
 _MEANING = {
     r"accuracy": "Share of examples whose most probable class is right. Higher is better.",
     r"nll": "Negative log-likelihood: surprise at the true class, in nats. Lower is better.",
@@ -43,7 +43,7 @@ _MEANING = {
     r"aurc": "Area under the risk-coverage curve: the error rate averaged over how much is kept. Lower is better.",
     r"coverage_at_risk_(?P<risk>[\d.]+)": "Largest share of examples that can be kept with an error rate of at most "
     "{risk}. Higher is better.",
-    r"(?P<set>.+)/auroc_(?P<score>\w+)": "Chance that {score} ranks a stranger of “{set}” as less certain than a known "
+    r"(?P<set>.+)/auroc_(?P<score>\w+)": "Chance that {score} ranks an example of “{set}” as less certain than a known "
     "example; 0.5 is a guess. Higher is better.",
     r"(?P<set>.+)/fpr95_(?P<score>\w+)": "Share of known examples flagged where {score} flags 95 % of “{set}”. Lower "
     "is better.",
@@ -85,30 +85,30 @@ summary { cursor: pointer; color: var(--accent); margin: .8rem 0; }
 """
 
 
-def report_html(answer: Answer) -> str:
+def report_html(result: EvaluationResult) -> str:
     """Return the report as one HTML document, which loads nothing from anywhere.
 
     Args:
-        answer: What was measured.
+        result: What was measured.
     """
-    question, evaluation = answer.question, answer.evaluation
+    request, evaluation = result.request, result.evaluation
     metrics = evaluation.metrics
-    weights = _weights(question.method, evaluation.num_samples)
+    weights = _weights(request.method, evaluation.num_samples)
     headline = {key: value for key, value in metrics.items() if _HEADLINE.fullmatch(key)}
-    title = f"{question.posterior} on {question.data}"
-    versions = ", ".join(f"{name} {version}" for name, version in answer.versions.items())
+    title = f"{request.posterior} on {request.data}"
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     sections = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="soft">{evaluation.num_examples:,} examples, predicted by {weights}, seed {question.seed}.</p>',
+        f'<p class="soft">{evaluation.num_examples:,} examples, predicted by {weights}, seed {request.seed}.</p>',
         _table(headline),
-        f"<details><summary>All {len(metrics)} figures</summary>{_table(metrics)}</details>",
+        f"<details><summary>All {len(metrics)} metrics</summary>{_table(metrics)}</details>",
         "<h2>Figures</h2>",
-        f'<div class="figures">{"".join(_figures(answer))}</div>',
-        _training(answer),
-        _mistakes(answer.mistakes),
+        f'<div class="figures">{"".join(_figures(result))}</div>',
+        _training(result),
+        _mistakes(result.mistakes),
         "<h2>How it was made</h2>",
-        f"<pre>{escape(answer.command)}</pre>",
-        f'<p class="soft">{escape(versions)}. The same figures for programs are in report.json.</p>',
+        f"<pre>{escape(result.command)}</pre>",
+        f'<p class="soft">{escape(versions)}. The same metrics for programs are in report.json.</p>',
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -122,14 +122,14 @@ def report_html(answer: Answer) -> str:
     )
 
 
-def write_report(answer: Answer, folder: str | Path) -> None:
+def write_report(result: EvaluationResult, folder: str | Path) -> None:
     """Write `report.html` and `report.json`, each whole or not at all.
 
     Args:
-        answer: What they show.
+        result: What they show.
         folder: Made if there is none.
     """
-    contents = {"report.html": report_html(answer), REPORT: answer.to_json()}
+    contents = {"report.html": report_html(result), REPORT: result.to_json()}
     for name, content in contents.items():
         write_atomically(Path(folder) / name, content.encode())
 
@@ -140,7 +140,7 @@ def escape(text: str) -> str:
 
 
 def meaning(key: str) -> str:
-    """Return one line on what a figure is, empty for one that is not known.
+    """Return one line on what a metric is, empty for one that is not known.
 
     >>> meaning("coverage_at_risk_0.05")
     'Largest share of examples that can be kept with an error rate of at most 0.05. Higher is better.'
@@ -158,7 +158,7 @@ def _table(metrics: dict[str, float]) -> str:
         f'<td class="meaning">{escape(meaning(key))}</td></tr>'
         for key, value in metrics.items()
     )
-    head = "<thead><tr><th>figure</th><th>value</th><th>what it is</th></tr></thead>"
+    head = "<thead><tr><th>metric</th><th>value</th><th>what it is</th></tr></thead>"
     return f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
 
 
@@ -173,8 +173,8 @@ def _breakable(key: str) -> str:
     return escape(key).replace("/", "/<wbr>").replace("_", "_<wbr>")
 
 
-def _figures(answer: Answer) -> list[str]:
-    evaluation, figures = answer.evaluation, []
+def _figures(result: EvaluationResult) -> list[str]:
+    evaluation, figures = result.evaluation, []
     if evaluation.reliability is not None:
         text = "Bars on the dashed line are calibrated: of what is said with 80 % confidence, 80 % is right."
         figures.append(_figure(plots.reliability_diagram(evaluation), "Reliability diagram", text))
@@ -182,18 +182,18 @@ def _figures(answer: Answer) -> list[str]:
         text = "Refuse the least confident predictions, from right to left, and fewer of the others are wrong."
         figures.append(_figure(plots.risk_coverage_curve(evaluation), "Risk-coverage curve", text))
     for score in ("entropy", "epistemic") if evaluation.ood else ():
-        text = f"Strangers should lie further right than known examples by {_SCORES[score]}."
-        figures.append(_figure(plots.score_histograms(evaluation, score), f"Known and strange by {score}", text))
+        text = f"OOD examples should lie further right than known examples by {_SCORES[score]}."
+        figures.append(_figure(plots.score_histograms(evaluation, score), f"Known and OOD by {score}", text))
     return figures
 
 
-def _training(answer: Answer) -> str:
-    if not answer.log:
+def _training(result: EvaluationResult) -> str:
+    if not result.log:
         return ""
-    text = "Figures of the training data are means over an epoch, while the weights moved."
-    if (asked := answer.log_question) is not None:
+    text = "Metrics of the training data are means over an epoch, while the weights moved."
+    if (asked := result.epoch_request) is not None:
         text += f" The others were measured after each epoch, by {_weights(asked.method, asked.num_samples)}."
-    figure = _figure(plots.training_curves(answer.log), "Training curves", text)
+    figure = _figure(plots.training_curves(result.log), "Training curves", text)
     return f'<h2>Training</h2><div class="wide">{figure}</div>'
 
 

@@ -1,4 +1,4 @@
-"""A posterior measured on a data set, and strangers told from it: the work of `bayeslayers evaluate`."""
+"""A posterior measured on a data set, and OOD data told from it: the work of `bayeslayers evaluate`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MISTAKES = 24  # the most confident ones, which a report shows
 
 
 @dataclass
-class Question:
+class EvaluationRequest:
     """What is measured.
 
     Attributes:
         posterior: A bundled name, a folder, or OWNER/REPO[@REVISION].
         data: Data set, as for `load_split`; None for the card's.
-        ood: Data sets of strangers.
+        ood: Out-of-distribution data sets.
         num_samples: Draws per batch.
         seed: Of the draws.
         method: How to predict, as in `bl.predict`; None for what the posterior's card says.
@@ -70,43 +70,43 @@ class Mistake:
 
 
 @dataclass(frozen=True)
-class Answer:
+class EvaluationResult:
     """What was measured.
 
     Attributes:
-        question: What was asked, its data named.
-        evaluation: The figures.
+        request: What was asked, its data named.
+        evaluation: The metrics.
         mistakes: The most confident mistakes, most confident first.
         versions: Of the libraries.
         command: What was typed.
         log: Rows of the training's log, where it has just been trained.
-        log_question: What was asked after each epoch, for the log.
+        epoch_request: What was asked after each epoch, for the log.
     """
 
-    question: Question
+    request: EvaluationRequest
     evaluation: bl.Evaluation
     mistakes: list[Mistake]
     versions: dict[str, str]
     command: str
     log: Sequence[Mapping[str, float]] = ()
-    log_question: Question | None = None
+    epoch_request: EvaluationRequest | None = None
 
     def to_json(self) -> str:
         """Return the text of `report.json`."""
-        asked = dataclasses.asdict(self.question) | {"ood": list(self.question.ood)}
+        asked = dataclasses.asdict(self.request) | {"ood": list(self.request.ood)}
         plain: dict[str, Any] = {"command": self.command, "versions": self.versions} | asked
         return json.dumps(plain | self.evaluation.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
 def evaluate(
-    question: Question, data_root: str | Path | None = None, progress: bool = False, device: str | None = None
-) -> Answer:
+    request: EvaluationRequest, data_root: str | Path | None = None, progress: bool = False, device: str | None = None
+) -> EvaluationResult:
     """Measure a posterior of classes on the test split of a data set of images.
 
     Where the card and the data have the same names of classes in another order, labels go by name.
 
     Args:
-        question: What is measured.
+        request: What is measured.
         data_root: Folder of data, as for `load_split`.
         progress: Whether to show a progress bar.
         device: Where to compute, as torch names it; None for the CPU.
@@ -116,82 +116,82 @@ def evaluate(
         OSError: If data or the Hub cannot be read.
     """
     for name in ("num_samples", "batch_size"):
-        at_least_one(name, getattr(question, name))
-    if question.limit is not None:
-        at_least_one("limit", question.limit)
+        at_least_one(name, getattr(request, name))
+    if request.limit is not None:
+        at_least_one("limit", request.limit)
     where = device_named(device or "cpu")
-    model = zoo.load(question.posterior).to(where)
+    model = zoo.load(request.posterior).to(where)
     card = zoo.card_of(model)
     if card.likelihood != "categorical":
         raise ValueError(f"posterior must be one of classes, got a {card.likelihood} one.")
     if len(card.input_size) != 3:
         raise ValueError(f"posterior must take images, got one for inputs of shape {tuple(card.input_size)}.")
-    question = dataclasses.replace(question, data=question.data or card.dataset.partition(" ")[0])
-    if not question.data:
+    request = dataclasses.replace(request, data=request.data or card.dataset.partition(" ")[0])
+    if not request.data:
         raise ValueError("posterior's card must name its data set, got none. Give --data.")
 
     def load(name: str, argument: str) -> Split:
         split = load_split(name, data_root, train=False, size=card.input_size, resize=card.resize, argument=argument)
-        return split.limited(question.limit)
+        return split.limited(request.limit)
 
-    data = _aligned(load(question.data, "data"), card.class_names)
-    strangers = {name: load(full, "ood") for name, full in by_short_name(question.ood).items()}
-    asked = question.command()
-    name = card.name if Path(question.posterior).is_dir() else question.posterior
-    question = dataclasses.replace(question, posterior=name, data=short_name(question.data), ood=list(strangers))
-    question = dataclasses.replace(question, method=question.method or card.method)
-    return measured(model, question, data, strangers, asked, progress)
+    data = _aligned(load(request.data, "data"), card.class_names)
+    ood = {name: load(full, "ood") for name, full in by_short_name(request.ood).items()}
+    asked = request.command()
+    name = card.name if Path(request.posterior).is_dir() else request.posterior
+    request = dataclasses.replace(request, posterior=name, data=short_name(request.data), ood=list(ood))
+    request = dataclasses.replace(request, method=request.method or card.method)
+    return measure(model, request, data, ood, asked, progress)
 
 
-def measured(
+def measure(
     model: nn.Module,
-    question: Question,
+    request: EvaluationRequest,
     data: Split,
-    strangers: Mapping[str, Split],
+    ood: Mapping[str, Split],
     command: str,
     progress: bool = False,
-) -> Answer:
+) -> EvaluationResult:
     """Measure a network.
 
     Args:
         model: A network of classes.
-        question: How it is measured.
+        request: How it is measured.
         data: Examples, labelled by the network's classes.
-        strangers: Examples of other data, by name.
+        ood: Examples of other data, by name.
         command: What was typed.
         progress: Whether to show a progress bar.
     """
-    evaluation = evaluated(model, question, data, strangers, progress)
-    return Answer(question, evaluation, _mistakes(model, data, evaluation, question), versions(), command)
+    evaluation = evaluate_network(model, request, data, ood, progress)
+    return EvaluationResult(request, evaluation, _mistakes(model, data, evaluation, request), versions(), command)
 
 
-def evaluated(
+def evaluate_network(
     model: nn.Module,
-    question: Question,
+    request: EvaluationRequest,
     data: Split,
-    strangers: Mapping[str, Split] | None = None,
+    ood: Mapping[str, Split] | None = None,
     progress: bool = False,
 ) -> bl.Evaluation:
-    """Return the figures that `measured` reports."""
-    device, size = next(model.parameters()).device, question.batch_size
+    """Return the metrics that `measure` reports."""
+    device, size = next(model.parameters()).device, request.batch_size
     return bl.evaluate(
         model,
         data.in_order(size, device),
-        ood={name: split.in_order(size, device) for name, split in (strangers or {}).items()},
-        num_samples=question.num_samples,
-        generator=torch.Generator(device).manual_seed(question.seed),
+        ood={name: split.in_order(size, device) for name, split in (ood or {}).items()},
+        num_samples=request.num_samples,
+        generator=torch.Generator(device).manual_seed(request.seed),
         progress=progress,
-        **_method(question),
+        **_method(request),
     )
 
 
-def _method(question: Question) -> dict[str, Any]:
-    """Return the argument that names the method, none where the question leaves it to the library."""
-    return {} if question.method is None else {"method": question.method}
+def _method(request: EvaluationRequest) -> dict[str, Any]:
+    """Return the argument that names the method, none where the request leaves it to the library."""
+    return {} if request.method is None else {"method": request.method}
 
 
 def versions(*others: str) -> dict[str, str]:
-    """Return the versions of Python, of the libraries that every figure depends on, and of other packages."""
+    """Return the versions of Python, of the libraries that every metric depends on, and of other packages."""
     found = {"bayeslayers": bl.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return found | {name: metadata.version(name) for name in others}
 
@@ -209,16 +209,16 @@ def _aligned(data: Split, names: Sequence[str]) -> Split:
     return data if len(data.classes) >= len(names) else dataclasses.replace(data, classes=list(names))
 
 
-def _mistakes(model: nn.Module, data: Split, evaluation: bl.Evaluation, question: Question) -> list[Mistake]:
+def _mistakes(model: nn.Module, data: Split, evaluation: bl.Evaluation, request: EvaluationRequest) -> list[Mistake]:
     """Return the mistakes that other draws of the weights make too, most confident first."""
     wrong = (~evaluation.scores["correct"].bool()).nonzero().flatten()
     index = wrong[evaluation.scores["confidence"][wrong].argsort(descending=True)][:MISTAKES]
     if len(index) == 0:
         return []
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(question.seed)
+    generator = torch.Generator(device).manual_seed(request.seed)
     inputs, images = data.inputs(index).to(device), data.images[index]
-    prediction = bl.predict(model, inputs, question.num_samples, generator=generator, **_method(question))
+    prediction = bl.predict(model, inputs, request.num_samples, generator=generator, **_method(request))
     found = []
     for number, label in enumerate(data.labels[index].tolist()):
         predicted = int(prediction.labels[number])

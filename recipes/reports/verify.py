@@ -1,8 +1,8 @@
-"""Whether a posterior does what its card says: figures measured anew beside the claimed ones.
+"""Whether a posterior does what its card says: its metrics measured again beside the claimed ones.
 
-A figure is an average over draws, so another seed or another release of torch gives another value. How
+A metric is an average over draws, so another seed or another release of torch gives another value. How
 far apart two measurements may be is estimated by the bootstrap over draws (Efron 1979). Whole draws
-are resampled, in blocks, for one draw moves all examples at once. Figures without draws, at the
+are resampled, in blocks, for one draw moves all examples at once. Metrics without draws, at the
 posterior means, must agree to rounding.
 """
 
@@ -28,7 +28,7 @@ from recipes.data.slices import Points, load_slice, sliced
 from recipes.data.split import NAMES, Split, load_split
 
 BLOCKS, RESAMPLES = 16, 64  # blocks of draws, and bootstrap samples of them
-DEVIATIONS = 6.0  # tolerated standard deviations: 1 figure in 40,000 by chance, by Student's t of 15 degrees
+DEVIATIONS = 6.0  # tolerated standard deviations: 1 metric in 40,000 by chance, by Student's t of 15 degrees
 LARGEST_SEED = 2**63 - 1
 MAX_SAMPLES = 10_000  # a card is not to be trusted with the time of whoever verifies it
 _SETTINGS = ("test_examples", "num_samples", "seed")
@@ -36,11 +36,11 @@ _SETTINGS = ("test_examples", "num_samples", "seed")
 
 @dataclass(frozen=True)
 class Check:
-    """One claimed figure beside the measured one, which is None for a figure that `verify` does not know."""
+    """One claimed metric beside the measured one, which is None for a metric that `verify` does not know."""
 
     posterior: str
     data: str
-    figure: str
+    metric: str
     claimed: float
     measured: float | None
     tolerance: float
@@ -52,10 +52,10 @@ class Check:
 
 
 def verify(name: str | Path, data_root: str | Path | None = None, seed: int | None = None) -> list[Check]:
-    """Measure a posterior anew, and compare each figure with its card's.
+    """Re-evaluate a posterior, and compare each metric with its card's.
 
     A card with `verification` is checked on the bundled slice. The card's `metrics` are checked on the
-    whole test split where `data_root` is given, or there is no `verification`. Figures of strangers that have no
+    whole test split where `data_root` is given, or there is no `verification`. OOD metrics of data that has no
     name in `load_split` are not measured.
 
     Args:
@@ -70,26 +70,26 @@ def verify(name: str | Path, data_root: str | Path | None = None, seed: int | No
     model = zoo.load(name)
     card = zoo.card_of(model)
     if not (card.verification or card.metrics):
-        raise ValueError(f"card of {card.name!r} must claim figures, got none.")
+        raise ValueError(f"card of {card.name!r} must claim metrics, got none.")
     checks = []
     if card.verification:
         known = _slice(_dataset(card), card)
-        strangers = {ood: _slice(ood, card) for ood in _strangers(card.verification)}
-        checks += compare(model, card.verification, known, strangers, f"{_dataset(card)} slice", seed)
+        ood = {name: _slice(name, card) for name in _ood_names(card.verification)}
+        checks += compare(model, card.verification, known, ood, f"{_dataset(card)} slice", seed)
     if data_root is not None or not card.verification:
         known = _test_split(_dataset(card), data_root, card)
-        reachable = [ood for ood in _strangers(card.metrics) if ood in (*NAMES, *sliced())]
-        strangers = {ood: _test_split(ood, data_root, card) for ood in reachable}
-        checks += compare(model, card.metrics, known, strangers, _dataset(card), seed)
+        reachable = [name for name in _ood_names(card.metrics) if name in (*NAMES, *sliced())]
+        ood = {name: _test_split(name, data_root, card) for name in reachable}
+        checks += compare(model, card.metrics, known, ood, _dataset(card), seed)
     return checks
 
 
 def record(name: str | Path) -> bl.Card:
-    """Measure a posterior on the bundled slices, and write the figures to its folder as its `verification`.
+    """Measure a posterior on the bundled slices, and write the metrics to its folder as its `verification`.
 
     Args:
         name: A bundled name or a folder, which is rewritten. Its card's metrics say how many draws and
-            which strangers; those without a slice are left out.
+            which OOD data; sets without a slice are left out.
 
     Raises:
         ValueError: If there is no such posterior, its files are bad, or its data has no slice.
@@ -100,10 +100,10 @@ def record(name: str | Path) -> bl.Card:
     model = zoo.load(folder)
     card = zoo.card_of(model)
     known = _slice(_dataset(card), card)
-    strangers = {ood: _slice(ood, card) for ood in _strangers(card.metrics) if ood in sliced()}
+    ood = {name: _slice(name, card) for name in _ood_names(card.metrics) if name in sliced()}
     of_means = card.metrics.get("num_samples", 0) < 2
     num_samples, seed = _settings({} if of_means else card.metrics, None)
-    values, _ = measure(model, known, strangers, num_samples, seed)
+    values, _ = measure(model, known, ood, num_samples, seed)
     settings = {"test_examples": len(known), "num_samples": num_samples, "seed": seed}
     rounded = {key: round(value, 5) for key, value in values.items() if not math.isnan(value)}
     return bl.save_posterior(model, folder, name=card.name, verification=rounded | settings)
@@ -113,11 +113,11 @@ def compare(
     model: nn.Module,
     claimed: Mapping[str, float],
     known: Split | Points,
-    strangers: Mapping[str, Split | Points],
+    ood: Mapping[str, Split | Points],
     data: str,
     seed: int | None = None,
 ) -> list[Check]:
-    """Return a check of every claimed figure.
+    """Return a check of every claimed metric.
 
     Two measurements differ by sqrt(2) of the standard error of one. Where the claim was measured on
     another number of examples, those count as a part of these or the other way round, and the
@@ -125,43 +125,43 @@ def compare(
 
     Args:
         model: A posterior of the zoo.
-        claimed: Figures, with `num_samples`, `seed` and `test_examples` of the claim.
+        claimed: Metrics, with `num_samples`, `seed` and `test_examples` of the claim.
         known: Examples to measure on.
-        strangers: Examples of other data sets.
+        ood: Examples of other data sets.
         data: Name of the examples.
         seed: Of the draws; None for the claim's.
     """
     of = _whole(claimed, "test_examples", 0, 0, LARGEST_SEED)
-    values, errors = measure(model, known, strangers, *_settings(claimed, seed), of=of)
+    values, errors = measure(model, known, ood, *_settings(claimed, seed), of=of)
     name, checks = zoo.card_of(model).name, []
-    for figure, claim in claimed.items():
-        if figure in _SETTINGS:
+    for metric, claim in claimed.items():
+        if metric in _SETTINGS:
             continue
-        rounding = 1e-5 + 1e-4 * abs(claim) + (2 / len(known) if figure == "accuracy" else 0)
-        tolerance = max(DEVIATIONS * errors.get(figure, 0.0), rounding)
-        checks.append(Check(name, data, figure, float(claim), values.get(figure), tolerance))
+        rounding = 1e-5 + 1e-4 * abs(claim) + (2 / len(known) if metric == "accuracy" else 0)
+        tolerance = max(DEVIATIONS * errors.get(metric, 0.0), rounding)
+        checks.append(Check(name, data, metric, float(claim), values.get(metric), tolerance))
     return checks
 
 
 def measure(
     model: nn.Module,
     known: Split | Points,
-    strangers: Mapping[str, Split | Points],
+    ood: Mapping[str, Split | Points],
     num_samples: int,
     seed: int,
     of: int = 0,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return figures, and the standard deviation of the difference to another measurement of each.
+    """Return metrics, and the standard deviation of the difference to another measurement of each.
 
     Args:
         model: A posterior of classes, or of one yes or no.
         known: Examples of its data set.
-        strangers: Examples of others, by name.
+        ood: Examples of others, by name.
         num_samples: Draws, >= 2.
         seed: Of the draws.
         of: Number of examples of the other measurement; 0 for these examples.
     """
-    splits = {"": known, **strangers}
+    splits = {"": known, **ood}
     draws = {name: _draw_blocks(model, split, num_samples, seed) for name, split in splits.items()}
     counts = torch.tensor([block.num_samples for block in draws[""]], dtype=torch.float64)
     parts = {name: _pool(blocks, counts) for name, blocks in draws.items()}
@@ -169,7 +169,7 @@ def measure(
     resampled = []
     for _ in range(RESAMPLES):
         repeats = torch.randint(len(counts), counts.shape, generator=generator).bincount(minlength=len(counts))
-        resampled.append(_figures({name: _pool(b, counts * repeats) for name, b in draws.items()}, known.labels))
+        resampled.append(_all_metrics({name: _pool(b, counts * repeats) for name, b in draws.items()}, known.labels))
     # Two measurements differ; and n resampled blocks spread (n - 1) / n as much as n new ones.
     correction = 2 * len(counts) / (len(counts) - 1)
     variance = {key: correction * spread for key, spread in _variances(resampled).items()}
@@ -178,7 +178,7 @@ def measure(
         for _ in range(RESAMPLES):
             index = {name: torch.randint(len(s), (len(s),), generator=generator) for name, s in splits.items()}
             chosen = {name: _select(part, index[name]) for name, part in parts.items()}
-            resampled.append(_figures(chosen, known.labels[index[""]]))
+            resampled.append(_all_metrics(chosen, known.labels[index[""]]))
         variance = {key: v + abs(len(known) / of - 1) * _variances(resampled)[key] for key, v in variance.items()}
     means = {
         name: predict(model, split.inputs(slice(None)), method="mean", batch_size=1000)
@@ -189,7 +189,7 @@ def measure(
         **{f"total{_suffix(name)}_at_means": float(part.total.double().mean()) for name, part in means.items()},
         "kl": float(bl.kl_divergence(model).detach()),
     }
-    return _figures(parts, known.labels) | exact, {key: math.sqrt(value) for key, value in variance.items()}
+    return _all_metrics(parts, known.labels) | exact, {key: math.sqrt(value) for key, value in variance.items()}
 
 
 def _draw_blocks(model: nn.Module, split: Split | Points, num_samples: int, seed: int) -> list[Prediction]:
@@ -218,8 +218,8 @@ def _select(prediction: Prediction, index: Tensor) -> Prediction:
     return dataclasses.replace(prediction, **chosen)
 
 
-def figures(parts: Mapping[str, Prediction], labels: Tensor) -> dict[str, float]:
-    """Return figures of predictions of classes, or of one yes or no.
+def prediction_metrics(parts: Mapping[str, Prediction], labels: Tensor) -> dict[str, float]:
+    """Return metrics of predictions of classes, or of one yes or no.
 
     Args:
         parts: Predictions for the examples of a posterior's data set, by "", and for those of others, by name.
@@ -236,9 +236,9 @@ def figures(parts: Mapping[str, Prediction], labels: Tensor) -> dict[str, float]
     return found
 
 
-def _figures(parts: Mapping[str, Prediction], labels: Tensor) -> dict[str, float]:
-    """Return `figures`, and how well confidence tells errors from right predictions: NaN without one or the other."""
-    found, known = figures(parts, labels), parts[""]
+def _all_metrics(parts: Mapping[str, Prediction], labels: Tensor) -> dict[str, float]:
+    """Return `prediction_metrics`, and how well confidence finds errors: NaN without errors, or without others."""
+    found, known = prediction_metrics(parts, labels), parts[""]
     levels = Levels.of(1 - known.confidence.flatten(), (known.labels != labels).flatten())
     return found | {"misclassification_auroc_confidence": levels.auroc()}
 
@@ -248,7 +248,7 @@ def _suffix(name: str) -> str:
 
 
 def _variances(resampled: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the variance of each figure over the bootstrap samples that have it."""
+    """Return the variance of each metric over the bootstrap samples that have it."""
     values = {key: torch.tensor([found[key] for found in resampled], dtype=torch.float64) for key in resampled[0]}
     there = {key: value[value.isfinite()] for key, value in values.items()}
     return {key: float(value.var()) if len(value) > 1 else math.inf for key, value in there.items()}
@@ -274,9 +274,9 @@ def _dataset(card: bl.Card) -> str:
     return card.dataset.partition(" ")[0]
 
 
-def _strangers(figures: Mapping[str, float]) -> list[str]:
-    """Return the names of the data sets that figures tell from the posterior's own."""
-    return sorted({found[1] for key in figures if (found := re.fullmatch("ood_auroc_(.+?)(_epistemic)?", key))})
+def _ood_names(metrics: Mapping[str, float]) -> list[str]:
+    """Return the names of the data sets whose OOD metrics tell them from the posterior's own."""
+    return sorted({found[1] for key in metrics if (found := re.fullmatch("ood_auroc_(.+?)(_epistemic)?", key))})
 
 
 def _test_split(name: str, data_root: str | Path | None, card: bl.Card) -> Split | Points:

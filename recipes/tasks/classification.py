@@ -29,7 +29,7 @@ from bayeslayers.storage.weight_file import Weights
 from recipes.data.names import short_name, without_folders
 from recipes.data.split import Split, num_batches
 from recipes.reports.html import write_report
-from recipes.reports.measure import Answer, Question, evaluated, measured, versions
+from recipes.reports.measure import EvaluationRequest, EvaluationResult, evaluate_network, measure, versions
 from recipes.tasks.image_sets import Sets, check_classes, read_sets
 from recipes.training.config import Config, check, device_of, make_model
 from recipes.training.interruption import interruption
@@ -101,10 +101,10 @@ def _train(config: Config, folder: Path, resume: bool, command: str) -> dict[str
             if run.rows:
                 training_curves(run.rows, folder / CURVES)
             if finished:
-                answer = experiment.measure(progress=console.is_terminal)
-                metrics = figures_of(answer)
+                result = experiment.measure(progress=console.is_terminal)
+                metrics = card_metrics(result)
                 with shown_on_error(metrics, console):
-                    experiment.write(answer, run.rows, metrics)
+                    experiment.write(result, run.rows, metrics)
                 written = True
     if not written:
         late = "before it was measured" if metrics is None else "before its report was written"
@@ -165,7 +165,7 @@ class Experiment:
         folder: Where its files go.
         model: The network.
         sets: Its data.
-        baseline: Figures of a twin.
+        baseline: Metrics of the baseline.
         command: What was typed.
     """
 
@@ -195,14 +195,14 @@ class Experiment:
             epochs=config.epochs,
             seed=config.seed,
             measure=self._measure,
-            chosen_by=f"{self.sets.part}_nll",
+            chosen_by=f"{self.sets.split}_nll",
             on_best=self._save_best,
             checkpoint_minutes=config.checkpoint_minutes,
             identity={name: value for name, value in dataclasses.asdict(config).items() if name not in _MAY_DIFFER}
             | {"data": short_name(config.data), "training examples": len(train), "training labels": _digest(train)},
         )
 
-    def measure(self, progress: bool) -> Answer:
+    def measure(self, progress: bool) -> EvaluationResult:
         """Return what the trained network is worth.
 
         Args:
@@ -211,34 +211,36 @@ class Experiment:
         config = self.config
         if config.laplace:
             self.model = fit_laplace(self.model, config, self.sets.train)
-        question = self._question(config.evaluation.num_samples, trained=True)
-        return measured(self.model, question, self.sets.test, self.sets.strangers, self.command, progress)
+        request = self._request(config.evaluation.num_samples, trained=True)
+        return measure(self.model, request, self.sets.test, self.sets.ood, self.command, progress)
 
-    def write(self, answer: Answer, rows: Sequence[Mapping[str, float]], metrics: Mapping[str, float]) -> None:
+    def write(
+        self, result: EvaluationResult, rows: Sequence[Mapping[str, float]], metrics: Mapping[str, float]
+    ) -> None:
         """Write posterior, report and metrics; these come last, for they say that the run is finished.
 
         Args:
-            answer: What `measure` returned.
+            result: What `measure` returned.
             rows: The training's log.
             metrics: Metrics of the card.
         """
         self._save(POSTERIOR, rows[-1], metrics, self.config.notes)
-        write_report(dataclasses.replace(answer, log=rows, log_question=self._epoch_question()), self.folder)
+        write_report(dataclasses.replace(result, log=rows, epoch_request=self._epoch_request()), self.folder)
         write_atomically(self.folder / METRICS, json.dumps(metrics, indent=2).encode())
 
     def _measure(self) -> dict[str, float]:
-        found = evaluated(self.model, self._epoch_question(), self.sets.held_out).metrics
-        return {f"{self.sets.part}_{name}": found[name] for name in LOGGED}
+        found = evaluate_network(self.model, self._epoch_request(), self.sets.held_out).metrics
+        return {f"{self.sets.split}_{name}": found[name] for name in LOGGED}
 
-    def _epoch_question(self) -> Question:
-        return self._question(self.config.evaluation.epoch_samples)
+    def _epoch_request(self) -> EvaluationRequest:
+        return self._request(self.config.evaluation.epoch_samples)
 
-    def _question(self, num_samples: int, trained: bool = False) -> Question:
+    def _request(self, num_samples: int, trained: bool = False) -> EvaluationRequest:
         config, how = self.config, self.config.evaluation
-        return Question(
+        return EvaluationRequest(
             posterior=config.name,
             data=short_name(config.data),
-            ood=list(self.sets.strangers),
+            ood=list(self.sets.ood),
             num_samples=num_samples,
             seed=how.seed,
             method=self.method(trained),
@@ -253,13 +255,13 @@ class Experiment:
         return self.config.evaluation.method or method_of(self.config.optimizer).predict
 
     def _save_best(self, row: Mapping[str, float]) -> None:
-        part, config, how = self.sets.part, self.config, self.config.evaluation
-        found = {name: row[f"{part}_{name}"] for name in LOGGED}
-        notes = f"Epoch {row['epoch']} of {config.epochs}, that of the lowest {part}_nll, {found['nll']:.4f}."
+        split, config, how = self.sets.split, self.config, self.config.evaluation
+        found = {name: row[f"{split}_{name}"] for name in LOGGED}
+        notes = f"Epoch {row['epoch']} of {config.epochs}, that of the lowest {split}_nll, {found['nll']:.4f}."
         counts = {"num_samples": how.epoch_samples, "seed": how.seed, "test_examples": len(self.sets.test)}
         if not config.laplace:
-            figures = found | counts if part == "test" else {}
-            self._save(BEST, row, figures, f"{notes} {config.notes}".strip())
+            metrics = found | counts if split == "test" else {}
+            self._save(BEST, row, metrics, f"{notes} {config.notes}".strip())
 
     def _save(self, name: str, row: Mapping[str, float], metrics: Mapping[str, float], notes: str) -> None:
         """Save the posterior of the log's `row` with its card, where training leaves one."""
@@ -321,17 +323,17 @@ def fit_laplace(model: nn.Module, config: Config, data: Split) -> nn.Module:
     )
 
 
-def figures_of(answer: Answer) -> dict[str, float]:
-    """Return the figures of a card, which `verify` measures anew."""
-    found, point = answer.evaluation.metrics, answer.question.method == "mean"
-    figures = {key: found[key] for key in (*LOGGED, "misclassification_auroc_confidence")}
-    for name in answer.question.ood:
-        figures[f"{OOD}{name}"] = found[f"{name}/auroc_entropy"]
+def card_metrics(result: EvaluationResult) -> dict[str, float]:
+    """Return the metrics of a card, which `verify` measures again."""
+    found, point = result.evaluation.metrics, result.request.method == "mean"
+    metrics = {key: found[key] for key in (*LOGGED, "misclassification_auroc_confidence")}
+    for name in result.request.ood:
+        metrics[f"{OOD}{name}"] = found[f"{name}/auroc_entropy"]
         if not point:
-            figures[f"{OOD}{name}_epistemic"] = found[f"{name}/auroc_epistemic"]
-    counts = {"num_samples": answer.evaluation.num_samples, "seed": answer.question.seed}
-    figures = {name: value for name, value in figures.items() if not math.isnan(value)}  # an AUROC without errors
-    return figures | {"test_examples": answer.evaluation.num_examples} | counts
+            metrics[f"{OOD}{name}_epistemic"] = found[f"{name}/auroc_epistemic"]
+    counts = {"num_samples": result.evaluation.num_samples, "seed": result.request.seed}
+    metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}  # an AUROC without errors
+    return metrics | {"test_examples": result.evaluation.num_examples} | counts
 
 
 def metrics_table(metrics: Mapping[str, float]) -> Table:
@@ -344,17 +346,17 @@ def metrics_table(metrics: Mapping[str, float]) -> Table:
 
 
 def read_baseline(folder: str | None) -> dict[str, float | int | str]:
-    """Return the figures of a twin's run, rounded, with its method."""
+    """Return the metrics of a baseline's run, rounded, with its method."""
     if folder is None:
         return {}
     for name in (METRICS, CONFIG):
         if not (Path(folder) / name).is_file():
             raise FileNotFoundError(f"baseline must be a finished run, got {folder} without {name}. Train it first.")
     try:
-        figures = {key: round(value, 5) for key, value in json.loads((Path(folder) / METRICS).read_text()).items()}
+        metrics = {key: round(value, 5) for key, value in json.loads((Path(folder) / METRICS).read_text()).items()}
         plan = plan_of((Path(folder) / CONFIG).read_text())
     except (ValueError, TypeError, AttributeError, KeyError):
         raise ValueError(
-            f"baseline must be a finished run, got {folder}, whose {METRICS} or {CONFIG} is damaged. Train it anew."
+            f"baseline must be a finished run, got {folder}, whose {METRICS} or {CONFIG} is damaged. Train it again."
         ) from None
-    return {"optimizer": plan.method} | figures
+    return {"optimizer": plan.method} | metrics

@@ -22,16 +22,16 @@ class Sets:
     Attributes:
         train: Examples to train on.
         held_out: Examples to measure on after each epoch.
-        part: What these are, "val" or "test".
+        split: Which these are, "val" or "test".
         test: Examples to measure the result on.
-        strangers: Examples of other data, by name.
+        ood: Examples of other data, by name.
     """
 
     train: Split
     held_out: Split
-    part: str
+    split: str
     test: Split
-    strangers: dict[str, Split]
+    ood: dict[str, Split]
 
 
 def read_sets(config: Config, size: Sequence[int]) -> Sets:
@@ -44,13 +44,13 @@ def read_sets(config: Config, size: Sequence[int]) -> Sets:
     train, test = load(config.data, train=True), load(config.data, train=False)
     refuse_same_examples(config.data, train, test)
     train, test = train.limited(config.limit), test.limited(config.limit)
-    strangers = {
+    ood = {
         name: load(full, train=False, argument="evaluation.ood").limited(config.limit)
         for name, full in by_short_name(config.evaluation.ood).items()
     }
     if not config.validation:
-        return Sets(train, test, "test", test, strangers)
-    return Sets(*train.held_out(config.validation), "val", test, strangers)
+        return Sets(train, test, "test", test, ood)
+    return Sets(*train.held_out(config.validation), "val", test, ood)
 
 
 def refuse_same_examples(name: str, train: Split, test: Split) -> None:

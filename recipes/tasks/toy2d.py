@@ -29,10 +29,10 @@ from bayeslayers.files import write_atomically
 from bayeslayers.optim import TemperatureWarmup
 from bayeslayers.plots import decision_boundary, training_gif
 from bayeslayers.plots.canvas import finish
-from recipes.data.blobs import CLASSES, STRANGERS, Blobs
+from recipes.data.blobs import CLASSES, OOD_NAME, Blobs
 from recipes.data.names import expanded
 from recipes.reports.measure import versions
-from recipes.reports.verify import figures
+from recipes.reports.verify import prediction_metrics
 from recipes.training.config import check_seed
 from recipes.training.interruption import interruption
 from recipes.training.methods import check_options, make_optimizer
@@ -115,7 +115,7 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
         command: How this run was asked for, for the card.
 
     Returns:
-        Figures of each network after the last epoch, as "vogn_nll"; None if Ctrl-C or SIGTERM stopped the run, of
+        Metrics of each network after the last epoch, as "vogn_nll"; None if Ctrl-C or SIGTERM stopped the run, of
         which nothing is written then.
 
     Raises:
@@ -123,7 +123,7 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
         FileExistsError: If the run folder holds something.
     """
     if resume:
-        raise ValueError("resume must be off for toy2d, which takes seconds and keeps no checkpoint. Start it anew.")
+        raise ValueError("resume must be off for toy2d, which takes seconds and keeps no checkpoint. Start it again.")
     refuse_many_processes()
     folder = Path(config.output or f"runs/{config.name}")
     check_folder("output", folder)
@@ -133,22 +133,22 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
 
 
 def _train(config: Config, folder: Path, command: str) -> dict[str, float] | None:
-    both = Both(config)
+    experiment = ToyExperiment(config)
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
         with interruption(at_once=True), Progress(*columns, console=console) as progress:
-            frames = list(progress.track(both.run(), total=config.epochs + 1, description="training"))
+            frames = list(progress.track(experiment.run(), total=config.epochs + 1, description="training"))
             shown = [frame for frame in frames if frame is not None]
-            found = both.measure()
+            found = experiment.measure()
             clear_leftovers(folder, _FILES)
             training_gif(progress.track(shown, description="animation"), folder / GIF, duration=0.25, last=3.0)
     except KeyboardInterrupt:
-        console.print(f"stopped after {len(both.rows)} of {config.epochs} epochs; nothing is written")
+        console.print(f"stopped after {len(experiment.rows)} of {config.epochs} epochs; nothing is written")
         return None
     finish(shown[-1], folder / PNG)
-    write_atomically(folder / LOG, log_text(both.rows).encode())
-    save(both, found, folder / POSTERIOR, command)
+    write_atomically(folder / LOG, log_text(experiment.rows).encode())
+    save(experiment, found, folder / POSTERIOR, command)
     metrics = _flat(found)
     write_atomically(folder / METRICS, json.dumps(metrics, indent=2).encode())  # last: the run is finished
     console.print(Text(printable(f"written to {folder}: {GIF}, {PNG}, {LOG}, {METRICS}, {POSTERIOR}/")))
@@ -181,7 +181,7 @@ def _unfinished(folder: Path) -> bool:
     return not whole or (GIF in whole and whole <= set(_FILES) - {METRICS})
 
 
-class Both:
+class ToyExperiment:
     """Two equal networks in training, one by Adam, one by VOGN.
 
     Attributes:
@@ -193,7 +193,7 @@ class Both:
 
     def __init__(self, config: Config):
         self.config, self.rows = config, []
-        self.data, self.test, self.ring = config.data.split(True), config.data.split(False), config.data.strangers()
+        self.data, self.test, self.ring = config.data.split(True), config.data.split(False), config.data.ood()
         torch.manual_seed(config.seed)
         net = zoo.create("mlp", num_classes=1, input_size=[2], widths=config.widths)
         net = describe(net, dataclasses.replace(zoo.card_of(net), likelihood=_BERNOULLI.name))
@@ -240,7 +240,7 @@ class Both:
         return losses
 
     def measure(self) -> dict[str, dict[str, float]]:
-        """Return the figures of each network on the test examples and on the ring around them."""
+        """Return the metrics of each network on the test examples and on the ring around them."""
         return {name: self._measure(name) for name in NAMES}
 
     def _measure(self, name: str) -> dict[str, float]:
@@ -254,9 +254,9 @@ class Both:
                 method="sample" if draws else "mean",
                 generator=torch.Generator().manual_seed(self.config.seed),
             )
-            for key, points in (("", self.test), (STRANGERS, self.ring))
+            for key, points in (("", self.test), (OOD_NAME, self.ring))
         }
-        found = figures(parts, self.test.labels)
+        found = prediction_metrics(parts, self.test.labels)
         return found if draws else {key: value for key, value in found.items() if "epistemic" not in key}
 
     def frame(self) -> Figure:
@@ -277,19 +277,19 @@ class Both:
         )
 
 
-def save(both: Both, found: Mapping[str, dict[str, float]], folder: Path, command: str) -> None:
-    """Save VOGN's posterior with its card; Adam's figures stand beside its own."""
-    config = both.config
-    counts = {"test_examples": len(both.test), "seed": config.seed}
+def save(experiment: ToyExperiment, found: Mapping[str, dict[str, float]], folder: Path, command: str) -> None:
+    """Save VOGN's posterior with its card; Adam's metrics stand beside its own."""
+    config = experiment.config
+    counts = {"test_examples": len(experiment.test), "seed": config.seed}
     rounded = {name: {key: round(value, 5) for key, value in found[name].items()} | counts for name in NAMES}
     bl.save_posterior(
-        both.models["vogn"],
+        experiment.models["vogn"],
         folder,
         name=config.name,
         class_names=CLASSES,
-        dataset=f"{config.data.name} ({len(both.data)} train, {len(both.test)} test)",
-        dataset_size=len(both.data),
-        temperature=round(both.temperature, 5),
+        dataset=f"{config.data.name} ({len(experiment.data)} train, {len(experiment.test)} test)",
+        dataset_size=len(experiment.data),
+        temperature=round(experiment.temperature, 5),
         optimizer={"name": "vogn"}
         | config.vogn
         | {key: getattr(config, key) for key in ("temperature_steps", "temperature_start", "batch_size", "epochs")},

@@ -33,7 +33,7 @@ class Evaluation:
         seed: Of the draws.
         method: How to predict, as in `bl.predict`: "sample", "mean", "local", "moments", "dropout", "linearised". None
             for draws of a posterior, and one pass of a point estimate.
-        ood: Data sets of strangers, for the AUROC of total entropy.
+        ood: Out-of-distribution data sets, for the AUROC of total entropy.
         batch_size: Examples per forward pass.
     """
 
@@ -82,12 +82,12 @@ class Config:
         evaluation: How the result is measured.
         start: Run folder, or posterior as for `zoo.load`, whose network the run goes on from, with its precisions where
             the optimizer keeps them; None for a network that has learned nothing.
-        baseline: Run folder of a twin, whose figures go into the card beside ours.
+        baseline: Run folder of a deterministic baseline, whose metrics go into the card beside ours.
         output: Run folder; `runs/NAME` if None.
         data_root: Folder of data already there; downloaded to `data` if None.
         limit: Use so many examples of each split alone.
         validation: Training examples to hold out. The best epoch is the one of the lowest negative
-            log-likelihood on them; 0: on the test split, which flatters it.
+            log-likelihood on them; 0: on the test split, whose metrics are then optimistic.
         device: Where to train, as torch names it: "cuda:1"; None for the first GPU, or the CPU if there is none.
         compile: Run training steps through torch.compile, at the cost of a minute at the start.
         checkpoint_minutes: Minutes between two checkpoints within an epoch, > 0; one is also saved after each epoch.

@@ -51,8 +51,8 @@ class Training:
         micro_batch: Examples per forward pass; a step adds up as many as it needs.
         epochs: Passes over the data.
         seed: Of the order of the data.
-        measure: Returns figures to log at the end of an epoch.
-        chosen_by: The figure of the log whose lowest value marks the best epoch.
+        measure: Returns metrics to log at the end of an epoch.
+        chosen_by: The metric of the log whose lowest value marks the best epoch.
         on_best: Called with the row of an epoch that is the best so far.
         identity: What must be equal for a checkpoint to be resumed.
         checkpoint_minutes: Minutes between two checkpoints within an epoch.
@@ -103,7 +103,7 @@ class Training:
         bar = _Progress(*columns, console=Console(stderr=True))
         began = time.monotonic()
         with bar as progress, interruption() as interrupted, self._tensorboard() as write:
-            shown = {"epochs": self.epochs, "epoch": min(self.epoch + 1, self.epochs), "figures": ""}
+            shown = {"epochs": self.epochs, "epoch": min(self.epoch + 1, self.epochs), "metrics": ""}
             task = progress.add_task("", total=self.epochs * per_epoch, completed=done, **shown)
             if self._between_epochs:
                 self._record(write)
@@ -112,8 +112,8 @@ class Training:
                     self.data, self.batch_size, self.seed, self.epoch, self.step, augmentation=self.augmentation
                 ):
                     self._step(x, y)
-                    figures = in_words(self.settings | self._means())
-                    progress.update(task, advance=1, epoch=self.epoch + 1, figures=figures)
+                    metrics = in_words(self.settings | self._means())
+                    progress.update(task, advance=1, epoch=self.epoch + 1, metrics=metrics)
                     since = time.monotonic() - (self.saved[2] if self.saved else began)
                     if interrupted() or since >= 60 * self.checkpoint_minutes:
                         self.save()
@@ -188,11 +188,11 @@ class Training:
         train = {f"train_{key}": value for key, value in self._means().items()}
         try:
             with interruption(at_once=True):
-                figures = self.measure()
+                metrics = self.measure()
         except KeyboardInterrupt:
             self.save()
             return False
-        self.rows.append(seconds | self.settings | train | figures)
+        self.rows.append(seconds | self.settings | train | metrics)
         self.epoch, self.step = self.epoch + 1, 0
         self.sums, self.bins = dict.fromkeys(self.sums, 0.0), CalibrationBins()
         self.save()
@@ -208,7 +208,7 @@ class Training:
         write(self.rows[-1])
 
     def _means(self) -> dict[str, float]:
-        """Return the figures of this epoch's steps so far, measured while the weights moved."""
+        """Return the metrics of this epoch's steps so far, measured while the weights moved."""
         means = {key: self.sums[key] / self.step for key in ("loss", "accuracy")}
         return means | {"ece": float(self.bins.errors())}
 
@@ -287,20 +287,20 @@ class Training:
 
 
 class _Progress(Progress):
-    """A progress bar with its figures on a line below, where 80 columns hold them."""
+    """A progress bar with its metrics on a line below, where 80 columns hold them."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
         for task in self.tasks:
-            yield Text(task.fields["figures"])
+            yield Text(task.fields["metrics"])
 
 
-def in_words(figures: dict[str, float]) -> str:
-    """Return figures as a line, without what is said elsewhere.
+def in_words(metrics: dict[str, float]) -> str:
+    """Return metrics as a line, without what is said elsewhere.
 
     >>> in_words({"epoch": 1.0, "seconds": 2.0, "lr": 0.001, "train_loss": 0.5, "test_ece": 0.01})
     'lr 0.001  train loss 0.5000  test ece 0.0100'
     """
     form = {"lr": ".2g", "temperature": ".2g"}
-    shown = {key: value for key, value in figures.items() if key not in ("epoch", "seconds")}
+    shown = {key: value for key, value in metrics.items() if key not in ("epoch", "seconds")}
     return "  ".join(f"{key.replace('_', ' ')} {value:{form.get(key, '.4f')}}" for key, value in shown.items())

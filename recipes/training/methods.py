@@ -46,7 +46,7 @@ def _posterior(kind: Callable[..., torch.optim.Optimizer], predict: str = "sampl
 
 
 def _point(kind: Callable[..., torch.optim.Optimizer]) -> Method:
-    """Train the means alone: the deterministic twin. Option `decay_norms`: false spares scale and shift of norms."""
+    """Train the means alone, as a baseline. Option `decay_norms`: false spares scale and shift of norms."""
 
     def make(model: nn.Module, size: int, generator: torch.Generator, options: Mapping[str, Any]):
         rest = {key: value for key, value in options.items() if key != "decay_norms"}

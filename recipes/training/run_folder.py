@@ -1,4 +1,4 @@
-"""A training run as its folder tells of it: the log, the final figures, the reliability."""
+"""A training run as its folder tells of it: the log, the final metrics, the reliability."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ LOG, METRICS, REPORT, CONFIG, POSTERIOR = "log.csv", "metrics.json", "report.jso
 CURVES, BEST, CHECKPOINT = "curves.png", "best", "checkpoint.safetensors"
 _OUTPUTS = (CHECKPOINT, LOG, METRICS, REPORT, POSTERIOR, BEST)
 _WRITTEN = (LOG, METRICS, REPORT, "report.html", CONFIG, POSTERIOR, CURVES, BEST, CHECKPOINT)
-EPOCH_FIGURES = ("accuracy", "nll", "ece")
-FIGURES = (*EPOCH_FIGURES, "misclassification_auroc_confidence")
+EPOCH_METRICS = ("accuracy", "nll", "ece")
+COMPARED = (*EPOCH_METRICS, "misclassification_auroc_confidence")
 OOD = "ood_auroc_"
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Run:
-    """A training run. A figure that its folder lacks is NaN, or not there.
+    """A training run. A metric that its folder lacks is NaN, or not there.
 
     Attributes:
         folder: Where it is.
@@ -52,7 +52,7 @@ class Run:
         held_out: Examples that it was measured on after each epoch: "test" or "val".
         curves: By name "epoch", "seconds", "train_accuracy", and "accuracy", "nll", "ece" of the held-out examples: a
             value for each epoch.
-        figures: Those of the test examples at its end; those after the last epoch if it is not finished.
+        metrics: Those of the test examples at its end; those after the last epoch if it is not finished.
         finished: Whether it was measured at its end.
         reliability: Confidence, accuracy and share of the examples, of each bin that holds any; None without a report.
     """
@@ -61,7 +61,7 @@ class Run:
     plan: Plan | None
     held_out: str
     curves: dict[str, list[float]]
-    figures: dict[str, float]
+    metrics: dict[str, float]
     finished: bool
     reliability: list[tuple[float, float, float]] | None
 
@@ -166,14 +166,14 @@ def read_run(folder: str | Path) -> Run:
     held_out, curves = log
     if held_out is None:
         raise ValueError(f"run must be one of image classification, got {folder}, whose {LOG} has other columns.")
-    figures = _parsed(folder / METRICS, _figures)
+    metrics = _parsed(folder / METRICS, _metrics)
     return Run(
         folder=folder,
         plan=_parsed(folder / CONFIG, plan_of),
         held_out=held_out,
         curves=curves,
-        figures={key: curves[key][-1] for key in EPOCH_FIGURES} if figures is None else figures,
-        finished=figures is not None,
+        metrics={key: curves[key][-1] for key in EPOCH_METRICS} if metrics is None else metrics,
+        finished=metrics is not None,
         reliability=_parsed(folder / REPORT, _reliability),
     )
 
@@ -186,7 +186,7 @@ def _parsed(path: Path, parse: Callable[[str], T]) -> T | None:
         return parse(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, csv.Error):
         raise ValueError(
-            f"{path.name} must be as training writes it, got {path}, which is damaged. Train the run anew."
+            f"{path.name} must be as training writes it, got {path}, which is damaged. Train the run again."
         ) from None
 
 
@@ -195,23 +195,23 @@ def _log(text: str) -> tuple[str | None, dict[str, list[float]]]:
     rows = list(csv.DictReader(text.splitlines(), strict=True))
     if not rows or any(None in row or None in row.values() for row in rows):  # none, or one too long or too short
         raise ValueError
-    parts = (part for part in ("val", "test") if any(f"{part}_{key}" in rows[0] for key in EPOCH_FIGURES))
-    held_out = next(parts, None)
+    splits = (split for split in ("val", "test") if any(f"{split}_{key}" in rows[0] for key in EPOCH_METRICS))
+    held_out = next(splits, None)
     columns = {key: key for key in ("seconds", "train_accuracy")}
-    columns |= {key: f"{held_out}_{key}" for key in EPOCH_FIGURES}
+    columns |= {key: f"{held_out}_{key}" for key in EPOCH_METRICS}
     curves = {key: [float(row.get(column) or math.nan) for row in rows] for key, column in columns.items()}
     return held_out, {"epoch": [float(int(row["epoch"])) for row in rows]} | curves
 
 
-def _figures(text: str) -> dict[str, float]:
-    figures = json.loads(text)
-    chosen = (key for key in figures if key in FIGURES or (key.startswith(OOD) and not _of_epistemic(key, figures)))
-    return {key: math.nan if figures[key] is None else float(figures[key]) for key in chosen}
+def _metrics(text: str) -> dict[str, float]:
+    metrics = json.loads(text)
+    chosen = (key for key in metrics if key in COMPARED or (key.startswith(OOD) and not _of_epistemic(key, metrics)))
+    return {key: math.nan if metrics[key] is None else float(metrics[key]) for key in chosen}
 
 
-def _of_epistemic(key: str, figures: Mapping[str, Any]) -> bool:
+def _of_epistemic(key: str, metrics: Mapping[str, Any]) -> bool:
     """Return whether an AUROC is of the epistemic uncertainty, beside one of the total."""
-    return key.endswith("_epistemic") and key.removesuffix("_epistemic") in figures
+    return key.endswith("_epistemic") and key.removesuffix("_epistemic") in metrics
 
 
 def plan_of(text: str) -> Plan:

@@ -180,7 +180,7 @@ def test_hostile_configurations_run_nothing(watched, capsys, tmp_path, monkeypat
         stop()
 
     monkeypatch.setattr(zoo, "create", create_on_paper)
-    monkeypatch.setattr("recipes.tasks.toy2d.Both", stop)
+    monkeypatch.setattr("recipes.tasks.toy2d.ToyExperiment", stop)
     trees = [read_yaml(path.read_text(), path.name) for path in sorted(CONFIGS.rglob("*.yaml"))]
     rng, outcomes = random.Random(0), Counter()
     for number in range(ROUNDS):

@@ -19,7 +19,7 @@ from bayeslayers.storage.posterior import read_card
 from recipes.cli import main
 from recipes.reports.compare import compare
 from recipes.reports.html import report_html
-from recipes.reports.measure import Answer, Question
+from recipes.reports.measure import EvaluationRequest, EvaluationResult
 from zoo.hub import Found
 
 EVIL = "\x1b[31m\x1b]8;;http://evil\x07\x9b2J\u202eabc\u2066\x07[red]x[/red][link=http://evil]y[/link]:bomb:\r\x7f<b>&"
@@ -103,21 +103,21 @@ def test_a_terminal_gets_no_link_of_a_card(places):
     with console.capture() as text:
         console.print(compare([places[2]]))
     assert "\x1b]8" not in text.get() and not RAW.search(re.sub("\x1b\\[[0-9;]*m", "", text.get()))
-    evaluation = dataclasses.replace(an_answer().evaluation, metrics={f"{EVIL}/auroc_entropy": 0.5})
+    evaluation = dataclasses.replace(a_result().evaluation, metrics={f"{EVIL}/auroc_entropy": 0.5})
     no_raw(str(evaluation))
     assert "[red]x[/red]" in str(evaluation)
 
 
-def an_answer():
+def a_result():
     torch.manual_seed(0)
     x, y = torch.randn(20, 4), torch.arange(20) % 3
     evaluation = bl.evaluate(bl.BayesLinear(4, 3), (x, y), ood={EVIL: (x,)}, num_samples=2)
-    question = Question(posterior=EVIL, data=EVIL, ood=[EVIL])
-    return Answer(question, evaluation, mistakes=[], versions={EVIL: EVIL}, command=EVIL)
+    request = EvaluationRequest(posterior=EVIL, data=EVIL, ood=[EVIL])
+    return EvaluationResult(request, evaluation, mistakes=[], versions={EVIL: EVIL}, command=EVIL)
 
 
 def test_a_report_shows_names_as_text():
-    page = report_html(an_answer())
+    page = report_html(a_result())
     no_raw(re.sub(r'src="data:[^"]*"', "", page))
     assert "<b>&" not in page and "&lt;b&gt;&amp;" in page
 
@@ -130,7 +130,7 @@ def test_verify_evaluate_and_search_show_names_as_text(capsys, monkeypatch, plac
     monkeypatch.setattr("zoo.hub.search", lambda _: [Found(f"o/{EVIL}", 1, 2, EVIL)])
     status, out, _ = run(capsys, monkeypatch, "search", "x")
     assert status == 0 and out.count("\n") == 1 and "[red]x[/red]" in out
-    monkeypatch.setattr("recipes.reports.measure.evaluate", lambda *_, **__: an_answer())
+    monkeypatch.setattr("recipes.reports.measure.evaluate", lambda *_, **__: a_result())
     status, out, _ = run(capsys, monkeypatch, "evaluate", places[1])
     assert status == 0 and "[red]x[/red]" in out
 

@@ -16,7 +16,7 @@ from recipes.cli import main
 from recipes.reports import compare_figure
 from recipes.reports.compare import compare
 from recipes.reports.compare_figure import draw
-from recipes.reports.measure import Answer, Question
+from recipes.reports.measure import EvaluationRequest, EvaluationResult
 from recipes.tasks import classification
 from recipes.training import loop as training
 from recipes.training import run_folder
@@ -55,7 +55,7 @@ def a_run(folder, rows=None, method=None, data="mnist", epochs=3, reliability=No
     return folder
 
 
-def figures(accuracy=0.99, nll=0.03, ece=0.002, **more):
+def metrics(accuracy=0.99, nll=0.03, ece=0.002, **more):
     return {"accuracy": accuracy, "nll": nll, "ece": ece, "num_samples": 64, "seed": 0} | more
 
 
@@ -66,10 +66,10 @@ def cells(comparison):
     return {row[0].strip("`"): dict(zip(titles, row, strict=True)) for row in rows}
 
 
-def test_the_figures_are_those_of_the_folder(tmp_path):
+def test_the_metrics_are_those_of_the_folder(tmp_path):
     more = {"misclassification_auroc_confidence": 0.95, "ood_auroc_svhn": 0.9, "ood_auroc_svhn_epistemic": 0.8}
-    a_run(tmp_path / "vogn", method="vogn", **figures(**more))
-    a_run(tmp_path / "old", log_rows(seconds=(4.0, 4.0, 4.0)), **figures(nll=None, ece=math.nan))
+    a_run(tmp_path / "vogn", method="vogn", **metrics(**more))
+    a_run(tmp_path / "old", log_rows(seconds=(4.0, 4.0, 4.0)), **metrics(nll=None, ece=math.nan))
     vogn, old = compare([tmp_path / "vogn", tmp_path / "old"]).rows()
     assert vogn == {
         "run": "vogn",
@@ -94,11 +94,11 @@ def test_the_figures_are_those_of_the_folder(tmp_path):
 
 
 def test_costs_are_beside_the_run_of_adam(tmp_path):
-    a_run(tmp_path / "dropout", method="adam", config={"evaluation": {"method": "dropout"}}, **figures())
-    a_run(tmp_path / "vogn", log_rows(seconds=(6.0,) * 3), method="vogn", **figures())
-    a_run(tmp_path / "twin", log_rows(seconds=(2.0,) * 3), method="adam", **figures())
-    comparison = compare([tmp_path / name for name in ("dropout", "vogn", "twin")])
-    assert comparison.reference == "twin"
+    a_run(tmp_path / "dropout", method="adam", config={"evaluation": {"method": "dropout"}}, **metrics())
+    a_run(tmp_path / "vogn", log_rows(seconds=(6.0,) * 3), method="vogn", **metrics())
+    a_run(tmp_path / "baseline", log_rows(seconds=(2.0,) * 3), method="adam", **metrics())
+    comparison = compare([tmp_path / name for name in ("dropout", "vogn", "baseline")])
+    assert comparison.reference == "baseline"
     assert [row["cost"] for row in comparison.rows()] == [1.5, 3.0, 1.0]
     assert [row["method"] for row in comparison.rows()] == ["adam, dropout", "vogn", "adam"]
     assert compare([tmp_path / "vogn", tmp_path / "dropout"]).reference == "vogn"
@@ -111,9 +111,9 @@ def test_a_method_names_the_approximation_after_the_training(tmp_path):
 
 
 def test_the_best_of_each_column_is_bold_as_it_reads(tmp_path):
-    a_run(tmp_path / "a", log_rows(), **figures(0.99001, 0.05, 0.004, misclassification_auroc_confidence=0.9))
-    a_run(tmp_path / "b", log_rows((0.5, 0.6, 0.7)), **figures(0.99002, 0.03, 0.001, ood_auroc_far=0.9))
-    a_run(tmp_path / "c", log_rows(seconds=(1.0,) * 3), **figures(0.5, 0.04, 0.004, ood_auroc_far=0.8))
+    a_run(tmp_path / "a", log_rows(), **metrics(0.99001, 0.05, 0.004, misclassification_auroc_confidence=0.9))
+    a_run(tmp_path / "b", log_rows((0.5, 0.6, 0.7)), **metrics(0.99002, 0.03, 0.001, ood_auroc_far=0.9))
+    a_run(tmp_path / "c", log_rows(seconds=(1.0,) * 3), **metrics(0.5, 0.04, 0.004, ood_auroc_far=0.8))
     found = cells(compare([tmp_path / name for name in "abc"]))
     bold = {name: {title for title, cell in row.items() if cell.startswith("**")} for name, row in found.items()}
     assert bold == {"a": {"accuracy"}, "b": {"accuracy", "NLL", "ECE", "AUROC far"}, "c": {"s/epoch", "cost"}}
@@ -123,10 +123,10 @@ def test_the_best_of_each_column_is_bold_as_it_reads(tmp_path):
     assert "**" not in compare([tmp_path / "a"]).to_markdown()
 
 
-def test_no_figure_is_best_among_different_data(tmp_path):
-    a_run(tmp_path / "a", method="sgd", data="mnist", **figures(0.99))
-    a_run(tmp_path / "b", method="sgd", data="cifar10", **figures(0.8))
-    a_run(tmp_path / "c", **figures(0.7))
+def test_no_metric_is_best_among_different_data(tmp_path):
+    a_run(tmp_path / "a", method="sgd", data="mnist", **metrics(0.99))
+    a_run(tmp_path / "b", method="sgd", data="cifar10", **metrics(0.8))
+    a_run(tmp_path / "c", **metrics(0.7))
     comparison = compare([tmp_path / name for name in "abc"])
     assert [row["data"] for row in cells(comparison).values()] == ["mnist", "cifar10", "-"]
     assert "**" not in comparison.to_markdown()
@@ -135,7 +135,7 @@ def test_no_figure_is_best_among_different_data(tmp_path):
 
 def test_runs_of_equal_names_are_told_apart_and_each_counts_once(tmp_path, monkeypatch):
     for name in ("x/vogn", "y/vogn", "x/ivon"):
-        a_run(tmp_path / name, **figures())
+        a_run(tmp_path / name, **metrics())
     monkeypatch.chdir(tmp_path / "x/vogn")
     comparison = compare([".", tmp_path / "y/vogn", tmp_path / "x/ivon", "../ivon", tmp_path / "x/../x/vogn"])
     assert list(comparison.runs) == ["x/vogn", "y/vogn", "ivon"]
@@ -149,18 +149,18 @@ def test_runs_of_equal_names_are_told_apart_and_each_counts_once(tmp_path, monke
 def test_an_unfinished_run_shows_its_last_epoch(tmp_path):
     a_run(tmp_path / "new", method="sgd", epochs=20)
     a_run(tmp_path / "older", log_rows((0.1, 0.2), (2.0, 1.0), (1.0, 1.0), on="val"))
-    a_run(tmp_path / "done", **figures())
+    a_run(tmp_path / "done", **metrics())
     new, older, done = compare([tmp_path / name for name in ("new", "older", "done")]).rows()
     assert (new["accuracy"], new["nll"], new["ece"], new["finished"]) == (0.9, 0.3, 0.022, False)
     assert (older["accuracy"], older["nll"], older["train_accuracy"]) == (0.2, 1.0, 0.19)
     comparison = compare([tmp_path / name for name in ("new", "older", "done")])
     assert [row["epochs"] for row in cells(comparison).values()] == ["3 of 20, unfinished", "2, unfinished", "3"]
-    assert "Unfinished: test or validation figures after the last epoch." in comparison.to_markdown()
+    assert "Unfinished: test or validation metrics after the last epoch." in comparison.to_markdown()
     assert "nfinished" not in compare([tmp_path / "done"]).to_markdown()
     assert done["accuracy"] == 0.99
 
 
-def test_a_log_may_lack_columns_and_figures(tmp_path):
+def test_a_log_may_lack_columns_and_metrics(tmp_path):
     rows = [{"epoch": 1, "test_accuracy": ""}, {"epoch": 2, "test_accuracy": ""}]
     comparison = compare([a_run(tmp_path / "bare", rows)], tmp_path / "bare.png")
     row = comparison.rows()[0]
@@ -189,7 +189,7 @@ def test_a_log_may_lack_columns_and_figures(tmp_path):
     ],
 )
 def test_damaged_files_are_named(tmp_path, file, content, message):
-    folder = a_run(tmp_path / "run", method="sgd", reliability=RELIABILITY, **figures())
+    folder = a_run(tmp_path / "run", method="sgd", reliability=RELIABILITY, **metrics())
     (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         compare([folder], tmp_path / "out.png")
@@ -216,8 +216,8 @@ def test_what_is_no_run_is_refused(tmp_path):
 
 def test_the_command_prints_three_forms(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    a_run(tmp_path / "[bold]|x", **figures(0.9912, ood_auroc_svhn=0.9))
-    a_run(tmp_path / "b", **figures(0.98))
+    a_run(tmp_path / "[bold]|x", **metrics(0.9912, ood_auroc_svhn=0.9))
+    a_run(tmp_path / "b", **metrics(0.98))
     words = [str(tmp_path / "[bold]|x"), str(tmp_path / "b")]
     comparison = compare(words)
     assert main(["compare", *words, "--json"]) == 0
@@ -237,8 +237,8 @@ def test_the_command_prints_three_forms(tmp_path, capsys, monkeypatch):
 def test_the_table_prints_the_best_in_bold(tmp_path):
     from rich.console import Console
 
-    a_run(tmp_path / "a", **figures(0.99))
-    a_run(tmp_path / "b", **figures(0.98))
+    a_run(tmp_path / "a", **metrics(0.99))
+    a_run(tmp_path / "b", **metrics(0.98))
     console = Console(force_terminal=True, width=200, color_system="standard")
     with console.capture() as text:
         console.print(compare([tmp_path / "a", tmp_path / "b"]))
@@ -256,7 +256,7 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys):
 
 def the_runs(folder):
     accuracy, nll = [0.1, 0.3, 0.6, 0.80, 0.90, 0.95], [5.0, 2.0, 1.0, 0.5, 0.3, 0.2]
-    a_run(folder / "long", log_rows(accuracy, nll, [1.0] * 6), reliability=RELIABILITY, **figures())
+    a_run(folder / "long", log_rows(accuracy, nll, [1.0] * 6), reliability=RELIABILITY, **metrics())
     a_run(folder / "short", log_rows([0.2, 0.7], [9.0, 0.8], [1.0] * 2))
     return compare([folder / "long", folder / "short"]).runs
 
@@ -297,8 +297,8 @@ def test_the_axes_hold_all_but_the_first_quarter_of_the_epochs_and_the_end_of_ea
 
 
 def test_the_picture_stands_extremes(tmp_path):
-    a_run(tmp_path / "perfect", log_rows([1.0], [0.0], [1.0]), **figures(1.0, 0.0, 0.0))
-    a_run(tmp_path / "diverged", log_rows([0.1, 0.1], [3.0, math.nan], [1.0] * 2), **figures(0.1, math.nan))
+    a_run(tmp_path / "perfect", log_rows([1.0], [0.0], [1.0]), **metrics(1.0, 0.0, 0.0))
+    a_run(tmp_path / "diverged", log_rows([0.1, 0.1], [3.0, math.nan], [1.0] * 2), **metrics(0.1, math.nan))
     a_run(tmp_path / "infinite", log_rows([0.1], [math.inf], [1.0]))
     runs = compare([tmp_path / name for name in ("perfect", "diverged", "infinite")], tmp_path / "out.png").runs
     accuracy, nll, reliability = draw(runs).axes
@@ -308,7 +308,7 @@ def test_the_picture_stands_extremes(tmp_path):
 
 
 def test_many_runs_differ_in_colour_or_marker(tmp_path):
-    folders = [a_run(tmp_path / f"{'a long name of a run ' * 3}{k}", **figures()) for k in range(20)]
+    folders = [a_run(tmp_path / f"{'a long name of a run ' * 3}{k}", **metrics()) for k in range(20)]
     figure = draw(compare(folders).runs)
     lines = figure.axes[1].lines
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 20
@@ -319,7 +319,7 @@ def test_many_runs_differ_in_colour_or_marker(tmp_path):
     assert figure.axes[0].get_window_extent().height > 100
 
 
-def test_validation_figures_are_named_so(tmp_path):
+def test_validation_metrics_are_named_so(tmp_path):
     folder = a_run(tmp_path / "a", log_rows(on="val"))
     figure = draw(compare([folder]).runs)
     assert figure.axes[1].get_title() == "NLL (validation)" and figure.legends[0].texts[0].get_text() == "validation"
@@ -331,9 +331,9 @@ def test_files_are_those_that_training_writes(tmp_path):
     torch.manual_seed(0)
     x, y = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
     evaluation = bl.evaluate(bl.BayesLinear(4, 3), (x, y), num_samples=2)
-    answer = Answer(Question("net"), evaluation, mistakes=[], versions={}, command="")
+    result = EvaluationResult(EvaluationRequest("net"), evaluation, mistakes=[], versions={}, command="")
     folder = a_run(tmp_path / "run")
-    (folder / compare_figure.REPORT).write_text(answer.to_json())
+    (folder / compare_figure.REPORT).write_text(result.to_json())
     reliability = evaluation.reliability
     filled = reliability.count > 0
     columns = reliability.confidence[filled], reliability.accuracy[filled], reliability.count[filled] / 60

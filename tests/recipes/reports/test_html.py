@@ -21,7 +21,7 @@ import zoo
 from recipes.cli import main
 from recipes.data.split import load_split
 from recipes.reports.html import meaning, report_html, write_report
-from recipes.reports.measure import Answer, Mistake, Question, evaluate
+from recipes.reports.measure import EvaluationRequest, EvaluationResult, Mistake, evaluate
 
 HOSTILE = "<script src=http://evil.example/x.js></script>\" onerror='alert(1)' & {braces} $x_{1"
 
@@ -50,14 +50,14 @@ class Reader(HTMLParser):
                 yield Image.open(io.BytesIO(base64.b64decode(content, validate=True)))
 
 
-def an_answer(name="digits", mistakes=(), **metrics):
+def a_result(name="digits", mistakes=(), **metrics):
     x, y = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     evaluation = bl.evaluate(bl.BayesLinear(4, 3), (x, y), ood={name: 10 * x}, num_samples=4, generator=generator)
     evaluation = dataclasses.replace(evaluation, metrics=evaluation.metrics | metrics)
-    question = Question(name, data=name, ood=[name])
-    return Answer(question, evaluation, list(mistakes), {"torch": "2"}, question.command())
+    request = EvaluationRequest(name, data=name, ood=[name])
+    return EvaluationResult(request, evaluation, list(mistakes), {"torch": "2"}, request.command())
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +69,17 @@ def mlp(tmp_path_factory):
     return folder
 
 
-def test_a_report_loads_nothing_and_shows_every_figure():
+def test_a_report_loads_nothing_and_shows_every_metric():
     grey, colour = torch.zeros(1, 5, 4, dtype=torch.uint8), torch.full((3, 300, 200), 7, dtype=torch.uint8)
-    answer = an_answer(mistakes=[Mistake(grey, "cat", "dog", 0.987), Mistake(colour, "ant", "bee", 0.5)], odd=math.nan)
-    html = report_html(answer)
+    result = a_result(mistakes=[Mistake(grey, "cat", "dog", 0.987), Mistake(colour, "ant", "bee", 0.5)], odd=math.nan)
+    html = report_html(result)
     page = Reader(html)
     assert not re.search(r"https?:|//|@import|url\(|<script|<link", re.sub(r"base64,[^\"]*", "", html))
     assert {attributes["src"][:11] for tag, attributes in page.elements if tag == "img"} == {"data:image/"}
     assert not [attributes for _, attributes in page.elements if "href" in attributes]
     sizes = [picture.size for picture in page.pictures()]
     assert len(sizes) == 4 + 2 and min(sizes[0]) > 500 and sizes[4:] == [(4, 5), (75, 112)]
-    for key, value in answer.evaluation.metrics.items():
+    for key, value in result.evaluation.metrics.items():
         shown = "undefined" if math.isnan(value) else f"{value:.4f}" if value >= 1e-3 or value == 0 else f"{value:.6f}"
         assert f"{key}{shown}{meaning(key)}" in page.text
     assert "predicted dog (99%)is cat" in page.text and "predicted bee (50%)is ant" in page.text
@@ -88,16 +88,16 @@ def test_a_report_loads_nothing_and_shows_every_figure():
     assert len(viewport) == 1 and "color-scheme: light dark" in html
 
 
-def test_a_report_without_mistakes_says_so_and_without_strangers_draws_none():
-    answer = an_answer()
-    known = dataclasses.replace(answer.evaluation, ood={})
-    page = Reader(report_html(dataclasses.replace(answer, evaluation=known)))
+def test_a_report_without_mistakes_says_so_and_without_ood_draws_none():
+    result = a_result()
+    known = dataclasses.replace(result.evaluation, ood={})
+    page = Reader(report_html(dataclasses.replace(result, evaluation=known)))
     assert "None: every example is predicted rightly." in page.text and len(list(page.pictures())) == 2
 
 
 def test_a_report_of_a_training_shows_its_curves_and_its_command():
     rows = [{"epoch": number, "train_loss": 1 / number, "test_nll": 2 / number} for number in (1, 2, 3)]
-    answer = dataclasses.replace(an_answer(), log=rows, command="bayeslayers train tiny")
+    result = dataclasses.replace(a_result(), log=rows, command="bayeslayers train tiny")
     for method, draws, weights in [
         ("sample", 1, "1 draw of the weights"),
         ("mean", 8, "the means of the weights"),
@@ -106,10 +106,10 @@ def test_a_report_of_a_training_shows_its_curves_and_its_command():
         ("linearised", 8, "8 draws of the outputs, linear in the weights"),
         ("dropout", 8, "the means of the weights, with 8 draws of dropout"),
     ]:
-        question = dataclasses.replace(answer.question, num_samples=draws, method=method)
-        text = Reader(report_html(dataclasses.replace(answer, log_question=question))).text
+        request = dataclasses.replace(result.request, num_samples=draws, method=method)
+        text = Reader(report_html(dataclasses.replace(result, epoch_request=request))).text
         assert f"The others were measured after each epoch, by {weights}." in text
-    page = Reader(report_html(answer))
+    page = Reader(report_html(result))
     assert [a["alt"] for tag, a in page.elements if tag == "img"][-1] == "Training curves"
     assert "bayeslayers train tiny" in page.text and "bayeslayers evaluate" not in page.text
 
@@ -117,7 +117,7 @@ def test_a_report_of_a_training_shows_its_curves_and_its_command():
 def test_names_of_others_are_text_and_never_markup():
     image = torch.zeros(1, 5, 4, dtype=torch.uint8)
     plain, hostile = (
-        Reader(report_html(an_answer(name, [Mistake(image, name, name, 0.9)]))) for name in ("name", HOSTILE)
+        Reader(report_html(a_result(name, [Mistake(image, name, name, 0.9)]))) for name in ("name", HOSTILE)
     )
     elements, expected = (
         [(tag, set(attributes)) for tag, attributes in page.elements if tag != "wbr"] for page in (hostile, plain)
@@ -126,43 +126,45 @@ def test_names_of_others_are_text_and_never_markup():
     assert hostile.text.count(HOSTILE) >= 4
 
 
-def test_every_figure_of_an_evaluation_has_a_meaning():
-    for key in an_answer("entropy").evaluation.metrics:
+def test_every_metric_of_an_evaluation_has_a_meaning():
+    for key in a_result("entropy").evaluation.metrics:
         assert re.search(r"(Higher|Lower) is better\.$", meaning(key)) and not re.search("[{}]", meaning(key)), key
     assert "“far”" in meaning("far/auroc_epistemic") and "mutual information" in meaning("far/auroc_epistemic")
     assert meaning("colour") == ""
 
 
 def test_the_command_names_what_was_asked_and_no_place():
-    assert Question("lenet5-mnist").command() == "bayeslayers evaluate lenet5-mnist"
-    asked = Question("my net", "mnist", ["svhn", "a b"], 8, 1, "mean", 5, 50)
+    assert EvaluationRequest("lenet5-mnist").command() == "bayeslayers evaluate lenet5-mnist"
+    asked = EvaluationRequest("my net", "mnist", ["svhn", "a b"], 8, 1, "mean", 5, 50)
     assert asked.command() == (
         "bayeslayers evaluate 'my net' --data mnist --ood svhn --ood 'a b' --num-samples 8 --seed 1 --method mean "
         "--limit 5 --batch-size 50"
     )
-    placed = Question("/Users/alice/runs/net", "npz:/Users/alice/x.npz", ["imagefolder:/Users/alice/pets/"])
+    placed = EvaluationRequest("/Users/alice/runs/net", "npz:/Users/alice/x.npz", ["imagefolder:/Users/alice/pets/"])
     assert placed.command() == "bayeslayers evaluate net --data npz:x.npz --ood imagefolder:pets"
 
 
-def test_an_answer_has_the_figures_of_the_library(mlp, data_root):
-    answer = evaluate(Question(str(mlp), ood=["fashion-mnist"], num_samples=3, seed=5, batch_size=40), data_root)
-    known, strange = (load_split(name, data_root, train=False) for name in ("mnist", "fashion-mnist"))
+def test_a_result_has_the_metrics_of_the_library(mlp, data_root):
+    result = evaluate(
+        EvaluationRequest(str(mlp), ood=["fashion-mnist"], num_samples=3, seed=5, batch_size=40), data_root
+    )
+    known, ood = (load_split(name, data_root, train=False) for name in ("mnist", "fashion-mnist"))
     batches = [(known.inputs(slice(k, k + 40)), known.labels[k : k + 40]) for k in (0, 40, 80)]
     expected = bl.evaluate(
         zoo.load(mlp),
         batches,
-        ood={"fashion-mnist": [strange.inputs(slice(k, k + 40)) for k in (0, 40, 80)]},
+        ood={"fashion-mnist": [ood.inputs(slice(k, k + 40)) for k in (0, 40, 80)]},
         num_samples=3,
         generator=torch.Generator().manual_seed(5),
     )
-    assert answer.evaluation.metrics == pytest.approx(expected.metrics, nan_ok=True)
-    assert answer.question.data == "mnist" and answer.evaluation.num_examples == 100
-    confidences = [mistake.confidence for mistake in answer.mistakes]
+    assert result.evaluation.metrics == pytest.approx(expected.metrics, nan_ok=True)
+    assert result.request.data == "mnist" and result.evaluation.num_examples == 100
+    confidences = [mistake.confidence for mistake in result.mistakes]
     assert 0 < len(confidences) <= recipes.reports.measure.MISTAKES and confidences == sorted(confidences, reverse=True)
     originals = {image.numpy().tobytes() for image in known.images}
-    for mistake in answer.mistakes:
+    for mistake in result.mistakes:
         assert mistake.label != mistake.predicted and mistake.image.numpy().tobytes() in originals
-    plain = json.loads(answer.to_json())
+    plain = json.loads(result.to_json())
     assert plain["metrics"]["accuracy"] == pytest.approx(expected.metrics["accuracy"])
     assert plain["seed"] == 5 and plain["ood"] == ["fashion-mnist"] and "torch" in plain["versions"]
 
@@ -175,8 +177,8 @@ def test_labels_go_by_name_where_the_card_has_another_order(mlp, tmp_path, data_
     renumbered = np.argsort(order)[known.labels.numpy()]
     arrays = {"images": known.images[:, 0].numpy(), "labels": renumbered, "classes": np.array(digits)[order]}
     np.savez(tmp_path / "shuffled.npz", **arrays)
-    ask = Question(str(tmp_path / "named"), f"npz:{tmp_path}/shuffled.npz", method="mean")
-    by_name, by_number = (evaluate(question, data_root) for question in (ask, dataclasses.replace(ask, data="mnist")))
+    ask = EvaluationRequest(str(tmp_path / "named"), f"npz:{tmp_path}/shuffled.npz", method="mean")
+    by_name, by_number = (evaluate(request, data_root) for request in (ask, dataclasses.replace(ask, data="mnist")))
     assert by_name.evaluation.metrics == pytest.approx(by_number.evaluation.metrics, nan_ok=True)
     assert {mistake.label for mistake in by_name.mistakes} <= set(digits)
     scores = by_number.evaluation.scores
@@ -246,22 +248,22 @@ def test_posteriors_that_are_none_of_image_classes_are_refused(tmp_path):
         ("flat", r"posterior must take images, got one for inputs of shape \(7,\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate(Question(str(tmp_path / name)))
+            evaluate(EvaluationRequest(str(tmp_path / name)))
     with pytest.raises(ValueError, match="data must have the posterior's 2 classes, got 3: 0, 1, 2"):
-        evaluate(Question(str(tmp_path / "named"), f"npz:{tmp_path}/data.npz"))
+        evaluate(EvaluationRequest(str(tmp_path / "named"), f"npz:{tmp_path}/data.npz"))
 
 
 def test_a_report_that_cannot_be_made_leaves_the_old_one(tmp_path, monkeypatch):
-    answer = an_answer()
-    write_report(answer, tmp_path)
+    result = a_result()
+    write_report(result, tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     bad = Mistake(torch.zeros(1), "a", "b", 0.5)
     with pytest.raises((IndexError, TypeError, ValueError)):
-        write_report(dataclasses.replace(answer, mistakes=[bad]), tmp_path)
+        write_report(dataclasses.replace(result, mistakes=[bad]), tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_thumbnails_are_the_images():
     image = torch.randint(256, (3, 6, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    *_, picture = Reader(report_html(an_answer(mistakes=[Mistake(image, "a", "b", 0.5)]))).pictures()
+    *_, picture = Reader(report_html(a_result(mistakes=[Mistake(image, "a", "b", 0.5)]))).pictures()
     assert_close(torch.from_numpy(np.array(picture)).permute(2, 0, 1), image, rtol=0, atol=0)

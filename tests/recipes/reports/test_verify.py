@@ -70,10 +70,10 @@ def test_every_bundled_posterior_does_what_its_card_says(capsys):
     assert main(["verify", "--all", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["posterior"] for row in rows} == set(zoo.list_posteriors())
-    assert {"ood_auroc_fashion-mnist", "ood_auroc_ring"} <= {row["figure"] for row in rows}
+    assert {"ood_auroc_fashion-mnist", "ood_auroc_ring"} <= {row["metric"] for row in rows}
     for name in zoo.list_posteriors():
-        figures = {row["figure"] for row in rows if row["posterior"] == name}
-        assert {"accuracy", "nll", "brier", "ece"} <= figures
+        metrics = {row["metric"] for row in rows if row["posterior"] == name}
+        assert {"accuracy", "nll", "brier", "ece"} <= metrics
         assert {"test_examples", "num_samples", "seed"} <= set(read_card(zoo.resolve(name)).verification)
     assert all(row["ok"] for row in rows)
 
@@ -88,7 +88,7 @@ NOISE = torch.Generator().manual_seed(5)
 
 
 @pytest.mark.parametrize(
-    ("change", "figures"),
+    ("change", "metrics"),
     [
         (
             lambda site: site.mean.mul_(1 + 0.05 * torch.randn(site.mean.shape, generator=NOISE)),
@@ -98,11 +98,11 @@ NOISE = torch.Generator().manual_seed(5)
     ],
     ids=["means by 5 %", "precisions by 10"],
 )
-def test_changed_weights_are_found_out(change, figures, tmp_path, capsys):
+def test_changed_weights_are_found_out(change, metrics, tmp_path, capsys):
     folder = tampered(tmp_path / "posterior", change)
     assert main(["verify", str(folder), "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)
-    assert figures <= {row["figure"] for row in rows if not row["ok"]}
+    assert metrics <= {row["metric"] for row in rows if not row["ok"]}
 
 
 def test_a_number_that_json_has_not_is_null(monkeypatch, capsys):
@@ -113,27 +113,27 @@ def test_a_number_that_json_has_not_is_null(monkeypatch, capsys):
     assert (row["claimed"], row["measured"], row["tolerance"], row["ok"]) == (0.5, None, None, False)
 
 
-def test_figures_on_the_data_are_the_cards_to_rounding(trained, data_root, tmp_path):
+def test_metrics_on_the_data_are_the_cards_to_rounding(trained, data_root, tmp_path):
     assert not read_card(trained).verification
     model = zoo.load(trained)
     bl.save_posterior(model, tmp_path / "whole", metrics={**model.card.metrics, "test_examples": 100})
     checks = verify(trained, data_root)
     assert {check.data for check in checks} == {"mnist"} and len(checks) == 7
     assert all(check.ok for check in checks)  # of 60 examples, measured on 100
-    whole = {check.figure: check.tolerance for check in verify(tmp_path / "whole", data_root)}
-    assert all(check.tolerance > whole[check.figure] for check in checks if check.figure in ("nll", "brier"))
+    whole = {check.metric: check.tolerance for check in verify(tmp_path / "whole", data_root)}
+    assert all(check.tolerance > whole[check.metric] for check in checks if check.metric in ("nll", "brier"))
 
 
 def test_the_same_seed_gives_the_same_figures(trained, data_root, tmp_path):
     model = zoo.load(trained)
-    first = {check.figure: check.measured for check in verify(trained, data_root)}
+    first = {check.metric: check.measured for check in verify(trained, data_root)}
     settings = {key: model.card.metrics[key] for key in ("num_samples", "seed")}
     bl.save_posterior(model, tmp_path / "again", metrics=first | settings | {"test_examples": 100})
     for check in verify(tmp_path / "again", data_root):
         assert_close(check.measured, check.claimed, rtol=1e-6, atol=0)
     for key, value in (("nll", 2 * first["nll"]), ("ood_auroc_fashion-mnist", 0.999), ("iou", 0.5)):
         bl.save_posterior(model, tmp_path / "false", metrics=first | settings | {"test_examples": 100, key: value})
-        assert [check.figure for check in verify(tmp_path / "false", data_root) if not check.ok] == [key]
+        assert [check.metric for check in verify(tmp_path / "false", data_root) if not check.ok] == [key]
 
 
 def test_blocks_of_draws_are_those_of_one_prediction(net, split):
@@ -153,13 +153,13 @@ def test_a_pooled_certainty_is_no_more_than_one():
         assert _pool([certain] * 16, counts).total == 0
 
 
-def test_errors_are_told_from_right_predictions_by_their_doubt(net, split):
+def test_errors_are_told_from_right_predictions_by_their_uncertainty(net, split):
     key = "misclassification_auroc_confidence"
-    figures, deviations = measure(net, split, {}, 16, 0)
+    metrics, deviations = measure(net, split, {}, 16, 0)
     prediction = bl.predict(net, split.inputs(slice(None)), 16, generator=torch.Generator().manual_seed(0))
     right = prediction.labels == split.labels
     pairs = prediction.confidence[right][:, None] - prediction.confidence[~right][None]
-    assert_close(figures[key], float(((pairs > 0).double() + (pairs == 0).double() / 2).mean()), rtol=1e-6, atol=0)
+    assert_close(metrics[key], float(((pairs > 0).double() + (pairs == 0).double() / 2).mean()), rtol=1e-6, atol=0)
     assert 0 < deviations[key] < 0.5
     flawless = Split(split.images, prediction.labels, [])
     assert math.isnan(measure(net, flawless, {}, 16, 0)[0][key])
@@ -176,13 +176,13 @@ def test_the_tolerance_is_the_spread_over_seeds(net, split):
 
 def test_the_tolerance_for_a_part_of_the_examples_is_the_spread_over_parts(net, split):
     half = len(split) // 2
-    figures, deviations = measure(net, split, {}, 64, 0, of=half)
+    metrics, deviations = measure(net, split, {}, 64, 0, of=half)
     allowed = deviations["nll"] ** 2 - measure(net, split, {}, 64, 0)[1]["nll"] ** 2
     prediction = bl.predict(net, split.inputs(slice(None)), 64, generator=torch.Generator().manual_seed(0))
     losses = -prediction.probs.gather(1, split.labels[:, None]).log().squeeze(1)
     g = torch.Generator().manual_seed(0)
     means = torch.stack([losses[torch.randperm(len(losses), generator=g)[:half]].mean() for _ in range(2000)])
-    assert_close(figures["nll"], float(losses.mean()), rtol=1e-5, atol=0)
+    assert_close(metrics["nll"], float(losses.mean()), rtol=1e-5, atol=0)
     assert 0.5 < allowed / float(means.var()) < 2
 
 
@@ -215,12 +215,12 @@ def test_a_slice_has_no_more_examples_and_classes_than_it_can_hold(data_root, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_strangers_that_nobody_has_are_not_measured(trained, data_root, tmp_path):
+def test_ood_sets_that_nobody_has_are_not_measured(trained, data_root, tmp_path):
     model = zoo.load(trained)
     claimed = model.card.metrics | {"ood_auroc_martians": 0.9, "ood_auroc_martians_epistemic": 0.9}
     bl.save_posterior(model, tmp_path / "copy", name=model.card.name, metrics=claimed)
     checks = verify(tmp_path / "copy", data_root)
-    unknown = [check for check in checks if "martians" in check.figure]
+    unknown = [check for check in checks if "martians" in check.metric]
     assert [(check.measured, check.ok) for check in unknown] == [(None, False)] * 2
     assert [check for check in checks if check not in unknown] == verify(trained, data_root)
     recorded = record(tmp_path / "copy").verification
@@ -248,7 +248,7 @@ def test_a_slice_is_every_kth_example(data_root, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"metrics": {}}, "card of 'tiny' must claim figures, got none"),
+        ({"metrics": {}}, "card of 'tiny' must claim metrics, got none"),
         ({"dataset": "../../mnist (1 train)"}, r"unknown data set '../../mnist'"),
         ({"metrics": {"nll": 0.1, "num_samples": MAX_SAMPLES + 1}}, "num_samples must be from 2 to 10000, got 10001"),
         ({"metrics": {"nll": 0.1, "num_samples": 1}}, "num_samples must be from 2"),
@@ -277,7 +277,7 @@ def test_the_command_shows_a_table_and_takes_one_or_all(trained, data_root, caps
         record("owner/repo")
 
 
-def test_a_figure_that_was_not_measured_is_not_confirmed():
+def test_a_metric_that_was_not_measured_is_not_confirmed():
     assert Check("a", "b", "nll", 0.5, 0.5, 0.0).ok
     assert not Check("a", "b", "iou", 0.5, None, 1.0).ok
     assert not Check("a", "b", "nll", 0.5, math.nan, 1.0).ok

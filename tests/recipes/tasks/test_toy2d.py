@@ -15,10 +15,10 @@ import zoo
 from bayeslayers.storage.posterior import read_card
 from recipes.cli import main
 from recipes.cli.train import CONFIGS
-from recipes.data.blobs import STRANGERS, Blobs
+from recipes.data.blobs import OOD_NAME, Blobs
 from recipes.data.slices import load_slice
 from recipes.reports.verify import record, verify
-from recipes.tasks.toy2d import Both, Config, train
+from recipes.tasks.toy2d import Config, ToyExperiment, train
 
 FILES = {"boundary.gif", "boundary.png", "log.csv", "metrics.json", "posterior"}
 VOGN = {"lr": 0.05, "init_precision": 20.0, "num_samples": 3, "vectorise": True}
@@ -56,10 +56,10 @@ def run(coarse, tmp_path_factory):
 
 
 def trained(config):
-    both = Both(config)
-    both.frame = lambda: None  # the pictures take longest
-    assert len(list(both.run())) == config.epochs + 1
-    return both
+    experiment = ToyExperiment(config)
+    experiment.frame = lambda: None  # the pictures take longest
+    assert len(list(experiment.run())) == config.epochs + 1
+    return experiment
 
 
 def test_a_run_writes_every_file(run):
@@ -83,9 +83,9 @@ def test_the_animation_has_the_initial_frame_and_those_asked_for(run):
 
 @pytest.mark.parametrize(("epochs", "frames", "shown"), [(3, 2, [0, 2, 3]), (4, 4, [0, 1, 2, 3, 4]), (2, 9, [0, 1, 2])])
 def test_frames_are_spread_over_the_epochs(epochs, frames, shown):
-    both = Both(tiny(epochs=epochs, frames=frames))
-    both.frame = lambda: len(both.rows)
-    assert [frame for frame in both.run() if frame is not None] == shown
+    experiment = ToyExperiment(tiny(epochs=epochs, frames=frames))
+    experiment.frame = lambda: len(experiment.rows)
+    assert [frame for frame in experiment.run() if frame is not None] == shown
 
 
 def test_the_posterior_loads_and_predicts_probabilities_of_yes(run):
@@ -105,22 +105,22 @@ def test_the_posterior_loads_and_predicts_probabilities_of_yes(run):
 def test_the_same_seed_gives_the_same_networks_and_another_seed_others():
     first, second, other = (trained(tiny(epochs=1, seed=seed)) for seed in (0, 0, 1))
     for name in ("adam", "vogn"):
-        states = [both.models[name].state_dict() for both in (first, second, other)]
+        states = [experiment.models[name].state_dict() for experiment in (first, second, other)]
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
         assert not torch.equal(states[0]["output.weight"], states[2]["output.weight"])
     assert first.rows == second.rows != other.rows
 
 
 def test_both_start_equal_and_adam_leaves_the_precisions():
-    both = Both(tiny())
-    adam, vogn = (both.models[name].state_dict() for name in ("adam", "vogn"))
-    means = [name for name, _ in both.models["vogn"].named_parameters()]
+    experiment = ToyExperiment(tiny())
+    adam, vogn = (experiment.models[name].state_dict() for name in ("adam", "vogn"))
+    means = [name for name, _ in experiment.models["vogn"].named_parameters()]
     assert all(torch.equal(adam[name], vogn[name]) for name in means)
     start = {name: tensor.clone() for name, tensor in adam.items()}
-    both.frame = lambda: None
-    list(both.run())
+    experiment.frame = lambda: None
+    list(experiment.run())
     changed = {
-        name for name, tensor in both.models["adam"].state_dict().items() if not torch.equal(tensor, start[name])
+        name for name, tensor in experiment.models["adam"].state_dict().items() if not torch.equal(tensor, start[name])
     }
     assert changed == set(means)
 
@@ -153,26 +153,26 @@ def test_only_other_blobs_have_another_name():
 
 
 def test_bundled_points_are_those_of_the_default_run():
-    for name, points in (("blobs", Blobs().split(train=False)), (STRANGERS, Blobs().strangers())):
+    for name, points in (("blobs", Blobs().split(train=False)), (OOD_NAME, Blobs().ood())):
         bundled = load_slice(name)
         assert_close(bundled.x, points.x, rtol=1e-6, atol=1e-6)
         assert torch.equal(bundled.labels, points.labels)
 
 
 def test_the_ring_is_outside_the_data():
-    x, ring = Blobs().split(train=True).x, Blobs().strangers().x
+    x, ring = Blobs().split(train=True).x, Blobs().ood().x
     low, high = x.amin(0), x.amax(0)
     assert ((ring < low) | (ring > high)).any(1).all()
     assert_close(ring.amax(0) - ring.amin(0), 2 * (high - low))
 
 
-def test_the_bundled_posterior_doubts_where_it_has_seen_nothing_and_adam_does_not():
+def test_the_bundled_posterior_is_uncertain_away_from_its_data_and_adam_does_not():
     card = read_card(zoo.resolve("mlp-blobs"))
     model = zoo.load("mlp-blobs")
     generator = torch.Generator().manual_seed(3)
-    known, strange = (bl.predict(model, load_slice(name).x, 64, generator=generator) for name in ("blobs", STRANGERS))
-    assert strange.total.mean() > 1.5 * known.total.mean()
-    assert strange.epistemic.mean() > 1.5 * known.epistemic.mean()
+    known, ring = (bl.predict(model, load_slice(name).x, 64, generator=generator) for name in ("blobs", OOD_NAME))
+    assert ring.total.mean() > 1.5 * known.total.mean()
+    assert ring.epistemic.mean() > 1.5 * known.epistemic.mean()
     assert (known.labels == load_slice("blobs").labels).float().mean() > 0.98
     assert card.baseline["total_ring"] < 1.2 * card.baseline["total"]
 
@@ -181,12 +181,12 @@ def test_verify_measures_a_posterior_of_yes_or_no(tmp_path):
     model = zoo.load("mlp-blobs")
     bl.save_posterior(model, tmp_path / "copy", name="mlp-blobs", verification={})
     checks = verify(tmp_path / "copy")  # without a slice's figures and without data, those of the card
-    assert {"accuracy", "nll", "ece", "total_ring", "ood_auroc_ring"} <= {check.figure for check in checks}
+    assert {"accuracy", "nll", "ece", "total_ring", "ood_auroc_ring"} <= {check.metric for check in checks}
     assert all(check.ok for check in checks)
     recorded = record(tmp_path / "copy").verification
     assert recorded.keys() == model.card.verification.keys() and recorded["test_examples"] == 500
     bl.save_posterior(model, tmp_path / "copy", name="mlp-blobs", verification=recorded | {"nll": 0.3})
-    assert [check.figure for check in verify(tmp_path / "copy") if not check.ok] == ["nll"]
+    assert [check.metric for check in verify(tmp_path / "copy") if not check.ok] == ["nll"]
 
 
 def test_defaults_are_those_of_the_file():
@@ -239,8 +239,8 @@ def test_ctrl_c_writes_nothing_and_says_so(tmp_path, monkeypatch, capsys):
     def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Both, "measure", interrupted)
-    monkeypatch.setattr(Both, "frame", lambda self: None)
+    monkeypatch.setattr(ToyExperiment, "measure", interrupted)
+    monkeypatch.setattr(ToyExperiment, "frame", lambda self: None)
     assert train(tiny(output=str(tmp_path / "run"))) is None
     assert "stopped after 0 of 3 epochs; nothing is written" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

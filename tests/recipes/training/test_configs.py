@@ -176,11 +176,11 @@ def test_no_two_runs_have_one_name():
 
 
 @pytest.mark.parametrize("folder", SETS)
-def test_runs_on_one_set_normalise_alike_and_ask_about_the_same_strangers(folder):
+def test_runs_on_one_set_normalise_alike_and_ask_about_the_same_ood_data(folder):
     configs = [parsed(name) for name in ALL if name.startswith(f"{folder}/")]
     assert len({str((config.model["mean"], config.model["std"])) for config in configs}) == 1
-    (strangers,) = {tuple(config.evaluation.ood) for config in configs}
-    assert set(strangers) <= NAMES.keys() - {SETS[folder][0]}
+    (ood,) = {tuple(config.evaluation.ood) for config in configs}
+    assert set(ood) <= NAMES.keys() - {SETS[folder][0]}
 
 
 def test_the_manual_names_every_configuration():

@@ -28,9 +28,9 @@ from bayeslayers.storage.posterior import read_card
 from bayeslayers.storage.training_state import load_checkpoint, save_checkpoint
 from recipes.data.augmentation import Augmentation
 from recipes.data.split import batches, load_split
-from recipes.reports.measure import Question, evaluate
+from recipes.reports.measure import EvaluationRequest, evaluate
 from recipes.reports.verify import record, verify
-from recipes.tasks.classification import figures_of, train
+from recipes.tasks.classification import card_metrics, train
 from recipes.tasks.image_sets import check_classes, read_sets
 from recipes.training.config import Config, Evaluation, Laplace
 from recipes.training.loop import Training, interruption
@@ -187,7 +187,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_root, tmp_path, method):
         train(config(data_root, tmp_path / "run", optimizer=options | {"lr": 1e30}))
 
 
-def test_figures_stand_below_a_bar_of_eighty_columns(data_root, tmp_path, monkeypatch):
+def test_metrics_stand_below_a_bar_of_eighty_columns(data_root, tmp_path, monkeypatch):
     text = io.StringIO()
     console = Console(file=text, width=80, force_terminal=True, color_system=None)
     monkeypatch.setattr("recipes.training.loop.Console", lambda stderr: console)
@@ -229,17 +229,17 @@ def test_what_was_trained_on_crops_is_measured_on_the_middle_ever_after(data_roo
     metrics = train(config(data_root, tmp_path / "run", epochs=1, augmentation=Augmentation(resize=36, flip=True)))
     folder = str(tmp_path / "run/posterior")
     assert read_card(folder).resize == 36
-    question = Question(folder, ood=["fashion-mnist"], num_samples=3)
-    assert figures_of(evaluate(question, data_root)) == metrics
+    request = EvaluationRequest(folder, ood=["fashion-mnist"], num_samples=3)
+    assert card_metrics(evaluate(request, data_root)) == metrics
     assert [check for check in verify(folder, data_root) if not check.ok] == []
     record(folder)
     assert [check for check in verify(folder) if not check.ok] == []
     bl.save_posterior(zoo.load(folder), folder, name="whole", resize=None)
     assert [check for check in verify(folder) if not check.ok] != []
-    assert figures_of(evaluate(question, data_root))["nll"] != metrics["nll"]
+    assert card_metrics(evaluate(request, data_root))["nll"] != metrics["nll"]
 
 
-def test_adam_trains_the_twin_whose_figures_a_posterior_shows(data_root, tmp_path):
+def test_adam_trains_the_baseline_whose_metrics_a_posterior_shows(data_root, tmp_path):
     adam = config(
         data_root, tmp_path / "adam", optimizer={"name": "adam", "lr": 0.01}, epochs=1, schedule=Schedule("constant")
     )
@@ -333,8 +333,8 @@ def test_the_card_of_a_laplace_approximation_says_so(data_root, tmp_path):
     checks = verify(tmp_path / "run/posterior")
     assert all(check.ok and abs(check.claimed - check.measured) < 1e-4 for check in checks)
     bl.save_posterior(zoo.load(tmp_path / "run/posterior"), tmp_path / "sampled", method="sample")
-    others = {check.figure: check.measured for check in verify(tmp_path / "sampled")}
-    assert any(abs(check.measured - others[check.figure]) > 1e-2 for check in checks)
+    others = {check.metric: check.measured for check in verify(tmp_path / "sampled")}
+    assert any(abs(check.measured - others[check.metric]) > 1e-2 for check in checks)
     assert card.temperature == 0.5 and card.optimizer["name"] == "adam"
     assert card.optimizer["laplace"] == {"prior_precision": 3.0, "last_layer": False, "temperature": 0.5}
     assert float(next(bl.posterior(zoo.load(tmp_path / "run/posterior"))).prior_precision) == 3.0
@@ -562,7 +562,7 @@ def test_a_run_is_not_overwritten(data_root, tmp_path, whole, left):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"accuracy": "high"}'])
-def test_a_baseline_without_figures_is_one_sentence(data_root, tmp_path, content):
+def test_a_baseline_without_metrics_is_one_sentence(data_root, tmp_path, content):
     (tmp_path / "metrics.json").write_text(content)
     with pytest.raises(FileNotFoundError, match=r"baseline must be a finished run, got .* without config.json"):
         train(config(data_root, tmp_path / "run", baseline=str(tmp_path)))
