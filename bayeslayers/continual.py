@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from bayeslayers.sampling import posterior
+from bayeslayers.sampling import sites_of
 
 
 def posterior_to_prior(model: nn.Module) -> None:
@@ -21,9 +21,6 @@ def posterior_to_prior(model: nn.Module) -> None:
     Raises:
         ValueError: If no layer is Bayesian.
     """
-    sites = list(posterior(model))
-    if not sites:
-        raise ValueError("model must have Bayesian layers, got none. bl.to_bayesian converts a network.")
-    for site in sites:
+    for site in sites_of(model):
         setattr(site.module, f"{site.key}_prior_mean", site.mean.detach().clone())
         setattr(site.module, f"{site.key}_prior_precision", site.precision.clone())

@@ -16,7 +16,7 @@ from bayeslayers.convert import last_layer, to_deterministic
 from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.method import DEFAULT_METHOD, method_of
 from bayeslayers.outputs import tensor_output
-from bayeslayers.sampling import Sampler, Site, posterior
+from bayeslayers.sampling import Sampler, Site, sites_of
 from bayeslayers.unwrap import unwrapped
 
 if TYPE_CHECKING:
@@ -57,9 +57,7 @@ class FixedDraws(nn.Module):
         at_least_one("num_samples", num_samples)
         self.likelihood = likelihood or likelihood_of(model)
         model = unwrapped(model)
-        sites = list(posterior(model))
-        if not sites:
-            raise ValueError("model must have Bayesian layers, got none: every draw would be the same.")
+        sites = sites_of(model)
         _check_method(model, sites)
         sampler = Sampler(sites, generator, frozen=True)
         plain = to_deterministic(model)

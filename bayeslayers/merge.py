@@ -15,7 +15,7 @@ from bayeslayers.distributions.gaussian import in_double
 from bayeslayers.layers import ROOTS, BayesianLayer
 from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.method import DEFAULT_METHOD, method_of
-from bayeslayers.sampling import Site, posterior
+from bayeslayers.sampling import Site, posterior, sites_of
 from bayeslayers.sampling.placement import at_means
 from bayeslayers.storage.card import ABOUT_DATA, Card
 from bayeslayers.unwrap import unwrapped
@@ -63,9 +63,8 @@ def merge(posteriors: Sequence[nn.Module], method: Literal["product", "average"]
     if method not in ("product", "average"):
         raise ValueError(f"method must be 'product' or 'average', got {method!r}.")
     meaning, models = likelihood_of(models[0]), [unwrapped(model) for model in models]
+    sites_of(models[0], "posteriors")
     sites = [{site.name: site for site in posterior(model)} for model in models]
-    if not sites[0]:
-        raise ValueError("posteriors must have Bayesian layers, got none. bl.to_bayesian converts a network.")
     _check_architecture(models)
     with at_means(models[0]):
         merged = copy.deepcopy(models[0])

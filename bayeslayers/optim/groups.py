@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bayeslayers.checks import did_you_mean, network, positive, size
 from bayeslayers.layers import BayesianLayer
-from bayeslayers.sampling import Sampler, Site, posterior
+from bayeslayers.sampling import Sampler, Site, sites_of
 
 Rules = Mapping[str, Callable[[str, Any], Any]]  # per hyperparameter the check that returns its value
 
@@ -75,12 +75,7 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
 
     def _bind(self) -> None:
         """Find the uncertain tensors of the model, and all its parameters."""
-        sites = list(posterior(self.model))
-        if not sites:
-            raise ValueError(
-                "model must have Bayesian layers, got none. Build it from them, as BayesLinear, or convert it by "
-                "to_bayesian."
-            )
+        sites = sites_of(self.model)
         devices = sorted({str(tensor.device) for tensor in self.model.parameters()})
         if len(devices) > 1:
             raise ValueError(

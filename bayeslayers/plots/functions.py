@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ def decision_boundary(
     """Draw where a classifier of two inputs decides, and beside it the entropy of what it predicts.
 
     The boundary of the posterior predictive is red, that of single draws of the weights light red, and that of
-    a deterministic twin blue, whose entropy has a panel of its own.
+    a deterministic baseline blue, whose entropy has a panel of its own.
 
     Args:
         model: Model with Bayesian layers, from `(n, 2)` to logits `(n, c)`, or of yes `(n,)` or `(n, 1)`.
@@ -81,65 +81,104 @@ def decision_boundary(
     Raises:
         ValueError: If the inputs are not two, or a class lacks a name.
     """
-    from matplotlib.lines import Line2D
-
     at_least_one("draws", draws)
     at_least_one("grid", grid)
     y = y.detach().flatten().long().cpu()
-    if x.dim() != 2 or x.shape[1] != 2 or len(x) != len(y) or len(x) == 0:
-        raise ValueError(f"x must hold two inputs for each of the {len(y)} classes in y, got shape {tuple(x.shape)}.")
-    classes = [str(k) for k in range(int(y.max()) + 1)] if class_names is None else list(class_names)
-    if y.min() < 0 or len(classes) <= y.max():
-        raise ValueError(
-            f"class_names must name the classes {int(y.min())} to {int(y.max())}, got {len(classes)} names."
-        )
+    classes = _class_names(x, y, class_names)
     likelihood, model = likelihood or likelihood_of(model), unwrapped(model)
-    around = [_around(x[:, axis]) for axis in (0, 1)]
-    sides = [torch.linspace(*ends, grid) for ends in around]
-    points = torch.cartesian_prod(*sides).to(x.dtype)
-
-    prediction = predict(model, points, num_samples, likelihood=likelihood, generator=generator, batch_size=_CHUNK)
-    shown = [(names[0], prediction.probs, prediction.total, {"colors": RED, "linewidths": 2.2})]
+    plane = _Plane.around(x, grid)
+    prediction = predict(
+        model, plane.points, num_samples, likelihood=likelihood, generator=generator, batch_size=_CHUNK
+    )
+    shown = [(names[0], prediction.probs, prediction.total, _STYLES[0])]
     if baseline is not None:
-        style = {"colors": BLUE, "linewidths": 2.0, "linestyles": "--"}
-        shown.append((names[1], *_one_pass(baseline, points, likelihood), style))
+        shown.append((names[1], *_one_pass(baseline, plane.points, likelihood), _STYLES[1]))
     figure = new_figure(5.0 * (1 + len(shown)), 4.8)
     if title is not None:
         figure.suptitle(title)
     decisions, *maps = figure.subplots(1, 1 + len(shown), sharex=True, sharey=True)
-
-    def contour(axis: Axes, probs: Tensor, **style: Any) -> None:
-        for margin in _margins(probs):
-            if margin.min() < 0 < margin.max():
-                axis.contour(*map(array, sides), array(margin.view(grid, grid).T), levels=[0], **style)
-
     for _ in range(draws):
         with sampled(model, generator):
-            contour(decisions, _one_pass(model, points, likelihood)[0], colors=RED, linewidths=0.8, alpha=0.3)
+            plane.draw_boundary(decisions, _one_pass(model, plane.points, likelihood)[0], _STYLE_OF_A_SAMPLE)
     for axis, (name, probs, entropy, style) in zip(maps, shown, strict=True):
+        plane.draw_map(axis, entropy, math.log(max(2, probs[0].numel())))
+        _scatter(axis, x, y, classes, size=9)
+        label(axis, f"Entropy, {short(name)}" if baseline is not None else "Entropy of the prediction", "input 1", "")
+        plane.draw_boundary(decisions, probs, style)
+        plane.draw_boundary(axis, probs, style)
+    figure.colorbar(maps[0].images[0], ax=maps, label="entropy (nats)")
+    handles = _scatter(decisions, x, y, classes, size=26)
+    lines = [(name, style) for name, _, _, style in shown]
+    lines.insert(1, (f"{draws} samples of the weights", {**_STYLE_OF_A_SAMPLE, "alpha": 0.4}))
+    label(decisions, "Decision boundary", "input 1", "input 2")
+    legend_below(figure, handles + [_line(name, style) for name, style in lines])
+    return finish(figure, path)
+
+
+_STYLES: tuple[dict[str, Any], ...] = (
+    {"colors": RED, "linewidths": 2.2},
+    {"colors": BLUE, "linewidths": 2.0, "linestyles": "--"},
+)
+_STYLE_OF_A_SAMPLE: dict[str, Any] = {"colors": RED, "linewidths": 0.8, "alpha": 0.3}
+
+
+def _class_names(x: Tensor, y: Tensor, class_names: Sequence[str] | None) -> list[str]:
+    """Return a name for each class of examples of two inputs, having checked them."""
+    if x.dim() != 2 or x.shape[1] != 2 or len(x) != len(y) or len(x) == 0:
+        raise ValueError(f"x must hold two inputs for each of the {len(y)} classes in y, got shape {tuple(x.shape)}.")
+    names = [str(k) for k in range(int(y.max()) + 1)] if class_names is None else list(class_names)
+    if y.min() < 0 or len(names) <= y.max():
+        raise ValueError(f"class_names must name the classes {int(y.min())} to {int(y.max())}, got {len(names)} names.")
+    return names
+
+
+def _line(name: str, style: Mapping[str, Any]) -> Any:
+    """Return the legend's handle of a boundary, from the style of its contour."""
+    from matplotlib.lines import Line2D
+
+    line = {"color": style["colors"], "linewidth": style["linewidths"], "linestyle": style.get("linestyles", "-")}
+    return Line2D([], [], label=short(name), alpha=style.get("alpha", 1.0), **line)
+
+
+class _Plane(NamedTuple):
+    """The square of inputs that is drawn.
+
+    Attributes:
+        sides: Coordinates along each axis, `(grid,)` each.
+        points: All their pairs `(grid * grid, 2)`.
+    """
+
+    sides: list[Tensor]
+    points: Tensor
+
+    @classmethod
+    def around(cls, x: Tensor, grid: int) -> _Plane:
+        """Return the square around examples `(n, 2)`."""
+        sides = [torch.linspace(*_around(x[:, axis]), grid) for axis in (0, 1)]
+        return cls(sides, torch.cartesian_prod(*sides).to(x.dtype))
+
+    def draw_boundary(self, axis: Axes, probs: Tensor, style: Mapping[str, Any]) -> None:
+        """Draw where the most probable class changes, from probabilities at the points."""
+        for margin in _margins(probs):
+            if margin.min() < 0 < margin.max():
+                axis.contour(*map(array, self.sides), array(self._as_image(margin)), levels=[0], **style)
+
+    def draw_map(self, axis: Axes, entropy: Tensor, greatest: float) -> None:
+        """Draw the entropy `(grid * grid,)`, in nats, as colours from 0 to its greatest value."""
+        ends = [float(side[end]) for side in self.sides for end in (0, -1)]
         axis.imshow(
-            array(entropy.view(grid, grid).T),
+            array(self._as_image(entropy)),
             origin="lower",
-            extent=(*around[0], *around[1]),
+            extent=tuple(ends),  # pyright: ignore[reportArgumentType]
             aspect="auto",
             interpolation="bilinear",
             cmap=UNCERTAINTY,
             vmin=0,
-            vmax=math.log(max(2, probs[0].numel())),
+            vmax=greatest,
         )
-        _scatter(axis, x, y, classes, size=9)
-        label(axis, f"Entropy, {short(name)}" if baseline is not None else "Entropy of the prediction", "input 1", "")
-        for panel in (decisions, axis):
-            contour(panel, probs, **style)
-    figure.colorbar(maps[0].images[0], ax=maps, label="entropy (nats)")
-    handles = _scatter(decisions, x, y, classes, size=26)
-    lines = [(names[0], RED, 2.2, "-", 1.0), (f"{draws} draws of the weights", RED, 0.8, "-", 0.4)]
-    if baseline is not None:
-        lines.append((names[1], BLUE, 2.0, "--", 1.0))
-    handles += [Line2D([], [], label=short(n), color=c, lw=w, ls=style, alpha=a) for n, c, w, style, a in lines]
-    label(decisions, "Decision boundary", "input 1", "input 2")
-    legend_below(figure, handles)
-    return finish(figure, path)
+
+    def _as_image(self, values: Tensor) -> Tensor:
+        return values.view(len(self.sides[0]), len(self.sides[1])).T
 
 
 def regression_bands(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -99,15 +99,9 @@ def segmentation_panels(
     Raises:
         ValueError: If the shapes do not fit, or a class lacks a name or a colour.
     """
-    from matplotlib.patches import Patch
-
-    likelihood, shape = prediction.likelihood, (len(images), *images.shape[-2:])
-    if not likelihood.discrete or prediction.total.numel() != math.prod(shape) or targets.shape != shape:
-        raise ValueError(
-            f"targets and prediction must be classes of shape {shape} as the images, got {tuple(targets.shape)} and "
-            f"{likelihood.name} of shape {tuple(prediction.total.shape)}."
-        )
-    classes = prediction.probs.shape[1] if likelihood.name == "categorical" else 2
+    shape = (len(images), *images.shape[-2:])
+    _check_pixels(prediction, targets, shape)
+    classes = prediction.probs.shape[1] if prediction.likelihood.name == "categorical" else 2
     names = [str(k) for k in range(classes)] if class_names is None else list(class_names)
     colours = default_palette(classes) if palette is None else list(palette)
     if not len(names) == len(colours) == classes:
@@ -117,7 +111,7 @@ def segmentation_panels(
         )
     targets = targets.detach().cpu().long()
     predicted, total, epistemic = (
-        part.detach().reshape(shape).cpu() for part in (prediction.labels, prediction.total, prediction.epistemic)
+        values.detach().reshape(shape).cpu() for values in (prediction.labels, prediction.total, prediction.epistemic)
     )
     void = targets == ignore_index if ignore_index is not None else torch.zeros_like(targets, dtype=torch.bool)
     if (bad := targets[~void]).numel() and not 0 <= int(bad.min()) <= int(bad.max()) < classes:
@@ -127,28 +121,53 @@ def segmentation_panels(
     height = width * shape[1] / shape[2]
     figure = new_figure(5 * width, (height + 0.1) * len(images) + 1.4)
     axes = figure.subplots(len(images) + 1, 5, squeeze=False, height_ratios=[height] * len(images) + [0.1])
-    scales = ((total, math.log(classes)), (epistemic, max(float(epistemic.max()), 1e-6)))
+    for axis, title in zip(axes[0], ("image", "label", "prediction", "entropy", "mutual information"), strict=True):
+        axis.set_title(title, fontsize=11)
     for row, image in enumerate(images):
         _show(axes[row, 0], image)
         _show(axes[row, 1], _coloured(targets[row].masked_fill(void[row], classes), [*colours, _VOID]))
         _show(axes[row, 2], _coloured(predicted[row], colours))
-        for column, (values, greatest) in enumerate(scales, start=3):
-            axis = axes[row, column]
-            drawn = axis.imshow(array(values[row]), cmap=UNCERTAINTY, vmin=0, vmax=greatest)
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-            if row == 0:
-                figure.colorbar(drawn, cax=axes[-1, column], orientation="horizontal", label="nats")
-    for axis, title in zip(axes[0], ("image", "label", "prediction", "entropy", "mutual information"), strict=True):
-        axis.set_title(title, fontsize=11)
+    _draw_maps(figure, list(axes[:, 3]), total, math.log(classes))
+    _draw_maps(figure, list(axes[:, 4]), epistemic, max(float(epistemic.max()), 1e-6))
     for axis in axes[-1, :3]:
         axis.axis("off")
     occurring = sorted({*targets[~void].unique().tolist(), *predicted.unique().tolist()})
-    handles = [Patch(facecolor=colours[k], edgecolor=GREY, label=short(names[k])) for k in occurring]
-    if void.any():
-        handles.append(Patch(facecolor=_VOID, edgecolor=GREY, label="ignored"))
-    legend_below(figure, handles)
+    entries = [(colours[k], names[k]) for k in occurring] + [(_VOID, "ignored")] * bool(void.any())
+    legend_below(figure, _patches(entries))
     return finish(figure, path)
+
+
+def _check_pixels(prediction: Prediction, targets: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a prediction or targets that are not classes of pixels `(n, h, w)`."""
+    likelihood = prediction.likelihood
+    if not likelihood.discrete or prediction.total.numel() != math.prod(shape) or targets.shape != shape:
+        raise ValueError(
+            f"targets and prediction must be classes of shape {shape} as the images, got {tuple(targets.shape)} and "
+            f"{likelihood.name} of shape {tuple(prediction.total.shape)}."
+        )
+
+
+def _draw_maps(figure: Figure, axes: Sequence[Axes], values: Tensor, greatest: float) -> None:
+    """Draw a map of uncertainty on each axis but the last one, which gets the colour bar.
+
+    Args:
+        figure: The figure.
+        axes: One per image, and one more.
+        values: Uncertainty per pixel `(n, h, w)`, in nats.
+        greatest: Upper end of the colour scale.
+    """
+    for axis, image in zip(axes, values, strict=False):
+        axis.imshow(array(image), cmap=UNCERTAINTY, vmin=0, vmax=greatest)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    figure.colorbar(axes[0].images[0], cax=axes[-1], orientation="horizontal", label="nats")
+
+
+def _patches(entries: Sequence[tuple[str, str]]) -> list[Any]:
+    """Return the legend's handles of colours and names."""
+    from matplotlib.patches import Patch
+
+    return [Patch(facecolor=colour, edgecolor=GREY, label=short(name)) for colour, name in entries]
 
 
 def _show(axis: Axes, image: Tensor) -> None:

@@ -27,7 +27,7 @@ from bayeslayers.plots.canvas import (
     rendered,
     short,
 )
-from bayeslayers.sampling import posterior
+from bayeslayers.sampling import sites_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -182,12 +182,10 @@ def signal_to_noise(model: nn.Module, path: str | Path | None = None) -> Figure:
     """
     layers: dict[str, list[np.ndarray]] = {}
     with torch.no_grad():
-        for site in posterior(model):
+        for site in sites_of(model):
             ratio = array(20 * (site.mean.abs().double() * site.precision.double().sqrt()).log10())
             name = site.name.rpartition(".")[0] or site.name
             layers.setdefault(name, []).append(np.clip(ratio, *_DECIBELS).ravel())
-    if not layers:
-        raise ValueError("model must have Bayesian layers, got none.")
     ratios = {name: np.concatenate(parts) for name, parts in layers.items()}
     ends = [min(part.min() for part in ratios.values()), max(part.max() for part in ratios.values())]
     edges = np.linspace(min(ends[0], -1.0), max(ends[1], 1.0), 81)

@@ -23,7 +23,7 @@ from bayeslayers.checks import at_least_one
 from bayeslayers.dtypes import at_least_float32
 from bayeslayers.layers import BayesLinear
 from bayeslayers.outputs import tensor_output
-from bayeslayers.sampling import Sampler, Site, evaluation_mode, posterior
+from bayeslayers.sampling import Sampler, Site, evaluation_mode, sites_of
 from bayeslayers.sampling.sharing import Shared
 from bayeslayers.unwrap import unwrapped
 
@@ -97,9 +97,7 @@ def _square_root(covariance: Tensor) -> Tensor:
 def _moments(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the outputs' mean, and their covariance `(n, c, c)` or, where they are independent, variance `(n, c)`."""
     model = unwrapped(model)
-    sites = list(posterior(model))
-    if not sites:
-        raise ValueError("model must have Bayesian layers, got none: its outputs are certain.")
+    sites = sites_of(model)
     x = x.to(sites[0].mean.device)
     function = _OfNoise(model, sites)
     # Of attention kernels this one alone has rules for vmap.

@@ -182,7 +182,7 @@ def _device(model: nn.Module, method: str) -> torch.device:
     sites = list(posterior(model))
     if not sites and method not in _OF_ANY_NETWORK:
         raise ValueError(
-            "model must have Bayesian layers, got none: every draw would be the same. method='mean' predicts by the "
+            "model must have Bayesian layers, got none: every sample would be the same. method='mean' predicts by the "
             "weights as they are; bl.to_bayesian converts a network."
         )
     return sites[0].mean.device if sites else next((p.device for p in model.parameters()), torch.device("cpu"))

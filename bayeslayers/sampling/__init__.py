@@ -2,7 +2,7 @@
 
 from bayeslayers.sampling.sampler import Sampler, sampled
 from bayeslayers.sampling.sharing import evaluation_mode
-from bayeslayers.sampling.sites import Site, kl_divergence, posterior
+from bayeslayers.sampling.sites import Site, kl_divergence, posterior, sites_of
 from bayeslayers.sampling.tracker import Tracker, layers_with_curvature, tracked
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "layers_with_curvature",
     "posterior",
     "sampled",
+    "sites_of",
     "tracked",
 ]

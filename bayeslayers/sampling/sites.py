@@ -90,11 +90,27 @@ def posterior(model: nn.Module) -> Iterator[Site]:
             yield site
 
 
+def sites_of(model: nn.Module, argument: str = "model") -> list[Site]:
+    """Return the uncertain tensors of a model that must have some.
+
+    Args:
+        model: Model.
+        argument: What the caller's argument is called, for the message.
+
+    Raises:
+        ValueError: If it has none, and as `posterior`.
+    """
+    if sites := list(posterior(model)):
+        return sites
+    raise ValueError(
+        f"{argument} must have Bayesian layers, got none. Build it from them, as BayesLinear, or convert it by "
+        "bl.to_bayesian."
+    )
+
+
 def kl_divergence(model: nn.Module) -> Tensor:
     """Return KL(posterior || prior) of all Bayesian layers of `model`, in nats, with the correlations of matrices."""
-    sites = {site.mean: site for site in posterior(model)}
-    if not sites:
-        raise ValueError("model must have Bayesian layers, got none. Build it from them, as BayesLinear.")
+    sites = {site.mean: site for site in sites_of(model)}
     terms = []
     for site in list(sites.values()):
         if site.key == "weight" and isinstance(site.module, BayesianLayer) and site.module.roots is not None:

@@ -15,7 +15,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from bayeslayers.files import write_atomically
-from bayeslayers.sampling import posterior
+from bayeslayers.sampling import sites_of
 from bayeslayers.storage.card import Card, PosteriorError, card_from_json, first_bad_field, likelihood_in
 from bayeslayers.storage.claims import chosen_likelihood, refuse_unwritten
 from bayeslayers.storage.model_card import model_card
@@ -57,8 +57,7 @@ def save_posterior(model: nn.Module, folder: str | Path, **fields: Any) -> Card:
         FileExistsError: If the folder holds anything but a posterior.
     """
     folder, network = Path(os.path.expanduser(folder)).resolve(), unwrapped(model)
-    if not any(True for _ in posterior(network)):
-        raise ValueError("model must have Bayesian layers, got none. Build it from them, as BayesLinear.")
+    sites_of(network)
     weights = save_tensors(_checked_tensors(network))
     own = getattr(network, "card", None)
     card = own if isinstance(own, Card) else Card()
