@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 
 from bayeslayers.storage.card import Card
+
+_PLAIN = re.compile(r"[A-Za-z_]([\w./() ,+-]*[\w)])?", re.ASCII)  # text that YAML needs no quotes for
+_NOT_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}  # which YAML 1.1 reads as something else
 
 
 def model_card(card: Card) -> str:
     """Return the README.md of a posterior: the Hub's front matter, how to use it, how it was made."""
-    from huggingface_hub import EvalResult, ModelCardData
-
     images = len(card.input_size) != 1
-    results = [
-        EvalResult(
-            task_type="image-classification" if images else "tabular-classification",
-            dataset_type=card.dataset.partition(" ")[0].lower(),
-            dataset_name=card.dataset,
-            metric_type=key,
-            metric_value=card.metrics[key],
-        )
-        for key in ("accuracy", "nll", "ece")
-        if card.dataset and key in card.metrics
-    ]
-    front = ModelCardData(
-        license=card.license or None,
-        library_name="bayeslayers",
-        tags=["bayesian", "uncertainty", "variational-inference"],
-        model_name=card.name,
-        eval_results=results or None,
-    )
     facts = {
         "network": f"`{card.builder}` {json.dumps(card.kwargs)}" if card.builder else "the author's own",
         "images": f"resized to {card.resize}, of which the middle is taken" if card.resize else "",
@@ -47,12 +32,41 @@ def model_card(card: Card) -> str:
     else:
         load = f"import bayeslayers as bl\n\nmodel = ...  # the author's own network\nbl.load_posterior({name}, model)"
     return (
-        f"---\n{front.to_yaml()}\n---\n\n# {card.name}\n\nA Gaussian posterior over the weights of a network: "
-        f"means and precisions.\n\n```python\n{load}\n"
+        f"---\n{_front_matter(card, images)}\n---\n\n# {card.name}\n\n"
+        f"A Gaussian posterior over the weights of a network: means and precisions.\n\n```python\n{load}\n"
         f"prediction = bl.predict(model, {inputs}, num_samples=64{how})\n```\n\n"
         + "\n".join(lines)
         + f"\n\n{_metrics_table(card)}{card.notes}\n"
     )
+
+
+def _front_matter(card: Card, images: bool) -> str:
+    """Return the metadata that the Hub reads, in YAML: that of `huggingface_hub.ModelCardData`, without the package."""
+    lines = ["library_name: bayeslayers"]
+    lines += [f"license: {_yaml(card.license)}"] if card.license else []
+    metrics = {key: card.metrics[key] for key in ("accuracy", "nll", "ece") if card.dataset and key in card.metrics}
+    lines += [] if metrics else [f"model_name: {_yaml(card.name)}"]
+    lines += ["tags:", "- bayesian", "- uncertainty", "- variational-inference"]
+    if not metrics:
+        return "\n".join(lines)
+    lines += ["model-index:", f"- name: {_yaml(card.name)}", "  results:"]
+    lines += ["  - task:", f"      type: {'image' if images else 'tabular'}-classification", "    dataset:"]
+    lines += [f"      name: {_yaml(card.dataset)}", f"      type: {_yaml(card.dataset.partition(' ')[0].lower())}"]
+    lines += ["    metrics:"]
+    for key, value in metrics.items():
+        lines += [f"    - type: {key}", f"      value: {_yaml(value)}"]
+    return "\n".join(lines)
+
+
+def _yaml(value: str | float) -> str:
+    """Return a scalar of YAML 1.1: plain where its text cannot be read as anything else, quoted otherwise."""
+    if not isinstance(value, str):
+        text = {math.inf: ".inf", -math.inf: "-.inf"}.get(value, ".nan" if value != value else repr(value))
+        return text.replace("e", ".0e") if "e" in text and "." not in text else text
+    if _PLAIN.fullmatch(value) and value.lower() not in _NOT_TEXT:
+        return value
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
 
 
 def _metrics_table(card: Card) -> str:

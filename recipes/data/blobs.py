@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from recipes.data.slices import Points, save_slice
@@ -40,11 +41,11 @@ class Blobs:
 
     def split(self, train: bool) -> Points:
         """Return the training examples or the test examples, with labels `(n, 1)`."""
-        from sklearn.datasets import make_blobs
-
-        x, y, *rest = make_blobs(self.examples, centers=self.centres, random_state=self.seed, return_centers=True)
+        stream = np.random.RandomState(self.seed)
+        centres = stream.uniform(-10, 10, (self.centres, 2))
+        x, y = make_blobs(stream, centres, self.examples)
         if not train:
-            x, y = make_blobs(self.test_examples, centers=rest[0], random_state=self.seed + 1)[:2]
+            x, y = make_blobs(np.random.RandomState(self.seed + 1), centres, self.test_examples)
         return Points(torch.tensor(x, dtype=torch.float32), torch.tensor(y)[:, None] % 2)
 
     def ood(self) -> Points:
@@ -54,6 +55,21 @@ class Blobs:
         angle = 2 * math.pi * torch.arange(200) / 200
         ring = torch.stack([angle.cos(), angle.sin()], 1)
         return Points((low + high) / 2 + _RADIUS * (high - low) / 2 * ring, torch.zeros(len(ring), 1, dtype=torch.long))
+
+
+def make_blobs(
+    stream: np.random.RandomState, centres: np.ndarray, examples: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return shuffled points `(n, 2)` of unit variance around centres, and the number of each point's centre.
+
+    The numbers are those of `sklearn.datasets.make_blobs` from the same stream, of which the bundled slice and
+    posterior were made.
+    """
+    sizes = [examples // len(centres) + (k < examples % len(centres)) for k in range(len(centres))]
+    x = np.concatenate([stream.normal(centre, 1.0, (n, 2)) for centre, n in zip(centres, sizes, strict=True)])
+    order = np.arange(examples)
+    stream.shuffle(order)
+    return x[order], np.repeat(np.arange(len(centres)), sizes)[order]
 
 
 def write_slices() -> None:

@@ -198,6 +198,7 @@ class Experiment:
             chosen_by=f"{self.sets.split}_nll",
             on_best=self._save_best,
             checkpoint_minutes=config.checkpoint_minutes,
+            tensorboard=config.tensorboard,
             identity={name: value for name, value in dataclasses.asdict(config).items() if name not in _MAY_DIFFER}
             | {"data": short_name(config.data), "training examples": len(train), "training labels": _digest(train)},
         )
@@ -301,6 +302,7 @@ _MAY_DIFFER = (
     "device",
     "compile",
     "checkpoint_minutes",
+    "tensorboard",
     "notes",
     "recipe",
 )

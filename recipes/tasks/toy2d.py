@@ -294,7 +294,7 @@ def save(experiment: ToyExperiment, found: Mapping[str, dict[str, float]], folde
         | config.vogn
         | {key: getattr(config, key) for key in ("temperature_steps", "temperature_start", "batch_size", "epochs")},
         recipe=command,
-        versions=versions("scikit-learn"),
+        versions=versions(),
         metrics=rounded["vogn"] | {"num_samples": config.num_samples},
         baseline={"optimizer": "adam"} | rounded["adam"] | {"num_samples": 1},
         notes=config.notes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
@@ -91,6 +92,7 @@ class Config:
         device: Where to train, as torch names it: "cuda:1"; None for the first GPU, or the CPU if there is none.
         compile: Run training steps through torch.compile, at the cost of a minute at the start.
         checkpoint_minutes: Minutes between two checkpoints within an epoch, > 0; one is also saved after each epoch.
+        tensorboard: Write events for TensorBoard too, whose package is the extra `tensorboard`.
         notes: Text for the card.
         recipe: Which recipe reads this configuration.
     """
@@ -118,6 +120,7 @@ class Config:
     device: str | None = None
     compile: bool = False
     checkpoint_minutes: float = 10.0
+    tensorboard: bool = False
     notes: str = ""
     recipe: str = "classification"
 
@@ -168,6 +171,11 @@ def check(config: Config) -> None:
     _check_optimizer(config.optimizer, device_of(config))
     non_negative("validation", config.validation)
     positive("checkpoint_minutes", config.checkpoint_minutes)
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise ValueError(
+            "tensorboard must be installed for its events to be written, got no such package. "
+            "Run pip install 'bayeslayers[tensorboard]', or leave tensorboard: true out."
+        )
     config.schedule.check()
     point = method_of(config.optimizer).point
     if config.optimizer.get("vectorise"):

@@ -56,6 +56,7 @@ class Training:
         on_best: Called with the row of an epoch that is the best so far.
         identity: What must be equal for a checkpoint to be resumed.
         checkpoint_minutes: Minutes between two checkpoints within an epoch.
+        tensorboard: Whether events for TensorBoard are written.
         epoch: Epochs done.
         step: Steps done in the current epoch.
         sums: Sums of loss, accuracy and seconds over these steps.
@@ -82,6 +83,7 @@ class Training:
     on_best: Callable[[dict[str, float]], None]
     identity: dict[str, Any]
     checkpoint_minutes: float = 10.0
+    tensorboard: bool = False
     epoch: int = 0
     step: int = 0
     sums: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "accuracy": 0.0, "seconds": 0.0})
@@ -102,7 +104,7 @@ class Training:
         done = self.epoch * per_epoch + self.step
         bar = _Progress(*columns, console=Console(stderr=True))
         began = time.monotonic()
-        with bar as progress, interruption() as interrupted, self._tensorboard() as write:
+        with bar as progress, interruption() as interrupted, self._events() as write:
             shown = {"epochs": self.epochs, "epoch": min(self.epoch + 1, self.epochs), "metrics": ""}
             task = progress.add_task("", total=self.epochs * per_epoch, completed=done, **shown)
             if self._between_epochs:
@@ -270,7 +272,10 @@ class Training:
             raise ValueError(f"rows must have the same columns, with {self.chosen_by}")
 
     @contextmanager
-    def _tensorboard(self) -> Iterator[Callable[[dict[str, float]], None]]:
+    def _events(self) -> Iterator[Callable[[dict[str, float]], None]]:
+        if not self.tensorboard:
+            yield lambda _: None
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         # Of a resumed run: the last epoch's events come again.

@@ -96,7 +96,7 @@ def assert_same_run(folder, whole):
     assert (folder / "metrics.json").read_text() == (whole / "metrics.json").read_text()
 
 
-def test_a_run_leaves_log_checkpoint_metrics_events_and_a_posterior(whole):
+def test_a_run_leaves_log_checkpoint_metrics_and_a_posterior(whole):
     assert [row["epoch"] for row in log_of(whole)] == [1, 2]
     columns = {f"{part}_{key}" for part in ("train", "test") for key in ("accuracy", "ece")} | {
         "train_loss",
@@ -113,7 +113,7 @@ def test_a_run_leaves_log_checkpoint_metrics_events_and_a_posterior(whole):
     assert card.optimizer == VOGN | {"batch_size": 32, "epochs": 2}
     assert card.recipe == "bayeslayers train tiny" and card.versions["torch"] == torch.__version__
     assert card.metrics == pytest.approx(metrics, abs=1e-5)
-    assert [path.stat().st_size > 100 for path in (whole / "tensorboard").iterdir()] == [True]
+    assert not (whole / "tensorboard").exists()
     assert not [path for path in whole.iterdir() if path.name.startswith(".")]
 
 
@@ -716,3 +716,16 @@ def test_a_state_that_cannot_be_stored_leaves_the_old_one(tmp_path):
         save_checkpoint(tmp_path / "c", {"a": lambda: 1})
     assert load_checkpoint(tmp_path / "c") == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_events_are_written_where_they_are_asked_for(data_root, tmp_path):
+    asked = config(data_root, tmp_path / "run", epochs=1, limit=64, tensorboard=True)
+    train(asked, command="bayeslayers train tiny")
+    assert [path.stat().st_size > 100 for path in (tmp_path / "run/tensorboard").iterdir()] == [True]
+
+
+def test_events_without_their_package_are_an_error_before_the_training(data_root, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.training.config.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"tensorboard must be installed.*pip install 'bayeslayers\[tensorboard\]'"):
+        train(config(data_root, tmp_path / "run", tensorboard=True), command="")
+    assert not (tmp_path / "run").exists()
