@@ -1,4 +1,4 @@
-"""One-call conversion: an ordinary network to Bayesian layers, with its weights as means, and back."""
+"""One-call conversion: an ordinary network to Bayesian layers, in place or as a copy, and back."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from bayeslayers import layers
-from bayeslayers.checks import positive
+from bayeslayers.checks import network, positive
+from bayeslayers.convert.in_place import unchanged_on_error
 from bayeslayers.convert.readers import readers_of, turn_off_fast_paths
-from bayeslayers.convert.report import ConversionReport, Status, TensorEntry
+from bayeslayers.convert.report import ConversionReport, Status, entry_of
 from bayeslayers.convert.reroute import bayesian_subclass, obstacle
 from bayeslayers.convert.selection import Selectors, select
 from bayeslayers.layers import DEFAULT_INIT_PRECISION, DEFAULT_PRIOR_PRECISION, POSTERIOR_SUFFIXES, ROOTS, BayesianLayer
 from bayeslayers.sampling import posterior
+from bayeslayers.unwrap import unwrapped
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -65,23 +67,33 @@ def to_bayesian(
     exclude: Selectors | None = None,
     prior_precision: float = DEFAULT_PRIOR_PRECISION,
     init_precision: float = DEFAULT_INIT_PRECISION,
+    inplace: bool = False,
 ) -> tuple[Network, ConversionReport]:
-    """Return a copy of a network with Bayesian layers, and a report of every parameter tensor.
+    """Give a network Bayesian layers, in a copy or in place, and report on every parameter tensor.
 
     The weights become the means. All else stays: buffers, train or eval mode, dtype, device, hooks,
     `requires_grad`; a layer used in two places is still one layer. What cannot be converted exactly
     stays as it is, with the reason in the report; the optimisers train it too.
+
+    A layer is converted by changing its class and adding buffers. In place, the modules and parameters are
+    therefore the same objects as before, and wrappers, optimisers, schedulers and hooks that hold them stay
+    valid. In a model that torch wraps (`DistributedDataParallel`, `DataParallel`, `AveragedModel`,
+    `torch.compile`) the network inside is converted; selectors and the report name its modules.
 
     A selector is a name pattern as in a shell (`"fc"`, `"layer4*"`), a class of modules
     (`nn.BatchNorm2d`), a function such as `last_layer` or `norms`, or an iterable of selectors. It
     selects modules with all that is inside them.
 
     Args:
-        module: Ordinary network, left as it is.
+        module: Ordinary network, also in torch's wrappers.
         include: What to convert; None for everything.
         exclude: What to leave as it is.
         prior_precision: Precision of every prior, > 0.
         init_precision: Precision of the posterior at the start, > 0.
+        inplace: Convert `module` itself, in place of a copy. If the conversion raises, it is left as it was.
+
+    Returns:
+        The converted network (`module` itself if `inplace`) and the report.
 
     Raises:
         ValueError: If a selector matches nothing or only a part of a layer, a precision is not
@@ -98,26 +110,22 @@ def to_bayesian(
         >>> report.totals
         {'converted': 58, 'deterministic': 16, 'tied': 0}
     """
+    network("module", module)
     positive("prior_precision", prior_precision)
     positive("init_precision", init_precision)
     for name, parameter in module.named_parameters():
         if isinstance(parameter, UninitializedParameter):
-            raise ValueError(f"module must know the shapes of its parameters, '{name}' has none. Run it once before.")
-    net = copy.deepcopy(module)
-    reasons = _reasons_against(net, include, exclude)
-    report = _report(net, reasons)
-    if not report.totals["converted"]:
-        found = "; ".join(f"'{entry.name}': {entry.reason}" for entry in report.entries[:3]) or "no parameters"
-        raise ValueError(f"module must have a layer that can become Bayesian, got none. {found}.")
-    for layer in list(net.modules()):
-        if layer not in reasons and _bayesian_class(type(layer)) is not None:
-            _convert(layer, prior_precision, init_precision)
-    turn_off_fast_paths(net)
-    return net, report
+            raise ValueError(
+                f"the model must know the shapes of its parameters, '{name}' has none. Call it once on an example."
+            )
+    converted = module if inplace else copy.deepcopy(module)
+    with unchanged_on_error(converted):
+        report = _convert_network(unwrapped(converted), include, exclude, prior_precision, init_precision)
+    return converted, report
 
 
 def to_deterministic(net: Network) -> Network:
-    """Return the plain twin of a network: a copy with torch.nn layers, the posterior means as weights.
+    """Return the deterministic counterpart of a network: a copy with torch.nn layers, whose weights are the means.
 
     In eval mode its outputs are those of a plain call of `net`, bit for bit.
 
@@ -127,12 +135,12 @@ def to_deterministic(net: Network) -> Network:
     Raises:
         TypeError: If a Bayesian layer is of a class without a rule.
     """
-    twin = copy.deepcopy(net)
-    for site in list(posterior(twin)):
+    counterpart = copy.deepcopy(net)
+    for site in list(posterior(counterpart)):
         for suffix in POSTERIOR_SUFFIXES if not isinstance(site.module, BayesianLayer) else ():
             delattr(site.module, site.key + suffix)
-    ordinary = {bayesian: plain for plain, bayesian in _RULES.items()}
-    bayesian_layers = {name: m for name, m in twin.named_modules() if isinstance(m, BayesianLayer)}
+    ordinary = {bayesian: kind for kind, bayesian in _RULES.items()}
+    bayesian_layers = {name: m for name, m in counterpart.named_modules() if isinstance(m, BayesianLayer)}
     layer: Any
     for name, layer in bayesian_layers.items():
         kind = getattr(layer, "ordinary", None) or ordinary.get(type(layer))
@@ -146,7 +154,30 @@ def to_deterministic(net: Network) -> Network:
         for key in BayesianLayer.__annotations__:  # what a Bayesian layer has besides
             vars(layer).pop(key, None)
         layer.__class__ = kind
-    return twin
+    return counterpart
+
+
+def _convert_network(
+    net: nn.Module,
+    include: Selectors | None,
+    exclude: Selectors | None,
+    prior_precision: float,
+    init_precision: float,
+) -> ConversionReport:
+    """Convert the layers of a network in place, and report."""
+    reasons = _reasons_against(net, include, exclude)
+    report = _report(net, reasons)
+    if not report.totals["converted"]:
+        found = "; ".join(f"'{entry.name}': {entry.reason}" for entry in report.entries[:3]) or "no parameters"
+        raise ValueError(
+            f"the model must have a layer that can become Bayesian, got none. {found}. IVON makes any parameter "
+            "Bayesian."
+        )
+    for layer in list(net.modules()):
+        if layer not in reasons and _bayesian_class(type(layer)) is not None:
+            _convert(layer, prior_precision, init_precision)
+    turn_off_fast_paths(net)
+    return report
 
 
 def _bayesian_class(kind: type[nn.Module]) -> type | None:
@@ -241,7 +272,5 @@ def _report(net: nn.Module, reasons: dict[nn.Module, str]) -> ConversionReport:
             notes.append("was Bayesian before")
         if status == "converted" and len(paths[module]) > 1:
             notes.append(f"one layer in several places: {', '.join(paths[module])}")
-        if not parameter.requires_grad:
-            notes.append("frozen")
-        entries.append(TensorEntry(name, tuple(parameter.shape), parameter.numel(), status, "; ".join(notes)))
+        entries.append(entry_of(name, parameter, status, notes))
     return ConversionReport(tuple(entries))

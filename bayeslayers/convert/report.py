@@ -1,11 +1,16 @@
-"""What a conversion did to every parameter tensor of a network."""
+"""Which parameter tensors of a network are Bayesian, and why the others are not."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from torch import nn
+
 from bayeslayers.display import as_text
+from bayeslayers.sampling import posterior
+from bayeslayers.unwrap import unwrapped
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,6 +28,7 @@ class TensorEntry:
         numel: Number of its entries.
         status: "converted", "deterministic", or "tied": deterministic because several modules own it.
         reason: Why it is not converted, or what else there is to know.
+        frozen: Whether it required no gradient.
     """
 
     name: str
@@ -30,11 +36,12 @@ class TensorEntry:
     numel: int
     status: Status
     reason: str
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `to_bayesian` did, tensor by tensor; it prints as a table.
+    """What became of a network's parameters, tensor by tensor; it prints as a table.
 
     Attributes:
         entries: One for each parameter tensor, in the order of `named_parameters()`.
@@ -62,7 +69,7 @@ class ConversionReport:
         counts = ", ".join(f"{count:,} {status}" for status, count in self.totals.items() if count)
         caption = f"{self.coverage:.1%} of the parameters are Bayesian: {counts}."
         if self.totals["converted"] < sum(self.totals.values()):
-            caption += " The others are trained too, by Adam in a parameter group of their own."
+            caption += " The others are trained too, by Adam in a parameter group of their own, unless they are frozen."
         table = Table("parameter", "shape", "status", "reason", caption=caption)
         for entry in self.entries:
             table.add_row(entry.name, "x".join(map(str, entry.shape)) or "scalar", entry.status, entry.reason)
@@ -70,3 +77,32 @@ class ConversionReport:
 
     def __str__(self) -> str:
         return as_text(self)
+
+
+def entry_of(name: str, parameter: nn.Parameter, status: Status, notes: Sequence[str]) -> TensorEntry:
+    """Return the entry of one parameter, which also says if that is frozen.
+
+    Args:
+        name: Its name.
+        parameter: The parameter.
+        status: What became of it.
+        notes: What there is to know, reasons first.
+    """
+    frozen = not parameter.requires_grad
+    reason = "; ".join([*notes, "frozen"] if frozen else notes)
+    return TensorEntry(name, tuple(parameter.shape), parameter.numel(), status, reason, frozen)
+
+
+def report_of(model: nn.Module) -> ConversionReport:
+    """Return the report of a model as it is: which parameters have a posterior beside them.
+
+    Args:
+        model: Any model, also in torch's wrappers; the names are those of the network inside.
+    """
+    network = unwrapped(model)
+    uncertain = {site.mean for site in posterior(network)}
+    entries = []
+    for name, parameter in network.named_parameters():
+        notes = [] if parameter in uncertain else ["has no posterior in the model as it was given"]
+        entries.append(entry_of(name, parameter, "converted" if parameter in uncertain else "deterministic", notes))
+    return ConversionReport(tuple(entries))

@@ -20,7 +20,7 @@ from bayeslayers.optim.adam import adam_update
 from bayeslayers.optim.averages import Averages, Recorded
 from bayeslayers.optim.groups import PosteriorGroups, Rules
 from bayeslayers.optim.guard import Snapshot, adam_ratio, is_harmless, magnitudes
-from bayeslayers.optim.ranks import average_over_ranks, copy_from_first_rank
+from bayeslayers.optim.ranks import average_over_ranks, copy_from_first_rank, process_group
 from bayeslayers.sampling import Site
 from bayeslayers.sampling.sharing import in_use
 
@@ -77,6 +77,8 @@ class VariationalOptimizer(PosteriorGroups):
         self._inside = False  # an open scope
         self._losses = LossFunctions()
         self._forget()
+        if sync:
+            process_group()  # raises before the model changes
         super().__init__(
             model,
             dataset_size,

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.checks import did_you_mean, network, positive, size
+from bayeslayers.convert.conversion import to_bayesian
+from bayeslayers.convert.in_place import unchanged_on_error, warn_of_deterministic
+from bayeslayers.convert.report import ConversionReport, report_of
 from bayeslayers.layers import BayesianLayer
-from bayeslayers.sampling import Sampler, Site, sites_of
+from bayeslayers.sampling import Sampler, Site, posterior, sites_of
 
 Rules = Mapping[str, Callable[[str, Any], Any]]  # per hyperparameter the check that returns its value
 
@@ -25,7 +28,7 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
     `prior_precision`, which is written to the layers.
 
     Args:
-        model: Model with Bayesian layers, on its device already.
+        model: Model on its device already. One without any posterior becomes Bayesian in place.
         dataset_size: Number of training examples N.
         rules: The check of each hyperparameter of a group.
         defaults: Their values, `lr` among them.
@@ -63,8 +66,12 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
         if deterministic_lr is not None:
             rules["lr"]("deterministic_lr", deterministic_lr)
         self._generator = generator
-        self._bind()
-        super().__init__(self._all_groups(groups or (), deterministic_lr), {"beta2": 0.999, **checked})
+        with unchanged_on_error(model):
+            self._converted = self._make_bayesian()
+            self._bind()
+            super().__init__(self._all_groups(groups or (), deterministic_lr), {"beta2": 0.999, **checked})
+            if self._converted is not None:
+                warn_of_deterministic(self._converted)
         for site in self._sites.values():
             if prior_precision is not None and not self._has_own_prior(site):
                 site.prior_precision.fill_(prior_precision)
@@ -72,6 +79,15 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
                 site.precision.fill_(init_precision)
         if init_precision is not None:
             self._drop_roots()
+
+    @property
+    def report(self) -> ConversionReport:
+        """Which parameters of the model are Bayesian, and why the others are not."""
+        return self._converted or report_of(self.model)
+
+    def _make_bayesian(self) -> ConversionReport | None:
+        """Convert a model without any posterior in place, and report; leave any other as it is."""
+        return None if any(True for _ in posterior(self.model)) else to_bayesian(self.model, inplace=True)[1]
 
     def _bind(self) -> None:
         """Find the uncertain tensors of the model, and all its parameters."""

@@ -154,6 +154,9 @@ class IVON(VariationalOptimizer):
             sync=sync,
         )
 
+    def _make_bayesian(self) -> None:
+        """Convert nothing: parameters of any module get a posterior."""
+
     def _bind(self) -> None:
         if not self._sites:
             self._attach(self.model.parameters())

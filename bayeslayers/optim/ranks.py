@@ -16,7 +16,7 @@ def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:
     Raises:
         RuntimeError: If there is no process group.
     """
-    dist = _process_group()
+    dist = process_group()
     for tensor in tensors:
         dist.broadcast(tensor, src=0)
 
@@ -30,7 +30,7 @@ def average_over_ranks(tensors: Sequence[Tensor]) -> None:
     Raises:
         RuntimeError: If there is no process group.
     """
-    dist = _process_group()
+    dist = process_group()
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
@@ -41,7 +41,12 @@ def average_over_ranks(tensors: Sequence[Tensor]) -> None:
             tensor.copy_(mean)
 
 
-def _process_group() -> ModuleType:
+def process_group() -> ModuleType:
+    """Return `torch.distributed`, once its default process group is there.
+
+    Raises:
+        RuntimeError: If it is not.
+    """
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_initialized():
