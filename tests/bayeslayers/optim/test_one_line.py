@@ -6,6 +6,8 @@ import copy
 import pickle
 import re
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -229,6 +231,19 @@ def test_torchvisions_resnet18():
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]) == ("_prior_" in key), key
     assert [type(m) for m in bl.to_deterministic(model).modules()] == kinds
+
+
+def test_the_first_training_example_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "the changed line" in code]
+    x = torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
+    loader = [(x, torch.arange(12) % 3)]
+    names = {"train_set": x, "loader": loader, "x_test": x[:5]}
+    exec(compile(block, "README.md", "exec"), names)
+    net: Any = names["net"]
+    assert type(net[0]) is bl.BayesLinear and names["prediction"].probs.shape == (5, 3)
+    assert bl.load_posterior("my-posterior", copy.deepcopy(net)).name == "my-posterior"
 
 
 class TestWhatWasMadeBefore:
