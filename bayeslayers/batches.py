@@ -1,4 +1,4 @@
-"""Batches of what a user calls data: a loader, another iterable of batches, or tensors."""
+"""Batches of what a user passes as data: a loader, another iterable of batches, or tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def labelled_batches(name: str, data: Labelled) -> Iterator[tuple[Tensor, Tensor
     """Yield the batches (x, y) of `data`; a tuple of two tensors is one batch.
 
     Raises:
-        TypeError: If it holds something else.
+        TypeError: If it yields anything else.
         ValueError: If it is empty.
     """
     whole = isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data)
@@ -31,7 +31,7 @@ def input_batches(name: str, data: Unlabelled) -> Iterator[Tensor]:
     """Yield the inputs of the batches of `data`, which are x or (x, ...); a tensor is one batch.
 
     Raises:
-        TypeError: If it holds something else.
+        TypeError: If it yields anything else.
         ValueError: If it is empty.
     """
     for batch in _batches(name, data, isinstance(data, Tensor)):
@@ -62,9 +62,9 @@ def with_progress(name: str, batches: Iterable[Any], number: int | None = None) 
     """Return batches that move a progress bar on stderr.
 
     Args:
-        name: What the bar says.
-        batches: Anything to iterate over.
-        number: How many there are; None for their length, where they have one.
+        name: Text of the bar.
+        batches: Any iterable.
+        number: Number of batches; None takes their length, if they have one.
     """
     from rich.console import Console
     from rich.progress import track

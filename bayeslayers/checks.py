@@ -11,10 +11,10 @@ from torch import nn
 
 
 def network(name: str, value: object) -> None:
-    """Raise if `value` is no `nn.Module`, as where an optimiser of torch takes parameters.
+    """Check that `value` is an `nn.Module`, and not the parameters that torch's optimisers take.
 
     Raises:
-        TypeError: If so.
+        TypeError: If it is not.
     """
     if not isinstance(value, nn.Module):
         raise TypeError(
@@ -24,7 +24,7 @@ def network(name: str, value: object) -> None:
 
 
 def size(name: str, value: float) -> float:
-    """Return `value` if it is a finite number > 0, and not the data whose size it should be."""
+    """Return `value` if it is a finite number > 0, and not the data set itself."""
     if isinstance(value, Sized) and not isinstance(value, str) and getattr(value, "shape", None) != ():
         raise TypeError(
             f"{name} must be the number of training examples, got {type(value).__name__}. Pass the length of the data "
@@ -35,7 +35,7 @@ def size(name: str, value: float) -> float:
 
 def _number(name: str, value: float) -> None:
     try:
-        float(value + 0)  # what calculates is a number; a string of digits is not
+        float(value + 0)  # addition rejects a string of digits
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {value!r}.") from None
 
@@ -57,7 +57,7 @@ def non_negative(name: str, value: float) -> float:
 
 
 def radius(name: str, value: float) -> float:
-    """Return `value` if it is a number > 0, infinity included: the bound that is none."""
+    """Return `value` if it is a number > 0; infinity means no bound."""
     _number(name, value)
     return value if value == math.inf else positive(name, value)
 
@@ -79,6 +79,6 @@ def fraction(name: str, value: float, *, one: bool = False) -> float:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return a hint that lists the names nearest to a mistaken one, or an empty string."""
+    """Return a hint that lists the names closest to an unknown one, or an empty string."""
     matches = difflib.get_close_matches(name, list(names), n=3, cutoff=0.4)
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""

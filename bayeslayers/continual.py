@@ -1,4 +1,4 @@
-"""Continual learning: the posterior becomes the prior of what is learned next."""
+"""Continual learning: the posterior becomes the prior for the next task."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from bayeslayers.sampling import sites_of
 
 
 def posterior_to_prior(model: nn.Module) -> None:
-    """Make the posterior of every Bayesian layer its prior, in place, for the data that comes next.
+    """Make the posterior of every Bayesian layer its prior, in place, before training on the next task.
 
     Prior mean and precision become tensors of the weights' shape, so that KL(posterior || prior) is 0.
-    The next task's loss then counts from what the tasks before have taught.
+    Training on the next task then starts from what the previous tasks have taught.
 
     Source: Nguyen et al. 2018 (arXiv 1710.10628), variational continual learning, Eq. 2.
 
     Args:
-        model: Model with Bayesian layers; optimisers that already exist see the new prior.
+        model: Model with Bayesian layers; existing optimisers see the new prior.
 
     Raises:
         ValueError: If no layer is Bayesian.

@@ -1,4 +1,4 @@
-"""What is shown on a terminal: objects with a rich rendering as plain text, and text from files made printable."""
+"""Terminal output: objects with a rich rendering as plain text, and text from files made printable."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _LONGEST_LINE = 600  # characters
 
 
 def as_text(renderable: object) -> str:
-    """Return what `rich` prints of an object, without colours, in lines of 140 characters at most."""
+    """Return the text that `rich` prints for an object, without colours, in lines of at most 140 characters."""
     from rich.console import Console
 
     console = Console(file=StringIO(), width=140)
@@ -18,10 +18,10 @@ def as_text(renderable: object) -> str:
 
 
 def printable(text: object) -> str:
-    r"""Return text in one line that a terminal shows as it is, wherever the text came from.
+    r"""Return text as one line that is safe to print on a terminal, whatever its source.
 
-    White space becomes a space. What has no form of its own becomes a question mark: terminal escapes, other control
-    characters, marks that change the direction of writing, broken Unicode.
+    Every white-space character becomes a space. Characters that are not printable become question marks: terminal
+    escapes, other control characters, marks that change the direction of writing, and broken Unicode.
 
     >>> printable("7\x1b[31m red\n\u202eabc")
     '7?[31m red ?abc'
@@ -36,7 +36,7 @@ def printable_lines(text: str) -> str:
 
 
 def one_line(text: object) -> str:
-    r"""Return a message as one printable line, without its middle where it is long.
+    r"""Return a message as one printable line; a long one loses its middle.
 
     >>> one_line("two\n  lines")
     'two lines'

@@ -1,4 +1,4 @@
-"""Evaluation: every figure of a posterior on labelled data, and how well it tells strangers apart, in one pass."""
+"""Evaluation: all metrics of a posterior on labelled data, and its OOD detection, in one pass."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Evaluation:
     Attributes:
         likelihood: "categorical", "bernoulli" or "gaussian".
         num_examples: Examples with a label that counts, or images of a segmentation.
-        num_samples: Draws averaged; 1 for the posterior means.
-        metrics: Figures by name. NaN is a figure that the data leaves undefined, as an AUROC without errors.
+        num_samples: Posterior samples averaged; 1 for the posterior means.
+        metrics: Metrics by name. NaN marks one that the data leaves undefined, such as an AUROC without errors.
         reliability: Reliability diagram of the confidence; None for real targets.
         risk_coverage: Error rate of the most confident predictions; None for real targets.
         scores: Per example, float32 on the CPU: "confidence", "entropy", "epistemic", "aleatoric", and "correct"
             (bool, or the share of right positions); for real targets "residual" (the root mean square where an
             example has several), "variance", "epistemic", "aleatoric".
-        ood: The same uncertainties of each set of strangers.
+        ood: The same uncertainties for each out-of-distribution set.
         class_iou: Intersection over union of each class of a segmentation, NaN for a class without any; else None.
     """
 
@@ -54,7 +54,7 @@ class Evaluation:
     class_iou: Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures and the reliability diagram, ready for JSON: None stands for NaN."""
+        """Return the metrics and the reliability diagram, ready for JSON: None stands for NaN."""
         plain: dict[str, Any] = {
             "likelihood": self.likelihood,
             "num_examples": self.num_examples,
@@ -71,9 +71,8 @@ class Evaluation:
         from rich.table import Table
         from rich.text import Text
 
-        caption = (
-            f"{self.likelihood}, {self.num_examples:,} examples, {self.num_samples} draw{'s' * (self.num_samples > 1)}."
-        )
+        plural = "s" * (self.num_samples > 1)
+        caption = f"{self.likelihood}, {self.num_examples:,} examples, {self.num_samples} sample{plural}."
         table = Table("metric", caption=caption)
         table.add_column("value", justify="right")
         for key, value in self.metrics.items():
@@ -97,31 +96,31 @@ def evaluate(
     progress: bool = False,
     **options: Any,
 ) -> Evaluation:
-    """Return how well the posterior predicts labelled data, and tells strangers from it.
+    """Return how well the posterior predicts labelled data, and how well it detects out-of-distribution data.
 
-    Data streams: memory holds one batch and per example a few numbers, for segmentation also counts in bins.
+    Data is streamed: memory holds one batch and a few numbers per example, and counts in bins for segmentation.
 
-    Classes, and yes or no: accuracy; nll; brier (the squared distance to the one-hot label; (p - y)^2 of yes or
-    no); ece, adaptive_ece and classwise_ece; misclassification_auroc_SCORE and misclassification_fpr95_SCORE,
-    how well each score finds errors; aurc and coverage_at_risk_RISK of the confidence. With several labels
-    per example, as in a segmentation, they are over positions, without adaptive_ece and with miou, the mean of
-    `class_iou` over classes that occur. Real targets: rmse; nll; crps; coverage_LEVEL of the central
-    interval, under the Gaussian of the predictive mean and variance. Strangers: NAME/auroc_SCORE, NAME/fpr95_SCORE.
+    Multi-class and binary classification: accuracy; nll; brier (the squared distance to the one-hot label; (p - y)^2
+    if binary); ece, adaptive_ece and classwise_ece; misclassification_auroc_SCORE and misclassification_fpr95_SCORE,
+    how well each score finds errors; aurc and coverage_at_risk_RISK of the confidence. With several labels per
+    example, as in segmentation, metrics are over positions; adaptive_ece is left out, and miou is added, the mean of
+    `class_iou` over the classes that occur. Regression: rmse; nll; crps; coverage_LEVEL of the central interval,
+    under the Gaussian of the predictive mean and variance. OOD detection: NAME/auroc_SCORE, NAME/fpr95_SCORE.
 
-    Scores are confidence, entropy (total uncertainty) and epistemic (the mutual information); of real
-    targets variance and epistemic. docs/evaluation.md defines every figure and names its source.
+    Scores are confidence, entropy (total uncertainty) and epistemic (the mutual information); for regression they
+    are variance and epistemic. docs/evaluation.md defines every metric and names its source.
 
     Args:
         model: Model with Bayesian layers.
         data: A loader or other iterable of batches (x, y), or one tuple (x, y) of tensors.
-        ood: By name, strangers: iterables of x or (x, y), or one tensor.
-        num_samples: Draws per batch.
+        ood: Out-of-distribution data by name: iterables of x or (x, y), or one tensor.
+        num_samples: Posterior samples per batch.
         likelihood: As for `predict`.
-        generator: Source of the draws; every batch has its own.
-        ignore_index: Label of what is left out of every figure, or None.
+        generator: Source of the samples; every batch has its own.
+        ignore_index: Label that all metrics leave out, or None.
         recalibration: Applied to every prediction, if given.
         progress: Whether to show a progress bar.
-        **options: Further arguments of `predict`, as `method` and `batch_size`.
+        **options: Further arguments of `predict`, such as `method` and `batch_size`.
 
     Raises:
         TypeError: If `data` or `ood` yields no tensors.
@@ -144,24 +143,24 @@ def evaluate(
         prediction = predict(model, x, num_samples, likelihood=likelihood, generator=generator, **options)
         return prediction if recalibration is None else recalibration.apply(prediction)
 
-    record, draws = None, 0
+    record, samples = None, 0
     for x, y in labelled_batches("data", _shown(data, "data", progress)):
         prediction = predicted(x)
         if record is None:
             record = ClassificationRecord(prediction, ignore_index) if likelihood.discrete else RegressionRecord()
         record.add(prediction, y)
-        draws = max(draws, prediction.num_samples)
+        samples = max(samples, prediction.num_samples)
     assert record is not None
-    scores, metrics, strange = record.scores(), record.metrics(), {}
-    for name, strangers in (ood or {}).items():
-        batches = input_batches(f"ood[{name!r}]", _shown(strangers, name, progress))
-        strange[name] = _scores(predicted(x) for x in batches)
-        metrics |= _told_apart(name, scores, strange[name], RANKED[likelihood.discrete])
-    common = likelihood.name, record.num_examples, draws, metrics
+    scores, metrics, ood_scores = record.scores(), record.metrics(), {}
+    for name, inputs in (ood or {}).items():
+        batches = input_batches(f"ood[{name!r}]", _shown(inputs, name, progress))
+        ood_scores[name] = _scores(predicted(x) for x in batches)
+        metrics |= _ood_detection(name, scores, ood_scores[name], RANKED[likelihood.discrete])
+    common = likelihood.name, record.num_examples, samples, metrics
     if isinstance(record, RegressionRecord):
-        return Evaluation(*common, scores=scores, ood=strange)
+        return Evaluation(*common, scores=scores, ood=ood_scores)
     iou = record.class_iou() if record.dense else None
-    return Evaluation(*common, record.reliability(), record.risk_coverage(), scores, strange, iou)
+    return Evaluation(*common, record.reliability(), record.risk_coverage(), scores, ood_scores, iou)
 
 
 def _scores(predictions: Iterable[Prediction]) -> dict[str, Tensor]:
@@ -170,11 +169,11 @@ def _scores(predictions: Iterable[Prediction]) -> dict[str, Tensor]:
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
-def _told_apart(
-    name: str, known: Mapping[str, Tensor], strange: Mapping[str, Tensor], ranked: Iterable[str]
+def _ood_detection(
+    name: str, known: Mapping[str, Tensor], ood: Mapping[str, Tensor], ranked: Iterable[str]
 ) -> dict[str, float]:
-    """Return how well each score tells one set of strangers from the known examples."""
-    levels = {key: two_sets(*(as_uncertainty(key, scores[key]) for scores in (known, strange))) for key in ranked}
+    """Return how well each score separates one out-of-distribution set from the known examples."""
+    levels = {key: two_sets(*(as_uncertainty(key, scores[key]) for scores in (known, ood))) for key in ranked}
     return {f"{name}/auroc_{key}": level.auroc() for key, level in levels.items()} | {
         f"{name}/fpr95_{key}": level.false_positive_rate() for key, level in levels.items()
     }

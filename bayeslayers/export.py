@@ -1,4 +1,4 @@
-"""A posterior for other runtimes: some of its draws, fixed, as one program with mean and uncertainties."""
+"""A posterior for other runtimes: fixed posterior samples in one program that returns mean and uncertainties."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
 OUTPUTS = ("mean", "total", "aleatoric", "epistemic")
-_ONE_FILE_BYTES = 2**31 - 2**20  # what protobuf lets a file hold, less room for the graph
+_ONE_FILE_BYTES = 2**31 - 2**20  # protobuf's limit for a file, less room for the graph
 
 
 class FixedDraws(nn.Module):
-    """The posterior predictive over draws made once: inputs `(n, *)` to a tuple of the parts in `OUTPUTS`.
+    """The posterior predictive over samples that are drawn once: inputs `(n, *)` to a tuple of the parts in `OUTPUTS`.
 
-    Each draw is a network of torch.nn layers, in `networks`; what has no posterior they share. Memory
-    is `num_samples` times the drawn weights, a file as large. It predicts as `predict` does by the method "sample";
-    a model whose card names another, as that of a Laplace posterior over several layers, is exported with a warning.
+    Each sample is a network of torch.nn layers, in `networks`; they share the tensors without a posterior. Memory
+    and file size are `num_samples` times the sampled weights. The predictions are those of `predict` with the method
+    "sample". A model whose card names another method, such as a Laplace posterior over several layers, is exported
+    with a warning.
 
     Args:
-        model: Model with Bayesian layers, left as it is.
-        num_samples: Draws, >= 1.
+        model: Model with Bayesian layers, left unchanged.
+        num_samples: Posterior samples, >= 1.
         likelihood: Meaning of the outputs; None takes `model.likelihood`, else `Categorical()`.
-        generator: Source of the draws, on the model's device; torch's default one if None. The draws
-            are those that `predict` makes of it, and so are the outputs, to rounding.
+        generator: Source of the samples, on the model's device; torch's default one if None. `predict` draws
+            the same samples from it, so that the outputs agree to rounding.
 
     Raises:
         ValueError: If no layer is Bayesian or `num_samples` < 1.
@@ -83,13 +84,13 @@ class FixedDraws(nn.Module):
 
 
 def _check_method(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Warn where a model predicts by another method than draws of its weights, and the two differ."""
+    """Warn if the model's method is another than sampling weights, and the two predict differently."""
     method, drawn = method_of(model), {site.name.rpartition(".")[0] for site in sites}
     linear = method == "linearised" and drawn == set(last_layer(dict(model.named_modules())))
     if method != DEFAULT_METHOD and not linear:
         warnings.warn(
-            "fixed draws of the weights predict as method='sample' does, but the card of the model says "
-            f"{method!r}: the exported program gives other numbers. Measure it by bl.evaluate(model, data, "
+            "fixed samples of the weights predict as method='sample' does, but the model's card says "
+            f"{method!r}: the exported program gives other numbers. Measure them by bl.evaluate(model, data, "
             "method='sample') first, or export a posterior over the last layer, bl.laplace(..., layers=bl.last_layer).",
             stacklevel=4,
         )
@@ -103,20 +104,20 @@ def to_exported(
     likelihood: Likelihood | None = None,
     generator: torch.Generator | None = None,
 ) -> ExportedProgram:
-    """Return a `torch.export` program of fixed draws, for batches of any size.
+    """Return a `torch.export` program of fixed posterior samples, for batches of any size.
 
-    Program and outputs are those of `FixedDraws`, which explains what it costs. `torch.export.save`
+    Program and outputs are those of `FixedDraws`, which explains the cost. `torch.export.save`
     writes it; `.module()` runs it.
 
     Args:
-        model: Model with Bayesian layers, left as it is.
-        example: A batch of inputs `(n, *)` such as the program will get; the sizes behind n are fixed.
-        num_samples: Draws, >= 1.
+        model: Model with Bayesian layers, left unchanged.
+        example: A batch of inputs `(n, *)` such as the program will get; all sizes but n are fixed.
+        num_samples: Posterior samples, >= 1.
         likelihood: Meaning of the outputs; None takes `model.likelihood`, else `Categorical()`.
-        generator: Source of the draws, on the model's device; torch's default one if None.
+        generator: Source of the samples, on the model's device; torch's default one if None.
 
     Raises:
-        ValueError: If no layer is Bayesian, `num_samples` < 1 or `example` is no batch.
+        ValueError: If no layer is Bayesian, `num_samples` < 1 or `example` is not a batch.
         TypeError: If a Bayesian layer is of a class without a rule for its torch.nn layer.
     """
     from torch.export import Dim, export  # slow to import
@@ -125,7 +126,7 @@ def to_exported(
         found = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise ValueError(f"example must be a batch of one input or more, got {found}.")
     draws = FixedDraws(model, num_samples, likelihood, generator)
-    # A size of 1 would be taken for a constant.
+    # torch.export would take a size of 1 for a constant.
     example = torch.cat([example, example]) if len(example) == 1 else example
     return export(draws, (example,), dynamic_shapes=({0: Dim("n")},))
 
@@ -139,17 +140,17 @@ def to_onnx(
     likelihood: Likelihood | None = None,
     generator: torch.Generator | None = None,
 ) -> Path:
-    """Write an ONNX file of fixed draws, for batches of any size; needs the extra `bayeslayers[onnx]`.
+    """Write an ONNX file of fixed posterior samples, for batches of any size; needs the extra `bayeslayers[onnx]`.
 
-    The input is "x", the outputs are those named in `OUTPUTS`, whatever the network calls its own tensors.
-    Weights beyond 2 GB go into a second file `PATH.data` beside it. The file is checked once written, and
-    loaded by onnxruntime where that is installed.
+    The input is "x", and the outputs are those named in `OUTPUTS`, whatever the network calls its own tensors.
+    Weights beyond 2 GB go into a second file, `PATH.data`. The written file is checked, and loaded by onnxruntime
+    if that is installed.
 
     Args:
-        model: Model with Bayesian layers, left as it is.
+        model: Model with Bayesian layers, left unchanged.
         path: File to write.
         example: As for `to_exported`.
-        num_samples: Draws, >= 1; the file holds the weights of each.
+        num_samples: Posterior samples, >= 1; the file holds the weights of each.
         likelihood: As for `to_exported`.
         generator: As for `to_exported`.
 
@@ -160,7 +161,7 @@ def to_onnx(
         ValueError: As for `to_exported`.
         TypeError: As for `to_exported`.
         ImportError: If onnx or onnxscript is not installed.
-        RuntimeError: If the file is not one that a runtime loads; it is removed then.
+        RuntimeError: If a runtime cannot load the file, which is then removed.
     """
     try:
         import onnx  # noqa: F401
@@ -184,7 +185,7 @@ def to_onnx(
 
 
 def _name_apart(program: ONNXProgram) -> None:
-    """Rename the values inside a program's graph, so that none is called like an input or an output."""
+    """Rename the values inside a program's graph, so that none has the name of an input or an output."""
     from onnxscript import ir
 
     graph = program.model.graph
@@ -200,7 +201,7 @@ def _name_apart(program: ONNXProgram) -> None:
 
 
 def _check_file(path: Path) -> None:
-    """Remove a file that is no ONNX model, or that onnxruntime does not load, and say so."""
+    """Raise if a file is not an ONNX model that onnxruntime loads, after removing it."""
     import onnx
 
     try:

@@ -1,4 +1,4 @@
-"""Diagonal Laplace approximation: the posterior of a network that was trained in the ordinary way, from one pass."""
+"""Diagonal Laplace approximation: a posterior for a network that is already trained, from one pass over the data."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class LaplaceFit:
     """What a Laplace approximation found.
 
     Attributes:
-        log_marginal_likelihood: Laplace's estimate of log p(data | prior), in nats, the likelihood to the
-            power 1/T: it compares priors, and networks, on the same data.
+        log_marginal_likelihood: Laplace's estimate of log p(data | prior), in nats, with the likelihood to the
+            power 1/T. It compares priors, and networks, on the same data.
         log_likelihood: log p(data | means), in nats.
-        dataset_size: Labelled examples that the pass saw, N.
-        prior_precision: By layer, the prior precision found or given; empty where the layers kept theirs.
-        report: What became Bayesian; None where the network's own Bayesian layers were taken.
+        dataset_size: Number of labelled examples in the pass, N.
+        prior_precision: Prior precision by layer, found or given; empty where the layers kept theirs.
+        report: What became Bayesian; None where the network's own Bayesian layers were used.
     """
 
     log_marginal_likelihood: float
@@ -61,49 +61,49 @@ def laplace(
     progress: bool = False,
     elements_per_example: float | None = None,
 ) -> Network:
-    """Return a trained network with its Laplace posterior; its attribute `laplace` holds what was found on the way.
+    """Return a trained network with its Laplace posterior; its attribute `laplace` is the `LaplaceFit`.
 
         p = (1/T) P sum_i (grad loss_i(m))^2 + p0
 
-    for losses that are means over P elements of an example, as over the pixels of an image: each example
+    for losses that are means over P elements of an example, such as the pixels of an image: each example
     counts as one observation, whatever P. Ignored labels (-100) count in neither N nor P.
 
-    The weights m stay what they are; one pass over the data, in eval mode, gives the sum of squared
-    per-example gradients, the diagonal of the empirical Fisher matrix, in the Hessian's place. The
-    pass also gives the evidence, of which "marglik" takes the prior precision with the most:
+    The weights m do not change. One pass over the data, in eval mode, gives the sum of squared
+    per-example gradients, the diagonal of the empirical Fisher matrix, which stands in for the Hessian. The
+    pass also gives the evidence, which "marglik" maximises over the prior precision:
 
         log p(data | p0) ~ -(1/T) sum_i loss_i(m) - 1/2 sum_w [p0 (m - m0)^2 + log(p / p0)]
 
-    The posterior lies in the same buffers as any other: `predict`, `evaluate` and `save_posterior`
-    work. The card of the result, `net.card`, says that it predicts by the method "linearised", which `predict`
-    then takes by default, also after saving and loading.
+    The posterior lies in the same buffers as any other, so `predict`, `evaluate` and `save_posterior`
+    work. The card of the result, `net.card`, names the method "linearised", which `predict` then takes by
+    default, also after saving and loading.
 
     Source: Ritter et al. 2018 (ICLR, "A Scalable Laplace Approximation"); MacKay 1992 ("A Practical
     Bayesian Framework"); Immer et al. 2021 (arXiv 2104.04975); Daxberger et al. 2021
     (arXiv 2106.14806).
 
     Args:
-        model: Trained network, left as it is. The result is a copy, an ordinary network converted by
-            `to_bayesian`, one with Bayesian layers as it is. Frozen weights get a posterior too. Of a wrapper of
-            torch (`DataParallel`, `AveragedModel`, `torch.compile`) it is a copy of the network inside.
+        model: Trained network, left unchanged. The result is a copy; an ordinary network is converted by
+            `to_bayesian` first. Frozen weights get a posterior too. For a wrapper of torch (`DataParallel`,
+            `AveragedModel`, `torch.compile`) the result is a copy of the network inside.
         data: Training data: a loader, another iterable of batches (x, y), or one batch.
         likelihood: Meaning of the outputs, which becomes the result's `likelihood`; None takes
             `model.likelihood`, else `Categorical()`.
-        prior_precision: Precision p0 of the prior of all weights; "marglik" finds it,
-            "marglik_per_layer" one for each layer; None keeps the layers', as after
-            `posterior_to_prior`. Means of the prior are the layers': 1 for the scale of a norm, else 0.
-        layers: Layers that get a posterior, as `include` of `to_bayesian`; `last_layer` leaves the rest
-            deterministic, also of a network that was Bayesian. None takes all, or those that are Bayesian.
+        prior_precision: Precision p0 of the prior of all weights. "marglik" finds one for all layers,
+            "marglik_per_layer" one for each. None keeps the layers' own, as after `posterior_to_prior`.
+            The prior means are the layers': 1 for the scale of a norm, else 0.
+        layers: Layers that get a posterior, as `include` of `to_bayesian`. `last_layer` makes the rest
+            deterministic, even if it was Bayesian. None takes all layers, or those that are Bayesian already.
         temperature: T of the tempered posterior; T < 1 sharpens.
         progress: Whether to show a progress bar.
-        elements_per_example: Elements (pixels, labels) that `likelihood.loss` takes the mean over for each
-            example; None finds it for the likelihoods of this library and most others, see `VOGN`.
+        elements_per_example: Elements (pixels, labels) that `likelihood.loss` averages over for each
+            example; None finds their number for this library's likelihoods and most others, see `VOGN`.
 
     Raises:
-        ValueError: If an argument breaks its rule, or no prior precision has the most evidence.
-        TypeError: If the network returns something else than one tensor.
+        ValueError: If an argument breaks its rule, or no prior precision maximises the evidence.
+        TypeError: If the network returns anything but one tensor.
         FloatingPointError: If a loss or a squared gradient is not finite.
-        RuntimeError: If a layer has no per-example gradients, as one that runs twice in one pass.
+        RuntimeError: If a layer has no per-example gradients, for example because it runs twice in one pass.
 
     Example:
         >>> import torch, bayeslayers as bl
@@ -147,7 +147,7 @@ def laplace(
 
 
 def _bayesian_copy(model: Network, layers: Selectors | None) -> tuple[Network, ConversionReport | None]:
-    """Return a copy of the network with Bayesian layers, and the report if they were chosen here."""
+    """Return a copy of the network with Bayesian layers, and the report of the conversion if there was one."""
     sites = list(posterior(model))
     if sites and layers is None:
         net = copy.deepcopy(model)
@@ -173,11 +173,11 @@ def _one_pass(
 ) -> tuple[dict[str, Tensor], float, int]:
     """Return sums of squared per-example gradients by name, the log likelihood, and the number of examples.
 
-    They are those of N times the mean over all elements of the data, so that batches of any size give the same.
+    They belong to N times the mean over all elements of the data, so that the batch size does not matter.
     """
     uncertain = {site.mean for site in sites}
     flags = {parameter: parameter.requires_grad for parameter in net.parameters()}
-    for parameter in flags:  # so that no gradient is computed that is not squared
+    for parameter in flags:  # no gradient is computed unless it is squared
         parameter.requires_grad_(parameter in uncertain)
     squares = {site.name: torch.zeros_like(site.mean, requires_grad=False) for site in sites}
     tracker = Tracker(layers_of(net), model=net)
@@ -207,7 +207,7 @@ def _add_squares(
     likelihood: Likelihood,
     elements_per_example: float | None,
 ) -> tuple[Elements, float]:
-    """Add the squares of a batch, its loss a sum over elements; return what these are, and their mean loss."""
+    """Add the squared gradients of a batch's summed loss; return its elements and their mean loss."""
     refuse_empty(len(y))
     if not (y.is_floating_point() or (y != IGNORED).any()):
         return Elements(0.0, 0), 0.0
@@ -234,8 +234,8 @@ def _square(site: Site, leaf: Tensor | None) -> Tensor:
     if square is None:
         if site.mean.grad is not None:
             raise RuntimeError(
-                f"parameter '{site.name}' must get its gradient through its own layer, got it past the layer. "
-                "Choose other layers."
+                f"parameter '{site.name}' must get its gradient through its own layer, but was used without calling "
+                "it. Choose other layers."
             )
         return torch.zeros_like(site.mean)
     if not square.isfinite().all():
@@ -269,25 +269,25 @@ def _best_for(sites: Sequence[Site], curvature: Mapping[str, Tensor]) -> float:
     names = ", ".join(f"'{site.name}'" for site in sites[:3]) + (", ..." if len(sites) > 3 else "")
     if distance == 0:
         raise ValueError(
-            f"prior_precision must be a number where all weights ({names}) are at their prior means, got 'marglik': "
-            "the larger, the more evidence."
+            f"prior_precision must be a number if all weights ({names}) are at their prior means, got 'marglik': "
+            "the evidence grows without bound with it."
         )
     if not values.any():
         raise ValueError(
-            f"prior_precision must be a number where the loss has no gradient by the weights ({names}), got 'marglik': "
-            "the smaller, the more evidence."
+            f"prior_precision must be a number if the loss has no gradient in the weights ({names}), got 'marglik': "
+            "the evidence grows without bound as it shrinks."
         )
     return best_prior_precision(values, distance)
 
 
 def best_prior_precision(curvature: Tensor, distance: float) -> float:
-    """Return the prior precision p0 with the most evidence, for precisions h + p0 of the posterior.
+    """Return the prior precision p0 that maximises the evidence, for posterior precisions h + p0.
 
         d log evidence / d log p0 = 1/2 [ sum_w h / (h + p0) - p0 sum_w (m - m0)^2 ]
 
     The first sum, the number of weights that the data determine, falls with p0, and the second term
-    rises: there is one root, and it is a maximum. Bisection on log p0 finds it between the roots that
-    take all weights to be determined, or only that of the largest h.
+    rises. So there is one root, and it is a maximum. Bisection on log p0 finds it between two bounds: the
+    root if all weights were determined, and the root if only the weight with the largest h were.
 
     Source: MacKay 1992 ("A Practical Bayesian Framework for Backpropagation Networks"), with h fixed.
 
@@ -308,16 +308,16 @@ def best_prior_precision(curvature: Tensor, distance: float) -> float:
 
 
 def _occam_factor(site: Site, curvature: Tensor) -> float:
-    """Return what one tensor takes from the evidence: 1/2 sum [p0 (m - m0)^2 + log((h + p0) / p0)]."""
+    """Return the amount by which one tensor lowers the evidence: 1/2 sum [p0 (m - m0)^2 + log((h + p0) / p0)]."""
     prior_precision = in_double(site.prior_precision)
     scatter = prior_precision * (in_double(site.mean) - in_double(site.prior_mean)).square()
     return 0.5 * float((scatter + (in_double(curvature) / prior_precision).log1p()).sum())
 
 
 def _own_card(card: Card, report: ConversionReport | None, examples: int, temperature: float) -> Card:
-    """Return a card that says of the network what is known without measuring it.
+    """Return a card with what is known of the network without measuring it.
 
-    With layers chosen here it is no longer the network of the card's builder.
+    A network whose layers were chosen here is no longer the one that the card's builder builds.
     """
     kept = {key: getattr(card, key) for key in ABOUT_DATA}
     if report is None:

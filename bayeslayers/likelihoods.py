@@ -1,7 +1,7 @@
-"""Likelihoods: the loss to train by, what a sample of the output says of the target, and labels drawn from it.
+"""Likelihoods: the training loss, the predictive distribution of one posterior sample, and labels drawn from it.
 
-A likelihood gives per draw a predictive mean and an aleatoric uncertainty; `predict` averages both
-over draws, and `split` closes the decomposition total = aleatoric + epistemic.
+A likelihood gives a predictive mean and an aleatoric uncertainty per posterior sample; `predict` averages both
+over samples, and `split` completes the decomposition total = aleatoric + epistemic.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ class Likelihood(Protocol):
         ...
 
     def per_draw(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the predictive mean and the aleatoric uncertainty under one draw of the weights."""
+        """Return the predictive mean and the aleatoric uncertainty under one sample of the weights."""
         ...
 
     def split(self, mean: Tensor, variance: Tensor, aleatoric: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the total and the epistemic uncertainty from averages over draws.
+        """Return the total and the epistemic uncertainty from averages over posterior samples.
 
         Args:
-            mean: Mean over draws of the predictive mean.
-            variance: Variance over draws of the predictive mean.
-            aleatoric: Mean over draws of the aleatoric uncertainty.
+            mean: Mean over samples of the predictive mean.
+            variance: Variance over samples of the predictive mean.
+            aleatoric: Mean over samples of the aleatoric uncertainty.
         """
         ...
 
@@ -71,7 +71,7 @@ class Categorical:
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """A yes or no per element of the logits, of any shape `(n, *)`; probabilities are those of yes.
+    """A binary label per element of the logits, of any shape `(n, *)`; probabilities are those of the label 1.
 
     Uncertainties are entropies in nats, as for `Categorical`.
     """
@@ -94,14 +94,14 @@ class Bernoulli:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A real target with Gaussian noise, whose variance is known or an output of the network.
+    """A real target with Gaussian noise, whose variance is either known or predicted by the network.
 
     Uncertainties are variances in the target's squared units: aleatoric E[noise variance], epistemic
     Var[mean], total their sum (Kendall & Gal 2017, arXiv 1703.04977, Eq. 9).
 
     Args:
-        variance: Variance of the noise, > 0; the output is then the mean. None: the output holds
-            the mean in the first half of dimension 1 and the log variance in the second.
+        variance: Variance of the noise, > 0; the output is then the mean. With None, the output holds
+            the mean in the first half of dimension 1 and the log variance in the second half.
     """
 
     variance: float | None = None
@@ -113,7 +113,7 @@ class Gaussian:
             positive("variance", self.variance)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the mean over examples of the negative log density, summed over an example's elements."""
+        """Return the negative log density, summed over an example's elements and averaged over examples."""
         mean, variance = self.per_draw(output)
         _same_shape(mean, target)
         density = 0.5 * ((target - mean).square() / variance + (2 * math.pi * variance).log())
@@ -147,7 +147,7 @@ def likelihood_named(name: str) -> Likelihood:
 
 
 def likelihood_of(model: nn.Module) -> Likelihood:
-    """Return `model.likelihood`, or that of the network which the model wraps, else `Categorical()`."""
+    """Return `model.likelihood`, or that of the network inside torch's wrappers, else `Categorical()`."""
     found = (getattr(module, "likelihood", None) for module in unwrapping(model))
     return next((likelihood for likelihood in found if likelihood is not None), Categorical())
 
@@ -156,7 +156,7 @@ def _with_classes(output: Tensor) -> Tensor:
     if output.dim() < 2 or output.shape[1] < 2:
         raise ValueError(
             f"output must have two or more classes in dimension 1, got shape {tuple(output.shape)}. "
-            "One logit per example is a Bernoulli()."
+            "For one logit per example use Bernoulli()."
         )
     return output
 
@@ -167,7 +167,7 @@ def _same_shape(output: Tensor, target: Tensor) -> None:
 
 
 def _mutual_information(total: Tensor, aleatoric: Tensor) -> tuple[Tensor, Tensor]:
-    # Their difference is non-negative by Jensen's inequality; rounding alone can leave it a hair below.
+    # The difference is non-negative by Jensen's inequality; only rounding can make it negative.
     return total, (total - aleatoric).clamp_min(0)
 
 
@@ -207,20 +207,20 @@ def check_likelihood(likelihood: object) -> None:
     if type(likelihood) not in _DRAWS:
         kind = type(likelihood).__name__
         raise TypeError(
-            f"likelihood must be Categorical, Bernoulli or Gaussian, got {kind}: fisher='sampled' draws its labels. "
-            "Use fisher='empirical'."
+            f"likelihood must be Categorical, Bernoulli or Gaussian, got {kind}: fisher='sampled' draws labels from "
+            "it. Use fisher='empirical'."
         )
 
 
 def sampled_loss(likelihood: Likelihood, output: Tensor, generator: Generator = None) -> Tensor:
-    """Return a loss at labels drawn given the output: the mean of the squares of its gradients is the loss's curvature.
+    """Return a loss at labels drawn from the output, whose mean squared gradient is the curvature of the true loss.
 
-    It is the sum over examples of the negative log-likelihood. Where `likelihood.loss` is a mean over
-    the elements of an example too, as over pixels, the loss is 1/k of a log-likelihood, and so is its
-    curvature; gradients that are squared then have the factor 1/sqrt(k).
+    It is the sum over examples of the negative log-likelihood. If `likelihood.loss` also averages over the
+    k elements of an example, such as pixels, then the loss and its curvature are 1/k of a log-likelihood's;
+    gradients that are squared then have the factor 1/sqrt(k).
 
     Args:
-        likelihood: One of those that `check_likelihood` lets pass.
+        likelihood: A likelihood that passes `check_likelihood`.
         output: Output of the network.
         generator: Source of the labels.
 
@@ -230,8 +230,8 @@ def sampled_loss(likelihood: Likelihood, output: Tensor, generator: Generator = 
     output = at_least_float32(output)
     if bad := int((~output.isfinite()).sum()):
         raise FloatingPointError(
-            f"the output must be finite, got {bad} of {output.numel()} values that are not: the step is refused, the "
-            "posterior is as it was. Lower lr, raise damping, or look at the batch."
+            f"the output must be finite, got {bad} of {output.numel()} values that are not. The step is rejected, and "
+            "the posterior is unchanged. Lower lr, raise damping, or check the batch."
         )
     target = _DRAWS[type(likelihood)](*likelihood.per_draw(output.detach()), generator)
     averaged = target.numel() if likelihood.discrete else len(target)

@@ -1,4 +1,4 @@
-"""Several posteriors in one, and a posterior that becomes the prior of what is learned next."""
+"""Several posteriors merged into one."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from bayeslayers.unwrap import unwrapped
 def merge(posteriors: Sequence[nn.Module], method: Literal["product", "average"] = "product") -> nn.Module:
     """Return one model whose posterior combines those of several models of equal architecture.
 
-    "product" is for posteriors from separate shards of data under one prior: each of the K holds the
-    prior once, so it is divided out K - 1 times, and the result is the posterior given all shards,
-    exactly where the likelihood is Gaussian in the weights with a diagonal precision
-    (`gaussian.product`). "average" is for posteriors that stand for the same data: the Gaussian with
-    mean and variance of their uniform mixture (`gaussian.mixture`).
+    "product" is for posteriors from separate shards of data under one prior. Each of the K posteriors
+    contains the prior once, so the prior is divided out K - 1 times. The result is the posterior given
+    all shards; it is exact where the likelihood is Gaussian in the weights with a diagonal precision
+    (`gaussian.product`). "average" is for posteriors of the same data: it gives the Gaussian with
+    the mean and variance of their uniform mixture (`gaussian.mixture`).
 
-    Weights are combined entry by entry, which makes sense only for networks whose units correspond:
-    those trained from common weights. Of a matrix-variate posterior each entry's own precision counts,
-    and the result is diagonal. What has no posterior is averaged: parameters that are not
-    Bayesian by their mean, and the statistics of BatchNorm by mean and variance of their mixture. The
-    product's are then right for shards of equal size. Other buffers must be equal.
+    Weights are combined entry by entry, which makes sense only for networks whose units correspond,
+    because they were trained from common weights. A matrix-variate posterior enters with the marginal
+    precision of each entry, and the result is diagonal. What has no posterior is averaged: deterministic
+    parameters by their mean, BatchNorm statistics by the mean and variance of their mixture. For the
+    product, these statistics are correct if the shards have equal size. Other buffers must be equal.
 
     Args:
-        posteriors: Models, left as they are; all on any device, the result on that of the first.
+        posteriors: Models, left unchanged, on any devices; the result is on that of the first.
         method: "product" or "average".
 
     Returns:
-        A new model, in the mode of the first. A card keeps what describes the network, and no metrics. Models in
+        A new model, in the mode of the first. Its card describes the network and has no metrics. Models in
         torch's wrappers are merged without them.
 
     Raises:
-        TypeError: If there is no model, or something that is none.
+        TypeError: If the list is empty, or an item is not a model.
         ValueError: If the method is unknown, the models differ in architecture, prior or fixed
             buffers, or the product has a precision that is not positive, as where a posterior is less
             certain than the prior.
@@ -88,12 +88,12 @@ def _names(site: Site) -> tuple[str, ...]:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's tensors without the roots of matrix-variate posteriors, of which the precisions are merged."""
+    """Return a model's tensors without the roots of matrix-variate posteriors: their precisions are merged instead."""
     return {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(ROOTS)}
 
 
 def _check_architecture(models: Sequence[nn.Module]) -> None:
-    """Refuse models whose tensors differ in name or shape from the first's; priors may be scalars or tensors."""
+    """Raise unless all models have the tensor names and shapes of the first; priors may be scalars or tensors."""
     first = _state(models[0])
     for number, model in enumerate(models[1:], start=1):
         other = _state(model)
@@ -161,7 +161,7 @@ def _merge_others(merged: nn.Module, models: Sequence[nn.Module], own: set[str])
 
 
 def _merged_card(card: Card, models: Sequence[nn.Module], method: str) -> Card:
-    """Return a card that says of the merged network what is known without measuring it."""
+    """Return a card with what is known of the merged network without measuring it."""
     names = ", ".join(str(getattr(getattr(model, "card", None), "name", "a model")) for model in models)
     kept = {key: getattr(card, key) for key in (*ABOUT_DATA, "builder", "kwargs")}
     predicts = {method_of(model) for model in models}

@@ -1,4 +1,4 @@
-"""By which method a model predicts when the caller names none."""
+"""The method by which a model predicts when the caller names none."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ DEFAULT_METHOD = "sample"
 
 
 def method_of(model: nn.Module) -> str:
-    """Return the method that the card of a model names, also of one that torch has wrapped, else "sample".
+    """Return the method that a model's card names, else "sample"; torch's wrappers are looked through.
 
-    `laplace` writes "linearised" there, and a loaded posterior has the card that it was saved with.
+    `laplace` writes "linearised" to the card, and a loaded posterior has the card that it was saved with.
     """
     cards = (getattr(module, "card", None) for module in unwrapping(model))
     return next((card.method for card in cards if isinstance(card, Card)), DEFAULT_METHOD)
 
 
 def predict_by_samples(model: nn.Module) -> None:
-    """Let the posterior of a Laplace approximation predict by samples, now that an optimiser has moved it.
+    """Let a Laplace posterior predict by samples after an optimiser has moved it.
 
-    Its curvature is no longer that of the network linearised at the means.
+    Its curvature is then no longer that of the network linearised at the means.
     """
     network = unwrapped(model)
     card = getattr(network, "card", None)

@@ -1,4 +1,4 @@
-"""What a network returns, checked where it is called: one tensor of real numbers, none of them NaN or infinite."""
+"""Checks of what a network returns: one tensor of real numbers, none of them NaN or infinite."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _SHOWN = 5  # keys or parts that a message lists
 
 
 class NonFiniteOutputError(FloatingPointError, ValueError):
-    """A network's outputs have no predictive distribution: some are NaN or infinite."""
+    """Raised where a network's outputs have no predictive distribution, because some are NaN or infinite."""
 
 
 def tensor_output(output: object) -> Tensor:
-    """Return the output of a network, if it is one tensor of real numbers.
+    """Return the output of a network after checking that it is one tensor of real numbers.
 
     Raises:
-        TypeError: If it is something else.
+        TypeError: If it is anything else.
     """
     if not isinstance(output, Tensor):
         found = _kind(output)
@@ -30,12 +30,12 @@ def tensor_output(output: object) -> Tensor:
         return output
     raise TypeError(
         f"the model's output must be a tensor of real numbers, examples in dimension 0, got {found}. "
-        "Wrap the model in a module whose forward returns the outputs alone, as the logits."
+        "Wrap the model in a module whose forward returns the outputs alone, such as the logits."
     )
 
 
 class TensorNetwork(nn.Module):
-    """A network whose output is checked wherever it is called; see `tensor_output`.
+    """A network whose output is checked at every call; see `tensor_output`.
 
     Args:
         network: The network.
@@ -51,7 +51,7 @@ class TensorNetwork(nn.Module):
 
 
 def _kind(output: object) -> str:
-    """Return a type's name, with what a container holds."""
+    """Return a type's name, and the contents of a container."""
     if isinstance(output, Mapping):
         parts, number = [repr(key) for key in output], len(output)
     elif isinstance(output, list | tuple):

@@ -25,10 +25,10 @@ _TOLERANCE = 1e-10  # of the temperature, relative
 
 @dataclass(frozen=True)
 class Recalibration:
-    """A temperature for predictive distributions: p^(1 / temperature), normalised anew.
+    """A temperature for predictive distributions: p^(1 / temperature), renormalised.
 
-    Above 1 predictions become less certain, below 1 more; the predicted class stays. Of N(mean, variance) it
-    is N(mean, temperature variance).
+    A temperature above 1 makes predictions less confident, one below 1 more; the predicted class stays.
+    N(mean, variance) becomes N(mean, temperature variance).
 
     Attributes:
         likelihood: Name of the likelihood whose predictions it is for.
@@ -48,16 +48,16 @@ class Recalibration:
     def apply(self, prediction: Prediction) -> Prediction:
         """Return the prediction at this temperature.
 
-        `total` is that of the new distribution. It has no draws of its own whose uncertainties could be told
-        apart, so aleatoric and epistemic keep their shares of the total. The standard error of probabilities is
-        not known afterwards: NaN.
+        `total` is that of the new distribution. That distribution has no samples to decompose, so aleatoric and
+        epistemic uncertainty keep their shares of the total. The standard error of probabilities becomes NaN,
+        because it is unknown after rescaling.
 
         Raises:
             ValueError: If the prediction is of another likelihood.
         """
         if prediction.likelihood.name != self.likelihood:
             raise ValueError(
-                f"prediction must be {self.likelihood}, as what the temperature was fitted to, got "
+                f"prediction must be {self.likelihood}, as those that the temperature was fitted to, got "
                 f"{prediction.likelihood.name}."
             )
         mean, error = prediction.mean, prediction.standard_error
@@ -86,32 +86,32 @@ def recalibrate(
     ignore_index: int | None = None,
     **options: Any,
 ) -> Recalibration:
-    """Return the temperature at which held-out data has the least negative log-likelihood.
+    """Return the temperature that minimises the negative log-likelihood of held-out data.
 
-    For classes with averaged probabilities p, b = 1 / temperature and the label y it minimises
+    For classes with averaged probabilities p, b = 1 / temperature and the label y, it minimises
 
         mean over labels of log sum_c p_c^b - b log p_y,
 
     whose slope in b is mean(E_b[log p] - log p_y) and whose curvature is mean(Var_b[log p]), under p^b normalised.
-    So it is convex, and strictly so unless every p is uniform: where the slope vanishes is the only minimum, found
-    by Newton's method in a bracket, in float64. For real targets it is the mean of residual^2 / variance.
-    Source: Guo et al. 2017 (arXiv 1706.04599), Sec. 4.2; there of the logits of a single network.
+    The objective is convex, strictly so unless every p is uniform. Its only minimum is where the slope vanishes;
+    Newton's method finds it within a bracket, in float64. For regression it is the mean of residual^2 / variance.
+    Source: Guo et al. 2017 (arXiv 1706.04599), Sec. 4.2, which scales the logits of a single network.
 
     The log probabilities of all held-out labels are kept in memory, 4 bytes per class and label.
 
     Args:
         model: Model with Bayesian layers.
         data: Held-out data, not the training data: a loader or other iterable of batches (x, y), or one tuple.
-        num_samples: Draws per batch.
+        num_samples: Posterior samples per batch.
         likelihood: As for `predict`.
-        generator: Source of the draws; every batch has its own.
-        ignore_index: Label of what is left out.
-        **options: Further arguments of `predict`, as `method` and `batch_size`.
+        generator: Source of the samples; every batch has its own.
+        ignore_index: Label that is left out.
+        **options: Further arguments of `predict`, such as `method` and `batch_size`.
 
     Raises:
         TypeError: If `data` yields no tensors.
-        ValueError: If it is empty or does not fit the model, or no temperature is best: every label is the
-            predicted one (more certain is always better), or labels are less probable than chance.
+        ValueError: If it is empty or does not fit the model, or no temperature is optimal: every label is the
+            predicted one (more confidence is always better), or labels are less probable than chance.
 
     Example:
         >>> import torch, bayeslayers as bl
@@ -148,7 +148,7 @@ class _Gaussians:
     def temperature(self) -> float:
         ratios = torch.cat([(residual.square() / variance).flatten() for residual, variance in self._parts])
         if not ratios.any():
-            raise ValueError("target must differ from the predictions, got no residual: no variance is too small.")
+            raise ValueError("target must differ from the predictions, got none that does: no variance is too small.")
         return float(ratios.mean())
 
 
@@ -209,9 +209,9 @@ class _Classes:
 
 
 def root_of_increasing(function: Callable[[float], tuple[float, float]]) -> float:
-    """Return where an increasing function of a number > 0 vanishes.
+    """Return the root of an increasing function of a number > 0.
 
-    Newton's steps, or the middle of the bracket where they leave it.
+    Takes Newton's steps, and the middle of the bracket where a step would leave it.
 
     Args:
         function: Gives value and derivative; it is negative near 0 and positive far from it.

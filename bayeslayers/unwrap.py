@@ -10,10 +10,10 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the network inside torch's wrappers, however many there are.
+    """Return the network inside torch's wrappers, at any depth.
 
-    They are `DataParallel`, `DistributedDataParallel`, `AveragedModel` and what `torch.compile` returns.
-    The network computes the same outputs, and its tensors have the names that a saved posterior gives them.
+    The wrappers are `DataParallel`, `DistributedDataParallel`, `AveragedModel` and the result of `torch.compile`.
+    The network computes the same outputs, and its tensors have the names that a saved posterior uses.
     """
     *_, network = unwrapping(model)
     return network
@@ -28,17 +28,17 @@ def unwrapping(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def compiled_or_unwrapped(model: nn.Module) -> nn.Module:
-    """Return the network without its wrappers, but compiled where the innermost wrapper is `torch.compile`.
+    """Return the network without its wrappers, but compiled if the innermost wrapper is `torch.compile`.
 
-    `DataParallel` runs its replicas in threads and `DistributedDataParallel` waits for other ranks: neither
-    serves a prediction, which belongs to its thread and may run on one rank.
+    `DataParallel` runs its replicas in threads, and `DistributedDataParallel` waits for other ranks. A prediction
+    belongs to its thread and may run on one rank, so it can use neither.
     """
     *_, outer, network = (None, *unwrapping(model))
     return network if outer is None or not _is_compiled(outer) else outer
 
 
 def holds_compiled(model: nn.Module) -> bool:
-    """Whether a module of the model is compiled, from outside or in place: a hook on it would be compiled too."""
+    """Whether a module of the model is compiled, wrapped or in place: a hook on it would be compiled too."""
     return any(_is_compiled(module) or module._compiled_call_impl is not None for module in model.modules())
 
 
@@ -49,5 +49,5 @@ def _inside(model: nn.Module) -> nn.Module | None:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    """Whether `torch.compile` returned the module, by its attribute: its class is slow to import."""
+    """Whether `torch.compile` returned the module. An attribute tells, because the class is slow to import."""
     return isinstance(model, nn.Module) and "_orig_mod" in model._modules

@@ -1,8 +1,8 @@
-"""Modules that are no Bayesian layers, and read draws all the same.
+"""Sampled weights in modules that are not Bayesian layers.
 
-A parameter of such a module may be uncertain too (IVON's are). While a scope that draws it is open, the module's
-class is a subclass in which each parameter is a property: it gives the draw of the calling thread's scope, and the
-parameter itself where there is none. `named_parameters`, `state_dict`, copies and pickles know nothing of draws.
+A parameter of such a module may be uncertain too, as under IVON. While a scope that samples it is open, the module's
+class is a subclass in which each parameter is a property. The property returns the sample of the calling thread's
+scope, or the parameter itself if there is none. `named_parameters`, `state_dict`, copies and pickles never see samples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def reading_draws(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Let ordinary modules read draws inside the scope; scopes of several threads may overlap."""
+    """Let ordinary modules read sampled weights inside the scope; scopes of several threads may overlap."""
     modules = tuple(modules)
     if not modules:
         yield
@@ -46,9 +46,9 @@ def reading_draws(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @functools.cache
 def _reading(kind: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
-    """Return the subclass whose instances read draws, always the same for the same class and parameters."""
+    """Return the subclass whose instances read samples, always the same for the same class and parameters."""
     members: Any = {key: _property(key) for key in keys}
-    if issubclass(kind, nn.RNNBase):  # keeps a list of its weights, which no draw must enter
+    if issubclass(kind, nn.RNNBase):  # keeps a list of its weights, which no sample may enter
         members |= {"_flat_weights": property(_flat_weights, _forget), "_weights_have_changed": _never}
     members |= {"__reduce_ex__": _reduce, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     reading: Any = type(kind.__name__, (kind,), members)
@@ -76,7 +76,7 @@ def _never(self: object) -> bool:
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    """Copy and pickle a module as one of its own class."""
+    """Copy and pickle a module as an instance of its original class."""
     function, arguments, *state = super(type(self), self).__reduce_ex__(protocol)
     if arguments[:1] == (type(self),):
         function, arguments = _blank, (type(self).__mro__[1], *arguments[1:])

@@ -1,4 +1,4 @@
-"""Scopes in which modules compute with given tensors in their parameters' places, or with their means again."""
+"""Scopes in which modules compute with given tensors in place of their parameters, or with their means again."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def placed(
     values: Mapping[str, Tensor],
     perturbations: Mapping[nn.Module, Perturbation] | None = None,
 ) -> Iterator[None]:
-    """Compute with values in the place of the sites' means inside the scope.
+    """Compute with values in place of the sites' means inside the scope.
 
     Args:
-        sites: The sites that the scope decides on; one without a value or a perturbation is at its mean.
+        sites: The sites that the scope controls; one without a value or a perturbation is at its mean.
         values: Tensors by the sites' names.
-        perturbations: How layers draw their outputs.
+        perturbations: How layers sample their outputs.
     """
     outer, modules = current(), {module for site in sites for module, _ in site.places}
     drawn = {module: draws for module, draws in outer.drawn.items() if module not in modules}
@@ -35,7 +35,7 @@ def placed(
         if site.name in values:
             for module, key in site.places:
                 fresh.setdefault(module, {})[key] = values[site.name]
-    others = {module: how for module, how in outer.perturbations.items() if module not in modules}
+    others = {module: outer.perturbations[module] for module in outer.perturbations if module not in modules}
     scope = replace(outer, drawn=drawn | fresh, perturbations=others | dict(perturbations or {}))
     ordinary = [module for module in fresh if not isinstance(module, BayesianLayer)]
     with reading_draws(ordinary), opened(scope):
@@ -44,7 +44,7 @@ def placed(
 
 @contextmanager
 def computing_with(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let one module, of any kind, compute with values in its parameters' places inside the scope.
+    """Let one module, of any kind, compute with values in place of its parameters inside the scope.
 
     Args:
         module: The module.
@@ -58,7 +58,7 @@ def computing_with(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[
 
 @contextmanager
 def at_means(model: nn.Module) -> Iterator[None]:
-    """Compute with the means inside the scope, also in a scope of draws."""
+    """Compute with the means inside the scope, also within a sampling scope."""
     outer = current()
     if not outer.drawn and not outer.perturbations:
         yield

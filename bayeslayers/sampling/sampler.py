@@ -1,4 +1,4 @@
-"""Scopes of draws: `sampled(model)` computes with drawn weights."""
+"""Sampling scopes: inside `sampled(model)` the model computes with sampled weights."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ def sampled(
     estimator: Estimator = "weights",
     how: Estimator | None = None,
 ) -> AbstractContextManager[None]:
-    """Compute with one draw of the posterior's weights inside the scope, with the means again after it.
+    """Compute with one posterior sample of the weights inside the scope, and with the means again after it.
 
-    The draw is made beside the means, which are never overwritten, and the gradient with respect
-    to the drawn weight arrives in the mean's `.grad`. Scopes nest: the inner draw holds.
+    The sample is kept beside the means, which are never overwritten. The gradient with respect to the
+    sampled weight arrives in the mean's `.grad`. Scopes nest, and the innermost sample is used.
 
     Args:
         model: Model with Bayesian layers.
         generator: Source of the noise, on the model's device; torch's default one if None.
-        noise: Standard normal values by parameter name, in place of drawn ones (for antithetic
-            pairs, say). It must name every site.
-        estimator: "weights" draws each weight once for the scope. "local" and "flipout" draw the outputs of
+        noise: Standard normal values by parameter name, in place of random ones (for antithetic
+            pairs, for example). It must have values for every site.
+        estimator: "weights" samples each weight once for the scope. "local" and "flipout" sample the outputs of
             linear layers and convolutions, example by example (`perturbation.LocalReparameterization`,
-            `perturbation.Flipout`), and other layers' weights as before. Under these two there is no
-            curvature to track; "local" takes no `noise`. A matrix-variate posterior has its weight drawn.
+            `perturbation.Flipout`), and the weights of other layers and of matrix-variate posteriors. These two
+            do not allow curvature to be tracked; "local" takes no `noise`.
         how: The former name of `estimator`, which it replaces if given.
     """
     return Sampler(list(posterior(model)), generator, estimator=estimator if how is None else how).draw(noise)
 
 
 class Sampler:
-    """Draws of the weights of some sites, one after the other.
+    """Draws samples of the weights of some sites, one after the other.
 
     Args:
-        sites: The uncertain tensors to draw.
+        sites: The uncertain tensors to sample.
         generator: Source of the noise; torch's default one if None.
-        frozen: The posterior will not change between draws, so that standard deviations are kept.
-        estimator: What is drawn; see `sampled`.
-        differentiable: Let backward passes reach the standard deviations, by `leaves`.
+        frozen: The posterior will not change between samples, so that standard deviations can be kept.
+        estimator: What is sampled; see `sampled`.
+        differentiable: Let backward passes reach the standard deviations, through `leaves`.
 
     Attributes:
-        leaves: By site name a leaf of the last draw's graph that is proportional to the standard
-            deviation, if `differentiable`.
-        noise: By site name the values of the last draw, until the next, and the factor that makes them
+        leaves: If `differentiable`, by site name, a leaf of the last sample's graph that is proportional to
+            the standard deviation.
+        noise: By site name, the values of the last sample, kept until the next, and the factor that makes them
             standard normal.
     """
 
@@ -83,15 +83,17 @@ class Sampler:
         self._perturbed = [
             m for m in self._layers if estimator in PERTURBATIONS and m not in tied and can_draw_output(m)
         ]
-        # Memory is kept from draw to draw: on a CPU its allocation costs as much as the arithmetic.
+        # Memory is kept from sample to sample: on a CPU its allocation costs as much as the arithmetic.
         self._noise: dict[str, Tensor] = {}
         self._deviations = {site.name: site.deviation for site in sites} if frozen else None
 
     @contextmanager
     def draw(self, noise: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-        """Compute with a new draw inside the scope; see `sampled`."""
+        """Compute with a new sample inside the scope; see `sampled`."""
         if noise is not None and self.estimator == "local":
-            raise ValueError("noise must be None under estimator='local', which draws outputs, got values for weights.")
+            raise ValueError(
+                "noise must be None under estimator='local', which samples outputs, got values for weights."
+            )
         normal = StandardNormal(self.generator)
         self.leaves, self.noise = {}, {}
         perturbations: dict[nn.Module, Perturbation] = {
@@ -114,7 +116,7 @@ class Sampler:
         normal: StandardNormal,
         perturbation: Perturbation | None,
     ) -> Tensor | None:
-        """Return the draw of a site; None if its layer draws the output, with what it gets here."""
+        """Return the sample of a site; None if its layer samples the output, for which it gets its values here."""
         mean = site.mean
         deviation = site.deviation if self._deviations is None else self._deviations[site.name]
         if perturbation is not None and self.estimator == "local":
@@ -131,7 +133,7 @@ class Sampler:
         return torch.addcmul(mean, values, deviation, value=factor)
 
     def _correlated(self, layer: BayesianLayer, input_root: Tensor, output_root: Tensor) -> dict[str, Tensor]:
-        """Return the draw of a matrix-variate posterior's weight, and of a bias in it, from the noise of both."""
+        """Return the sample of a matrix-variate posterior's weight, and of its bias if included, from their noise."""
         weight, bias = self._layers[layer]["weight"], self._layers[layer].get("bias")
         columns = weight.mean.shape[1:].numel()
         if len(input_root) == columns:
@@ -142,13 +144,13 @@ class Sampler:
         return {s.name: s.mean + part.reshape(s.mean.shape).to(s.mean.dtype) for s, part in parts if s is not None}
 
     def _leaf(self, site: Site, value: Tensor) -> Tensor:
-        """Return the value, as the site's leaf if gradients are to reach it."""
+        """Return the value, recorded as the site's leaf if gradients must reach it."""
         if self.differentiable and site.mean.requires_grad:
             self.leaves[site.name] = value.requires_grad_()
         return value
 
     def _noise_of(self, site: Site, mean: Tensor, normal: StandardNormal) -> tuple[Tensor, float]:
-        """Return values for one site, in the memory of the last, and the factor that makes them standard normal."""
+        """Return values for one site, in reused memory, and the factor that makes them standard normal."""
         noise = self._noise.get(site.name)
         if noise is None or (noise.device, noise.dtype) != (mean.device, mean.dtype):  # new, or the model has moved
             noise = self._noise[site.name] = torch.empty_like(mean)

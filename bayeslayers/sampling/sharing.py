@@ -1,8 +1,8 @@
-"""What threads that use one model must agree on: its eval mode, who may train it, and settings of the whole process.
+"""State that threads share when they use one model: its eval mode, who may train it, and process-wide settings.
 
-Draws are each thread's own (`layers.scope`). The flag `training` of a module and the means are not: a prediction
-needs both to stay, a training step changes the means. So predictions run beside each other, and wait for a step
-of an optimiser, as the step waits for them.
+Posterior samples belong to one thread (`layers.scope`). A module's flag `training` and the means do not: a
+prediction needs both unchanged, and a training step changes the means. So predictions run concurrently, and
+predictions and optimiser steps wait for each other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Use:
     trains: bool
 
     def excludes(self, other: _Use) -> bool:
-        """Return whether two uses cannot be at the same time: of two threads, one of which trains a shared module."""
+        """Return whether two uses must not overlap: they belong to two threads, and one trains a shared module."""
         if self.thread == other.thread or not (self.trains or other.trains):
             return False
         return self.model is other.model or not set(self.model.modules()).isdisjoint(other.model.modules())
@@ -35,19 +35,19 @@ class _Use:
 
 _changed = threading.Condition()
 _uses: list[_Use] = []
-_waiting: list[_Use] = []  # training steps, which go before predictions that have not begun
+_waiting: list[_Use] = []  # training steps, which take precedence over predictions that have not begun
 
 
 @contextmanager
 def in_use(model: nn.Module, *, trains: bool) -> Iterator[None]:
-    """Use a model inside the scope, once no other thread's use excludes it; scopes of one thread nest.
+    """Use a model inside the scope, waiting until no other thread's use excludes it; scopes of one thread nest.
 
     Args:
         model: The model.
         trains: Whether its posterior changes, or gradients of it are recorded.
 
     Raises:
-        RuntimeError: If a prediction has waited for a training step for minutes.
+        RuntimeError: If a prediction has waited minutes for a training step.
     """
     use = _Use(threading.get_ident(), model, trains)
     with _changed:
@@ -60,7 +60,7 @@ def in_use(model: nn.Module, *, trains: bool) -> Iterator[None]:
                 _waiting.remove(use)
         elif not _changed.wait_for(lambda: not _is_blocked(use, nested), timeout=_PATIENCE):
             raise RuntimeError(
-                f"model must not be in a training step of another thread, waited {_PATIENCE:.0f} s for its end. "
+                f"model must not be in a training step of another thread, but was for {_PATIENCE:.0f} s. "
                 "Predict with a copy.deepcopy of the model."
             )
         _uses.append(use)
@@ -84,9 +84,9 @@ _modes_lock = threading.Lock()
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode inside the scope, and each of its modules back in its own mode after it.
+    """Put the model in eval mode inside the scope, and restore the mode of each module after it.
 
-    Where scopes of several threads overlap, the last one that ends does so.
+    If scopes of several threads overlap, the last one to end restores the modes.
     """
     modules = list(model.modules())
     with _modes_lock:
@@ -107,7 +107,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 class Shared:
-    """A setting of the whole process, made where the first thread needs it and undone where the last one has ended.
+    """A process-wide setting, made when the first thread needs it and undone when the last one has finished.
 
     Args:
         make: Returns the scope of the setting.

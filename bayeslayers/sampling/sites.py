@@ -19,7 +19,7 @@ class Site:
     """One uncertain tensor of a model: `name` is its parameter's name in `model.named_parameters()`.
 
     The tensors are read from the module each time, so they follow `model.to(...)`. `places` are all
-    modules that hold the parameter, each with its name there: of tied weights there is one draw.
+    modules that hold the parameter, each with its name there; tied weights share one sample.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Site:
 
     @property
     def value(self) -> Tensor:
-        """The tensor that a call computes with: the scope's draw, the mean outside one."""
+        """The tensor that a call computes with: the sample inside a scope, the mean outside."""
         return scope_for(self.module).drawn.get(self.module, NOTHING).get(self.key, self.mean)
 
     @property
@@ -47,7 +47,7 @@ class Site:
 
     @property
     def padding_row(self) -> int | None:
-        """The row of an embedding that stands for padding, which no posterior moves; None where there is none."""
+        """The padding row of an embedding, which is deterministic; None if there is none."""
         return self.module.padding_idx if isinstance(self.module, nn.Embedding | nn.EmbeddingBag) else None
 
     @property
@@ -62,7 +62,7 @@ class Site:
 def posterior(model: nn.Module) -> Iterator[Site]:
     """Yield the uncertain tensors of `model`, in the order of its parameters.
 
-    A parameter of any module is uncertain that has a precision beside it, as `attach_posterior` gives it.
+    A parameter of any module is uncertain if it has a precision beside it; `attach_posterior` adds one.
 
     Raises:
         ValueError: If two Bayesian layers share a parameter: it cannot have two posteriors.
@@ -77,39 +77,39 @@ def posterior(model: nn.Module) -> Iterator[Site]:
         names = [name for name, (module, key) in places.items() if f"{key}_precision" in module._buffers]
         if len(names) > 1:
             raise ValueError(
-                f"parameter '{names[1]}' must belong to one Bayesian layer, got that of '{names[0]}'. Use the same "
+                f"parameter '{names[1]}' must belong to one Bayesian layer, got that of '{names[0]}' too. Use the same "
                 "layer twice, or ordinary layers for tied weights."
             )
         if names:
             site = Site(names[0], *places[names[0]], tuple(places.values()))
             if site.precision.dtype in HALF_PRECISIONS:
                 raise TypeError(
-                    f"the precision of '{site.name}' must be in float32 or wider, got {site.precision.dtype}, which "
-                    "makes large ones infinite. Cast the network before it gets its posterior, or use autocast."
+                    f"the precision of '{site.name}' must be in float32 or wider, got {site.precision.dtype}, in which "
+                    "large values overflow. Cast the network before it gets its posterior, or use autocast."
                 )
             yield site
 
 
 def sites_of(model: nn.Module, argument: str = "model") -> list[Site]:
-    """Return the uncertain tensors of a model that must have some.
+    """Return the uncertain tensors of a model, which must have at least one.
 
     Args:
         model: Model.
-        argument: What the caller's argument is called, for the message.
+        argument: Name of the caller's argument, for the message.
 
     Raises:
-        ValueError: If it has none, and as `posterior`.
+        ValueError: If it has none, and as for `posterior`.
     """
     if sites := list(posterior(model)):
         return sites
     raise ValueError(
-        f"{argument} must have Bayesian layers, got none. Build it from them, as BayesLinear, or convert it by "
-        "bl.to_bayesian."
+        f"{argument} must have Bayesian layers, got none. Build it from layers such as BayesLinear, or "
+        "convert it by bl.to_bayesian."
     )
 
 
 def kl_divergence(model: nn.Module) -> Tensor:
-    """Return KL(posterior || prior) of all Bayesian layers of `model`, in nats, with the correlations of matrices."""
+    """Return KL(posterior || prior) of all Bayesian layers, in nats; matrix-variate posteriors with correlations."""
     sites = {site.mean: site for site in sites_of(model)}
     terms = []
     for site in list(sites.values()):
@@ -124,7 +124,7 @@ def kl_divergence(model: nn.Module) -> Tensor:
 
 
 def _joint(layer: BayesianLayer) -> bool:
-    """Return whether the roots of a layer's posterior have the bias in them."""
+    """Return whether the roots of a layer's posterior include the bias."""
     weight = layer.get_parameter("weight")
     return layer.roots is not None and len(layer.roots[0]) > weight.shape[1:].numel()
 
