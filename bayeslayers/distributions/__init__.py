@@ -1,1 +1,1 @@
-"""Pure maths of what posteriors are made of: diagonal and matrix-variate Gaussians, and standard normal noise."""
+"""Pure maths of posteriors: diagonal and matrix-variate Gaussians, and standard normal noise."""

@@ -1,4 +1,4 @@
-"""Pure maths of the diagonal Gaussian q(w) = N(mean, 1/precision): it touches no module."""
+"""Pure maths of the diagonal Gaussian q(w) = N(mean, 1/precision), independent of any module."""
 
 from __future__ import annotations
 
@@ -50,15 +50,14 @@ def natural_gradient_step_(
         mean: Mean of the posterior; changed.
         precision: Its precision, > 0, the shape of `mean`; changed.
         grad: Mean over examples of the loss gradient (or its momentum average), in nats.
-        curvature: Mean over examples of the squared loss gradient, >= 0; overwritten, it
-            serves as scratch.
+        curvature: Mean over examples of the squared loss gradient, >= 0; overwritten as scratch memory.
         prior_mean: Mean of the prior, a scalar or the shape of `mean`.
         prior_precision: Precision of the prior, > 0, a scalar or the shape of `mean`.
         ess: Effective sample size, the data set's size divided by the temperature.
         lr: Step size of the mean.
         precision_lr: Weight of the new precision in its moving average, in (0, 1].
         damping: Added to the curvature in the mean's step alone, in units of curvature.
-        curvature_scale: Factor that makes `curvature` a mean over examples; here it costs no pass.
+        curvature_scale: Factor that makes `curvature` a mean over examples; applied here, it costs no pass.
         clip_radius: Bound on each entry of the mean's step before `lr`.
     """
     precision.lerp_(prior_precision, precision_lr).add_(curvature, alpha=precision_lr * ess * curvature_scale)
@@ -71,7 +70,7 @@ def natural_gradient_step_(
 
 
 def retracted_precision(precision: Tensor, target: Tensor, weight: float) -> Tensor:
-    """Return a precision moved toward a target of any sign, and positive all the same.
+    """Return a precision moved toward a target of any sign; the result is always positive.
 
         p (1 - r + r^2 / 2) = p (1 + (1 - r)^2) / 2,  r = weight (p - target) / p
 
@@ -95,14 +94,14 @@ def in_double(tensor: Tensor) -> Tensor:
 
 
 def product(means: Tensor, precisions: Tensor, prior_mean: Tensor, prior_precision: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and precision of the product of K posteriors, the prior that they share counted once.
+    """Return mean and precision of the product of K posteriors, with their shared prior counted once.
 
         q(w) ~ prod_k q_k(w) / p(w)^(K - 1)
         precision = sum_k p_k - (K - 1) p0
         mean      = (sum_k p_k m_k - (K - 1) p0 m0) / precision
 
-    The precision is not positive where the posteriors are together less certain than K - 1 priors;
-    there is no such Gaussian then. Source: Broderick et al. 2013 (arXiv 1307.6769), section 2.2.
+    Where the posteriors together are less certain than K - 1 priors, the precision is not positive and
+    there is no such Gaussian. Source: Broderick et al. 2013 (arXiv 1307.6769), section 2.2.
 
     Args:
         means: `(K, *)`.
@@ -121,7 +120,7 @@ def mixture(means: Tensor, precisions: Tensor) -> tuple[Tensor, Tensor]:
         mean        = mean_k m_k
         1/precision = mean_k (1/p_k + (m_k - mean)^2)
 
-    Among Gaussians it is the nearest in KL(mixture || Gaussian); entries are taken as independent.
+    It minimises KL(mixture || Gaussian) among Gaussians; entries are treated as independent.
     Source: Lakshminarayanan et al. 2017 (arXiv 1612.01474), section 2.4.
 
     Args:

@@ -1,11 +1,11 @@
-"""Pure maths of the matrix-variate Gaussian, whose covariance is a Kronecker product: it touches no module.
+"""Pure maths of the matrix-variate Gaussian, whose covariance is a Kronecker product, independent of any module.
 
 A layer's weight and bias are one matrix W = [weight | bias] of shape (o, i), the kernel of a
 convolution flattened into i and the bias its last column. With roots R_in (i, i) and R_out (o, o)
 
     W = M + R_out E R_in^T,  E ~ N(0, 1)  =>  Cov(W_oi, W_pj) = (R_out R_out^T)_op (R_in R_in^T)_ij
 
-Any finite roots are those of a covariance, so nothing needs to be checked where they are read.
+Any finite roots define a valid covariance, so they need no check when they are read.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def damp(input_factor: Tensor, output_factor: Tensor, damping: float) -> tuple[T
 
         (A + pi sqrt(damping) I) (x) (G + sqrt(damping) / pi I),  pi^2 = (tr A / dim A) / (tr G / dim G)
 
-    The product is A (x) G + damping I and two terms more, which are smallest in trace norm for this
-    pi. Where a trace is 0 so is A (x) G, and the factors are those of damping I exactly.
+    The product is A (x) G + damping I plus two further terms, whose trace norm this pi minimises. If a
+    trace is 0, so is A (x) G, and the factors are exactly those of damping I.
     Source: Martens & Grosse 2015 (arXiv 1503.05671), section 6.3.
 
     Args:
@@ -52,13 +52,13 @@ def inverse(matrix: Tensor) -> Tensor:
     """Return the inverse of a symmetric positive definite matrix.
 
     Raises:
-        FloatingPointError: If it is not positive definite in its floating-point numbers.
+        FloatingPointError: If it is not positive definite in its dtype.
     """
     return torch.cholesky_inverse(_cholesky(matrix))
 
 
 def inverse_root(matrix: Tensor) -> Tensor:
-    """Return R with R R^T the inverse of a symmetric positive definite matrix: the transposed inverse of its factor.
+    """Return R with R R^T the inverse of a symmetric positive definite matrix: its Cholesky factor's inverse transpose.
 
     Raises:
         FloatingPointError: As for `inverse`.
@@ -73,18 +73,18 @@ def correlated(noise: Tensor, input_root: Tensor, output_root: Tensor) -> Tensor
 
 
 def marginal_precision(input_root: Tensor, output_root: Tensor) -> Tensor:
-    """Return the precision of each entry by itself, one over its variance, `(o, i)`."""
+    """Return the marginal precision of each entry, one over its variance, `(o, i)`."""
     return 1 / torch.outer(output_root.square().sum(1), input_root.square().sum(1))
 
 
 def kl_divergence(
     mean: Tensor, input_root: Tensor, output_root: Tensor, prior_mean: Tensor, prior_precision: Tensor
 ) -> Tensor:
-    """Return KL(N(M, covariance) || N(M0, 1/P0)), the entries independent under the prior, in nats.
+    """Return KL(N(M, covariance) || N(M0, 1/P0)) in nats; entries are independent under the prior.
 
         KL = 1/2 sum [p0 v + p0 (m - m0)^2 - 1 - log p0] - i log abs det R_out - o log abs det R_in
 
-    with v the variance of each entry by itself.
+    with v the marginal variance of each entry.
 
     Args:
         mean: M, `(o, i)`.
@@ -101,7 +101,7 @@ def kl_divergence(
 
 
 def leading_root(root: Tensor, size: int) -> Tensor:
-    """Return a root `(size, size)` of the covariance of the first entries of a vector that a root belongs to.
+    """Return a root `(size, size)` of the covariance of a vector's first entries, given the whole vector's root.
 
     Raises:
         FloatingPointError: As for `inverse`.
@@ -115,7 +115,7 @@ def _cholesky(matrix: Tensor) -> Tensor:
     if failed or not lower.isfinite().all():
         raise FloatingPointError(
             f"a damped curvature factor must be positive definite, got one of shape {tuple(matrix.shape)} that is not "
-            "in its floating-point numbers: the step is refused, the posterior is as it was. Raise damping or "
+            f"in {matrix.dtype}. The step is rejected, and the posterior is unchanged. Raise damping or "
             "prior_precision, or use float64."
         )
     return lower

@@ -1,4 +1,4 @@
-"""Standard normal noise at the lowest cost: on a CPU it is the dearest part of drawing a weight."""
+"""Fast standard normal noise, which on a CPU is the main cost of sampling a weight."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class StandardNormal:
     """A stream of standard normal values.
 
     For many float32 values on a CPU it inverts the distribution function at uniform values of 24
-    bits, the resolution of float32 and of `Tensor.normal_`. The bits come from NumPy's SFC64, seeded
-    by one word of the generator: half the time of `normal_`, whose Mersenne twister makes one word at
-    a time. Elsewhere it is `normal_`.
+    bits, the resolution of float32 and of `Tensor.normal_`. The bits come from NumPy's SFC64, which one
+    word of the generator seeds. This takes half the time of `normal_`, whose Mersenne twister makes one
+    word at a time. In all other cases it calls `normal_`.
 
     Args:
         generator: Source of randomness on the device of the tensors; torch's default one if None.
@@ -37,7 +37,7 @@ class StandardNormal:
         return out.mul_(self.fill_unscaled_(out))
 
     def fill_unscaled_(self, out: Tensor) -> float:
-        """Fill a tensor with the next values divided by a factor, and return the factor: it saves a pass."""
+        """Fill a tensor with the next values divided by a factor, and return the factor; this saves a pass."""
         if out.device.type != "cpu" or out.dtype != torch.float32 or out.numel() < _FEW or not out.is_contiguous():
             out.normal_(generator=self.generator)
             return 1.0

@@ -1,4 +1,4 @@
-"""Prediction by averaging over the posterior: by draws of several kinds, by moments, or of the linearised network."""
+"""Prediction by averaging over the posterior: by sampling, by moment propagation, or with the linearised network."""
 
 from bayeslayers.prediction.linearised import linearised_moments, linearised_outputs
 from bayeslayers.prediction.predict import predict

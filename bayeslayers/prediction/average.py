@@ -1,4 +1,4 @@
-"""The average over draws of one batch's predictions."""
+"""The average of one batch's predictions over posterior samples."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from bayeslayers.likelihoods import Categorical, Likelihood
 from bayeslayers.outputs import NonFiniteOutputError
 from bayeslayers.prediction.result import Prediction
 
-_WAITING_DRAWS, _WAITING_VALUES = 16, 2**16  # whose outputs memory may hold beside their averages
+_WAITING_DRAWS, _WAITING_VALUES = 16, 2**16  # samples and values that may wait in memory before they are averaged
 
 
 class Average:
-    """Running mean and variance over draws (Chan et al. 1983), which do not cancel as a sum of squares does.
+    """Running mean and variance over samples (Chan et al. 1983), without the cancellation of a sum of squares.
 
-    Small outputs wait for those of further draws: the operations cost more than the numbers in them.
+    Small outputs are collected over several samples, because each operation costs more than the numbers in it.
 
     Args:
         likelihood: Meaning of the outputs.
-        group: Draws in a row that depend on each other, 2 for antithetic pairs; groups are independent.
+        group: Consecutive samples that depend on each other, 2 for antithetic pairs; groups are independent.
     """
 
     mean: Tensor
     aleatoric: Tensor
-    squares: Tensor  # sum over draws of squared deviations from the mean
+    squares: Tensor  # sum over samples of squared deviations from the mean
     group_squares: Tensor  # the same sum over means of groups
-    infinite: Tensor | bool = False  # per example, whether an output of any draw was infinite
+    infinite: Tensor | bool = False  # per example, whether an output of any sample was infinite
 
     def __init__(self, likelihood: Likelihood, group: int = 1):
         self.likelihood, self.group = likelihood, group
-        self.count = self.draws = 0  # averaged, and with those that wait
+        self.count = self.draws = 0  # averaged samples, and all including those that wait
         self._waiting: list[Tensor] = []
 
     def add(self, outputs: Tensor) -> None:
-        """Add the outputs of some draws, `(s, n, *)`."""
+        """Add the outputs of some samples, `(s, n, *)`."""
         self._waiting.append(outputs)
         self.draws += len(outputs)
         enough = min(_WAITING_DRAWS, _WAITING_VALUES / max(1, outputs[0].numel()))
@@ -47,7 +47,7 @@ class Average:
     def _merge(self) -> None:
         outputs = at_least_float32(self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting))
         self._waiting = []
-        # A sigmoid turns infinity into certainty. A class is left out by a logit of minus infinity.
+        # A sigmoid would turn infinity into certainty. A logit of minus infinity legitimately excludes a class.
         infinite = outputs.isposinf() if isinstance(self.likelihood, Categorical) else outputs.isinf()
         self.infinite = self.infinite | infinite.reshape(*outputs.shape[:2], -1).any(2).any(0)
         parts = self.likelihood.per_draw(outputs.flatten(0, 1))
@@ -77,7 +77,7 @@ class Average:
         return (self.group_squares / (groups - 1) / groups).sqrt() if groups > 1 else self.mean * math.nan
 
     def result(self, batch: int = 0) -> Prediction:
-        """Return the prediction for one batch, whose number is for messages."""
+        """Return the prediction for one batch; messages name its number."""
         error = self.error()
         total, epistemic = self.likelihood.split(self.mean, self.squares / self.count, self.aleatoric)
         self._check_finite(total, batch)

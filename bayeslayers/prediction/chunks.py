@@ -1,4 +1,4 @@
-"""How many draws of a prediction come next, and how many of them go through the network at once."""
+"""How many samples of a prediction come next, and how many of them run through the network at once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from bayeslayers.unwrap import holds_compiled
 
 Run: TypeAlias = Callable[[Tensor], Iterator[Tensor]]
 
-# Measured on 2 CPU cores with LeNet-5, ResNet-20 and an MLP at batches of 1 to 512: several draws at
-# once win by up to half until the largest output of a layer outgrows the cache, and lose beyond it.
+# Measured on 2 CPU cores with LeNet-5, ResNet-20 and an MLP at batches of 1 to 512: several samples at
+# once save up to half the time until the largest layer output outgrows the cache, and cost time beyond it.
 _CACHE_BYTES = 2**22
 _DEVICE_BYTES = 2**26  # elsewhere, where a launch costs more; not measured
 _WEIGHT_BYTES = 2**26
@@ -27,14 +27,14 @@ _MOST = 32
 
 @dataclass(frozen=True)
 class Plan:
-    """How the draws of one prediction are made.
+    """How the samples of one prediction are drawn.
 
     Attributes:
-        num_samples: Draws, at most.
-        chunk: Draws to run at once; None chooses by the sizes of the network.
-        generator: Source of the draws; torch's default one if None.
-        antithetic: Draws come in pairs, mean + noise and mean - noise.
-        checkpoint: No chunk reaches over a multiple of it, where draws may end.
+        num_samples: Samples, at most.
+        chunk: Samples to run at once; None chooses by the sizes of the network.
+        generator: Source of the samples; torch's default one if None.
+        antithetic: Samples come in pairs, mean + noise and mean - noise.
+        checkpoint: Sampling may stop at its multiples, so no chunk crosses one.
     """
 
     num_samples: int
@@ -44,7 +44,7 @@ class Plan:
     checkpoint: int | None = None
 
     def counts(self, at_once: AtOnce) -> Iterator[int]:
-        """Yield how many draws come next, until there are `num_samples`."""
+        """Yield the sizes of the next chunks, until there are `num_samples` samples."""
         done, pair = 0, 2 if self.antithetic else 1
         while done < self.num_samples:
             count = min(-(-at_once.size // pair) * pair, self.num_samples - done)
@@ -55,13 +55,14 @@ class Plan:
 
 
 class AtOnce:
-    """How many draws go through a network at once, `size`: it is found with the first draw, and halved if memory ends.
+    """The number of samples that run through a network at once, `size`.
 
-    Of a compiled network, which has no hooks to measure it by, it is one.
+    The first sample determines it, and it is halved if memory runs out. For a compiled network it is one, because
+    no hooks can measure the network.
 
     Args:
         model: The network.
-        plan: Its `chunk`, or None to begin with one draw and choose then.
+        plan: Its `chunk` is the size; with None, the first chunk is one sample, and `settle` chooses the size.
     """
 
     def __init__(self, model: nn.Module, plan: Plan):
@@ -73,7 +74,7 @@ class AtOnce:
         self._thread = threading.get_ident()
 
     def outputs(self, forward: Callable[[slice, Tensor], Tensor], count: int, batch: Tensor) -> Iterator[Tensor]:
-        """Yield the outputs of `count` draws, as pieces of `forward(draws, batch)`."""
+        """Yield the outputs of `count` samples, as pieces of `forward(samples, batch)`."""
         with self._measuring():
             start = 0
             while start < count:
@@ -85,30 +86,30 @@ class AtOnce:
                         raise
                     piece = None
                 except Exception:
-                    # The first draw ran alone: what fails now is a module that does not take several.
+                    # The first sample ran alone, so this module fails on several at once.
                     if size == 1 or not self.chosen:
                         raise
                     self._most = self.size = 1
                     continue
-                if piece is None:  # out of the handler, which holds on to the memory
+                if piece is None:  # outside the handler, which would keep the memory alive
                     self.halve(size)
                     continue
                 yield piece
                 start += size
 
     def halve(self, size: int) -> None:
-        """Go on with half as many draws at once as did not fit, and say so once."""
+        """Continue with half as many samples at once as did not fit, and warn once."""
         self.size = self._most = max(1, size // 2)
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{size} draws at once do not fit into memory: going on with {self.size}, fewer if need be. "
+                f"{size} samples at once do not fit into memory: continuing with {self.size}, fewer if needed. "
                 "sample_chunk sets their number.",
                 stacklevel=2,
             )
 
     def settle(self, draw_bytes: int = 0) -> None:
-        """Choose `size`, once every batch has been through the network with one draw, of so many bytes of weights."""
+        """Choose `size` after the first sample; a sample's weights take `draw_bytes` bytes."""
         if not self._measured:
             self._measured = True
             weights = _WEIGHT_BYTES // max(1, draw_bytes)
@@ -116,7 +117,7 @@ class AtOnce:
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
-        """Note the largest output of a layer of the first draw."""
+        """Record the largest layer output of the first sample."""
         if self._measured:
             yield
             return

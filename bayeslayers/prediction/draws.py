@@ -1,7 +1,7 @@
-"""The methods of `predict` that draw: several draws at once where that is faster.
+"""The methods of `predict` that sample: several samples at once where that is faster.
 
-A method is a function that yields, draws after draws, a function from a batch to the outputs of
-those draws in pieces `(s, n, *)`. Every batch is shown to each of these functions before the next.
+A method is a generator. For each chunk of samples it yields a function from a batch to the outputs of
+those samples, in pieces `(s, n, *)`. All batches pass through one function before the next is asked for.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from bayeslayers.sampling.sharing import Shared
 
 
 def weight_draws(model: nn.Module, plan: Plan) -> Iterator[Run]:
-    """Draw whole networks from the posterior; each serves all batches.
+    """Sample whole networks from the posterior; each one serves all batches.
 
-    Draws at once are draws one after the other in the same order, run by `torch.func.vmap`: they
-    agree to rounding.
+    Samples that run at once, by `torch.func.vmap`, are the same as those that run one after the other:
+    the results agree to rounding.
     """
     return _network_draws(_Networks(model, plan), plan)
 
 
 def local_draws(model: nn.Module, plan: Plan) -> Iterator[Run]:
-    """Draw the outputs of linear layers and convolutions, by `perturbation.LocalReparameterization`.
+    """Sample the outputs of linear layers and convolutions, by `perturbation.LocalReparameterization`.
 
-    Layers on `(n, i)` have the predictive distribution of drawn weights, exactly and for each example
-    by itself: what is drawn for one example says nothing about another. For positions that share
-    their weights it is an approximation. What the inputs of all draws have in common, as the first
-    layer's moments, is computed once for the draws that run at once.
+    For layers on `(n, i)` the predictive distribution of each example is exactly that of sampled weights,
+    but the samples of different examples are independent. For positions that share weights it is an
+    approximation. What does not depend on the sample, such as the first layer's moments, is computed once
+    for all samples that run at once.
     """
     return _network_draws(_Networks(model, plan, local=True), plan)
 
@@ -55,14 +55,14 @@ def _network_draws(networks: _Networks, plan: Plan) -> Iterator[Run]:
 
 
 class _Networks:
-    """Drawn networks, with the weights that `Sampler` draws one after the other, to run several at once."""
+    """Sampled networks that run several at once, with the weights that `Sampler` would draw one after the other."""
 
     def __init__(self, model: nn.Module, plan: Plan, local: bool = False):
         self.model, self.generator, self.antithetic = model, plan.generator, plan.antithetic
         sites = list(posterior(model))
         self._perturbed = _local(sites, plan.generator) if local else {}
         self._all_sites = sites
-        self._sites = [site for site in sites if site.module not in self._perturbed]  # whose weights are drawn
+        self._sites = [site for site in sites if site.module not in self._perturbed]  # whose weights are sampled
         self._means = [site.mean.detach() for site in self._sites]
         self._deviations = [site.deviation for site in self._sites]
         self._stacks: list[Tensor] = []
@@ -71,7 +71,7 @@ class _Networks:
         self.bytes = sum(mean.numel() * mean.element_size() for mean in self._means)
 
     def draw(self, count: int) -> None:
-        """Draw the next networks, in the memory of the last ones."""
+        """Sample the next networks, in the memory of the last ones."""
         if not self._stacks or len(self._stacks[0]) != count:
             self._stacks = []
             self._stacks = [_stack_like(mean, count) for mean in self._means]
@@ -92,7 +92,7 @@ class _Networks:
             torch.addcmul(mean, stack, deviation, value=factor, out=stack)
 
     def _correlate(self, sampler: Sampler, factors: Sequence[float]) -> None:
-        """Turn noise into weights where a posterior is matrix-variate."""
+        """Turn noise into weights for matrix-variate posteriors."""
         columns = list(zip(self._sites, self._stacks, factors, strict=True))
         for index in range(len(self._stacks[0])):
             with sampler.draw({site.name: stack[index] * factor for site, stack, factor in columns}):
@@ -100,11 +100,11 @@ class _Networks:
                     stack[index] = site.value
 
     def outputs(self, draws: slice, batch: Tensor) -> Tensor:
-        """Return the outputs of some of the drawn networks, `(s, n, *)`."""
+        """Return the outputs of some of the sampled networks, `(s, n, *)`."""
         stacks = [stack[draws] for stack in self._stacks]
         if (size := draws.stop - draws.start) == 1:
             return self._forward(batch, None, *(stack[0] for stack in stacks)).unsqueeze(0)
-        with _NO_WARNINGS.held():  # ops without a batching rule are slower, not wrong
+        with _NO_WARNINGS.held():  # torch warns of ops without a batching rule, which are only slower
             return vmap(partial(self._forward, batch))(batch.new_empty(size), *stacks)
 
     def _forward(self, batch: Tensor, draw: Tensor | None, *weights: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ _NO_WARNINGS = Shared(_without_warnings)
 
 
 def _local(sites: Sequence[Site], generator: torch.Generator | None) -> dict[nn.Module, LocalReparameterization]:
-    """Return how layers draw their outputs: those that can, and share no weight with others, as in `Sampler`."""
+    """Return how layers sample their outputs: those that can, and that share no weight, as in `Sampler`."""
     tied = {module for site in sites if len(site.places) > 1 for module, _ in site.places}
     found: dict[nn.Module, LocalReparameterization] = {}
     for site in sites:
@@ -139,17 +139,17 @@ def _local(sites: Sequence[Site], generator: torch.Generator | None) -> dict[nn.
 
 
 def _stack_like(mean: Tensor, count: int) -> Tensor:
-    """Return memory for tensors laid out as `empty_like(mean)`, on which the order of their noise depends."""
+    """Return memory for tensors laid out as `empty_like(mean)`: the order of their noise depends on the layout."""
     one = torch.empty_like(mean)
     return torch.empty_strided((count, *one.shape), (one.numel(), *one.stride()), dtype=one.dtype, device=one.device)
 
 
 class _EachDraw(Perturbation):
-    """Local reparameterisation under `vmap`, whose noise differs from draw to draw though the moments may not.
+    """Local reparameterisation under `vmap`: the noise differs from sample to sample even if the moments do not.
 
     Args:
-        one: That of a single draw.
-        draw: Any tensor of `vmap` that runs over the draws.
+        one: The perturbation of a single sample.
+        draw: Any tensor that `vmap` maps over the samples.
     """
 
     def __init__(self, one: LocalReparameterization, draw: Tensor):
@@ -161,11 +161,11 @@ class _EachDraw(Perturbation):
 
 
 class _Noisy(torch.autograd.Function):
-    """`mean + noise * deviation`; a function of autograd for its rule of `vmap`, in which tensors are plain ones."""
+    """`mean + noise * deviation`, an autograd function because its `vmap` rule receives plain tensors."""
 
     @staticmethod
     def forward(mean: Tensor, deviation: Tensor, draw: Tensor, generator: torch.Generator | None) -> Tensor:
-        raise AssertionError("runs under vmap alone")
+        raise AssertionError("runs only under vmap")
 
     @staticmethod
     def setup_context(ctx: object, inputs: object, output: object) -> None:
@@ -186,7 +186,7 @@ class _Noisy(torch.autograd.Function):
 
 
 def linearised_draws(model: nn.Module, plan: Plan) -> Iterator[Run]:
-    """Draw outputs of the network that is linear in its weights, see `bayeslayers.prediction.linearised`."""
+    """Sample outputs of the network linearised in its weights, see `bayeslayers.prediction.linearised`."""
     yield lambda batch: iter([linearised_outputs(model, batch, plan.num_samples, plan.generator)])
 
 

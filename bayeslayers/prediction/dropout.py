@@ -1,8 +1,8 @@
-"""The method "dropout" of `predict`: dropout masks are drawn, the weights stay at their means.
+"""The method "dropout" of `predict`: it samples dropout masks and keeps the weights at their means.
 
-What a network drops is found by running it once in training mode and noting which operations draw
-(`randomness`): modules, functions that are called with `training=self.training`, the dropout of recurrent
-layers and of attention, stochastic depth. The modules that draw are then put in training mode, and no other.
+The network runs once in training mode, and `randomness` records which operations draw random numbers: modules,
+functions called with `training=self.training`, the dropout of recurrent layers and of attention, and stochastic
+depth. Only the modules that draw are then put in training mode.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from bayeslayers.prediction.randomness import Randomness
 
 
 def dropout_draws(model: nn.Module, plan: Plan) -> Iterator[Run]:
-    """Draw dropout masks, the weights at their means: Monte-Carlo dropout.
+    """Sample dropout masks with the weights at their means: Monte-Carlo dropout.
 
-    Normalisation layers stay in eval mode, and so does every module that draws nothing itself. The
-    modes are those of a copy, which shares the model's tensors.
+    Normalisation layers and all modules that draw nothing themselves stay in eval mode. The modes are set on
+    a copy, which shares the model's tensors.
     Source: Gal & Ghahramani 2016 (arXiv 1506.02142).
 
     Raises:
         ValueError: If nothing in the network draws in training mode, if that mode fails, or if it changes
-            more than what is dropped.
+            more than dropout does.
     """
     network, folds = _copy(model, [*model.parameters(), *model.buffers()]), None
     at_once = AtOnce(network, plan)
@@ -55,7 +55,7 @@ def dropout_draws(model: nn.Module, plan: Plan) -> Iterator[Run]:
 
 
 class _Draw(NamedTuple):
-    """Numbers that a network drew: by which operation, how many, and in which modules, the innermost last."""
+    """Random numbers of a network: the operation that drew them, how many, and its modules, the innermost last."""
 
     operation: str
     count: int
@@ -63,12 +63,12 @@ class _Draw(NamedTuple):
 
 
 def _switch_on(model: nn.Module, network: nn.Module, example: Tensor) -> bool:
-    """Put what drops something in training mode, and return whether draws may be folded into the batch.
+    """Put the modules with dropout in training mode, and return whether samples may be folded into the batch.
 
     Args:
         model: The network, in eval mode.
         network: Its copy, whose modes are set.
-        example: A batch of one.
+        example: A batch of one example.
     """
     two, four = (example.repeat(rows, *[1] * (example.dim() - 1)) for rows in (2, 4))
     expected = tensor_output(model(two)).shape
@@ -79,7 +79,7 @@ def _switch_on(model: nn.Module, network: nn.Module, example: Tensor) -> bool:
     if not on:
         raise ValueError(
             "model must have nn.Dropout modules for method 'dropout', got none with p > 0, nor any other operation "
-            "that draws in training mode: no draw would differ."
+            "that is random in training mode: all samples would be equal."
         )
     trial = _copy(model, _posterior_tensors(model))
     while True:
@@ -95,7 +95,7 @@ def _switch_on(model: nn.Module, network: nn.Module, example: Tensor) -> bool:
 
 
 def _drawn_in_training(model: nn.Module, x: Tensor) -> list[_Draw]:
-    """Return what a network draws in training mode, its normalisation layers in eval mode."""
+    """Return what a network draws in training mode, with its normalisation layers in eval mode."""
     trial, path = _copy(model, _posterior_tensors(model)), []
     _set_training(trial, (name for name, module in trial.named_modules() if not isinstance(module, _NormBase)))
     for name, module in trial.named_modules():
@@ -105,13 +105,13 @@ def _drawn_in_training(model: nn.Module, x: Tensor) -> list[_Draw]:
         return _run(trial, x, path)[0]
     except Exception as error:
         raise ValueError(
-            "method 'dropout' runs the model in training mode to find what it drops, and there it failed: "
+            "the model must run in training mode, where method 'dropout' finds what it drops, but failed there: "
             f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         ) from error
 
 
 def _run(network: nn.Module, x: Tensor, path: Iterable[str] = ()) -> tuple[list[_Draw], object]:
-    """Run a network once, and return what it drew and its output; the generator is one of its own."""
+    """Run a network once, with a generator of its own, and return what it drew and its output."""
     draws: list[_Draw] = []
     generator = torch.Generator(x.device).manual_seed(0)
     with Randomness(generator, lambda operation, count: draws.append(_Draw(operation, count, tuple(path)))):
@@ -119,25 +119,25 @@ def _run(network: nn.Module, x: Tensor, path: Iterable[str] = ()) -> tuple[list[
 
 
 def _enclosing(draws: Iterable[_Draw], on: set[str]) -> set[str]:
-    """Return the modules nearest around draws that are not in training mode: they skip those inside them."""
+    """Return, for each draw, the innermost enclosing module that is not in training mode, which suppresses it."""
     nearest = (next((name for name in reversed(draw.path) if name not in on), None) for draw in draws)
     return {name for name in nearest if name is not None}
 
 
 def _check_changes(model: nn.Module, trial: nn.Module, output: object, expected: torch.Size) -> None:
-    """Refuse a network whose modules do more in training mode than to drop something."""
+    """Raise if the modules do more than dropout in training mode."""
     shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     if shape != tuple(expected):
         raise ValueError(
-            f"method 'dropout' must not change what the model returns, got {shape} in place of {tuple(expected)} with "
-            "the modules that drop something in training mode. Call dropout in modules of its own."
+            f"method 'dropout' must not change what the model returns, got {shape} instead of {tuple(expected)} with "
+            "the modules that drop something in training mode. Move dropout to modules of its own."
         )
     before = dict(model.named_buffers())
     for name, buffer in trial.named_buffers():
         if not torch.equal(buffer, before[name]):
             raise ValueError(
-                f"method 'dropout' must leave buffer '{name}' as it is, got another value with the modules that drop "
-                "something in training mode. Call dropout in modules of its own."
+                f"method 'dropout' must leave buffer '{name}' unchanged, got another value with the modules that drop "
+                "something in training mode. Move dropout to modules of its own."
             )
 
 
@@ -148,7 +148,7 @@ def _posterior_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _copy(model: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
-    """Return a copy of the modules, which shares some tensors."""
+    """Return a copy of the modules that shares the given tensors."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 

@@ -1,11 +1,11 @@
-"""The network linearised in its weights at the posterior mean, whose outputs are Gaussian in closed form.
+"""The network linearised in its weights at the posterior mean: its outputs are Gaussian in closed form.
 
     f(x, w) ~ f(x, m) + J(x) (w - m),  J = df/dw at m
     outputs ~ N(f(x, m), S(x)),        S(x) = J(x) diag(1/p) J(x)^T
 
-It is the predictive of a Laplace approximation, whose curvature (Gauss-Newton, Fisher) is that of
-this linear model: draws of the weights of the network itself leave the region where that holds, and
-underfit. Source: Immer et al. 2021 (arXiv 2008.08400).
+This is the predictive distribution for a Laplace approximation, whose curvature (Gauss-Newton, Fisher) is
+that of this linear model. Weight samples in the network itself leave the region where the linearisation
+holds, and underfit. Source: Immer et al. 2021 (arXiv 2008.08400).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _CHUNK_BYTES = 2**29  # of Jacobians at a time: those of ResNet-18 with 10 outpu
 def linearised_moments(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean `(n, c)` of the linearised network's outputs, and their covariance `(n, c, c)`.
 
-    The covariance is that of an example's outputs, flattened where they are not `(n, c)`. The model
-    runs in eval mode, and every module's own mode is restored. Time grows as c backward passes for
-    each example; a posterior over the last layer alone costs one forward pass.
+    The covariance is between the outputs of one example; other shapes than `(n, c)` are flattened. The model
+    runs in eval mode, and every module's mode is restored. The cost is c backward passes for each example;
+    a posterior over the last layer alone costs one forward pass.
 
     Args:
         model: Model with Bayesian layers.
@@ -46,7 +46,7 @@ def linearised_moments(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If no layer is Bayesian, an example's covariance takes more than 1 GiB, or the network cannot be
             differentiated example by example.
-        TypeError: If the model returns something else than one tensor.
+        TypeError: If the model returns anything but one tensor.
 
     Example:
         >>> import torch, bayeslayers as bl
@@ -62,15 +62,15 @@ def linearised_moments(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 def linearised_outputs(
     model: nn.Module, x: Tensor, num_samples: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Return draws `(s, n, c)` of the linearised network's outputs, independent from example to example.
+    """Return samples `(s, n, c)` of the linearised network's outputs, independent between examples.
 
     Each is f(m) + L eps with standard normal eps and L L^T the covariance of `linearised_moments`.
 
     Args:
         model: Model with Bayesian layers.
         x: Inputs, examples in dimension 0; moved to the model's device.
-        num_samples: Draws, >= 1; they cost next to nothing beside the covariance.
-        generator: Source of the draws, on the model's device; torch's default one if None.
+        num_samples: Samples, >= 1; they cost little compared with the covariance.
+        generator: Source of the samples, on the model's device; torch's default one if None.
 
     Raises:
         ValueError: As for `linearised_moments`, or if `num_samples` < 1.
@@ -87,20 +87,20 @@ def linearised_outputs(
 
 
 def _square_root(covariance: Tensor) -> Tensor:
-    """Return L with L L^T = covariance, which may be singular: more outputs than weights, say."""
+    """Return L with L L^T = covariance, which may be singular, for example with more outputs than weights."""
     values, vectors = torch.linalg.eigh(covariance)
-    # No eigenvalue of J J^T is negative; rounding alone leaves one a hair below 0.
+    # No eigenvalue of J J^T is negative; only rounding can leave one slightly below 0.
     return vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
 
 
 @torch.no_grad()
 def _moments(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the outputs' mean, and their covariance `(n, c, c)` or, where they are independent, variance `(n, c)`."""
+    """Return the outputs' mean, and their covariance `(n, c, c)`, or their variance `(n, c)` if independent."""
     model = unwrapped(model)
     sites = sites_of(model)
     x = x.to(sites[0].mean.device)
     function = _OfNoise(model, sites)
-    # Of attention kernels this one alone has rules for vmap.
+    # Only this attention kernel has rules for vmap.
     with evaluation_mode(model), _MATH_ATTENTION.held():
         mean, variance = _of_head(function, sites, x)
         if variance is not None:
@@ -115,10 +115,10 @@ def _moments(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         rows = max(1, _CHUNK_BYTES // (2 * weights * mean.element_size())) if size == 1 else outputs
         try:
             parts = [vmap(lambda each: function.covariance(each, rows))(chunk) for chunk in x.split(size)]
-        except RuntimeError as error:  # of a module that vmap does not take, or of memory
+        except RuntimeError as error:  # a module that vmap does not support, or too little memory
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
-                "method 'linearised' must differentiate the network example by example, which failed: "
+                "the network must be differentiable example by example for method 'linearised', which failed: "
                 f"{type(error).__name__}: {reason} Use method='sample', or a posterior over the last layer, "
                 "bl.laplace(..., layers=bl.last_layer)."
             ) from error
@@ -128,7 +128,7 @@ def _moments(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 class _OfNoise:
     """A network as a function of the noise z in its weights m + z / sqrt(p).
 
-    Its Jacobian at z = 0 is J diag(p)^(-1/2), whose square is the covariance.
+    Its Jacobian at z = 0 is J diag(p)^(-1/2), whose product with its transpose is the covariance.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site]):
@@ -142,7 +142,7 @@ class _OfNoise:
             return tensor_output(self.model(x))
 
     def covariance(self, example: Tensor, rows: int) -> Tensor:
-        """Return the covariance of the outputs for one example, from blocks of so many rows of the Jacobian."""
+        """Return the covariance of the outputs for one example, from blocks of `rows` rows of the Jacobian."""
         output, pull = vjp(lambda *noise: self(example.unsqueeze(0), noise).flatten(), *self.zeros)[:2]
         unit = torch.eye(len(output), dtype=output.dtype, device=output.device)
 
@@ -160,10 +160,10 @@ class _OfNoise:
 
 
 def _of_head(function: _OfNoise, sites: Sequence[Site], x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the outputs, and their variance where they are those of one linear layer, which alone is uncertain.
+    """Return the outputs, and their variance if they come from one linear layer that alone is uncertain.
 
-    No two outputs have a weight in common then, so that they are independent, and no Jacobian is
-    needed: v_o = sum_i a_i^2 / p_oi + 1 / p_o for the layer's input a.
+    No two outputs then share a weight, so they are independent, and no Jacobian is needed:
+    v_o = sum_i a_i^2 / p_oi + 1 / p_o for the layer's input a.
     """
     layer, inputs = sites[0].module, []
     if (
@@ -183,7 +183,7 @@ def _of_head(function: _OfNoise, sites: Sequence[Site], x: Tensor) -> tuple[Tens
         output = function(x, function.zeros)
     finally:
         handle.remove()
-    # The input of the first use depends on no draw; nothing came behind it, not even in place or by a hook.
+    # The layer's first input is deterministic. The check ensures that nothing follows the layer, in place or by a hook.
     if not inputs or inputs[0].dim() != 2 or not torch.equal(F.linear(inputs[0], layer.weight, layer.bias), output):
         return output, None
     variances = {site.key: 1 / at_least_float32(site.precision) for site in sites}

@@ -1,8 +1,8 @@
-"""Mean and variance of what each kind of layer gives, from those of what it takes.
+"""Mean and variance of each kind of layer's output, from those of its input.
 
-Every element is taken to be independent of every other, and a Gaussian where a non-linearity meets
-it: variances only, no covariances. The moments of a linear layer are exact for independent inputs,
-those of a ReLU for a Gaussian one; what a rule approximates beyond this, it says.
+All elements are treated as independent, and as Gaussian at the input of a non-linearity: there are
+variances but no covariances. The moments of a linear layer are exact for independent inputs, and those
+of a ReLU for Gaussian ones; each rule states any further approximation.
 
 Sources: Frey & Hinton 1999 (Neural Computation 11) for rectified Gaussians; Wu et al. 2019 (arXiv
 1810.03958) for Bayesian networks; Gast & Roth 2018 (arXiv 1805.11327) for the layers of a
@@ -41,19 +41,19 @@ Rule: TypeAlias = Callable[[Any, Moments], Moments]
 
 
 def no_rule(name: str) -> ValueError:
-    """Return the error for what moments cannot pass."""
+    """Return the error for an operation without a moment rule."""
     return ValueError(
-        f"no moment rule for {name}: method 'moments' must have one for all that follows a Bayesian layer. "
+        f"no moment rule for {name}: method 'moments' needs one for everything after a Bayesian layer. "
         "Use method 'sample'."
     )
 
 
 def _linear(layer: nn.Module, x: Moments) -> Moments:
-    """Return the moments of what is linear in weight and bias, exact for independent inputs.
+    """Return the moments of a layer that is linear in weight and bias, exact for independent inputs.
 
         mean = m x        variance = v x^2 + (m^2 + v) s      with weights N(m, v) and inputs (x, s)
 
-    Positions of a convolution share its weights, which makes them correlated: this is left out.
+    The positions of a convolution share its weights and are therefore correlated; this is neglected.
     """
     if getattr(layer, "roots", None) is not None:
         raise no_rule("the matrix-variate posterior of a layer")
@@ -84,14 +84,14 @@ def _batch_norm(norm: _BatchNorm, x: Moments) -> Moments:
 
 
 def _group_norm(norm: nn.GroupNorm, x: Moments) -> Moments:
-    """Return the moments under statistics at their expectations: a group of many elements has hardly others."""
+    """Return the moments with the group's statistics at their expectations, close to exact for large groups."""
     mean, variance = (part.unflatten(1, (norm.num_groups, -1)) for part in x)
     x_hat = _standardised(Moments(mean, variance), tuple(range(2, mean.dim())), norm.eps)
     return _affine(norm, Moments(*(part.flatten(1, 2) for part in x_hat)), (-1, *[1] * (x.mean.dim() - 2)))
 
 
 def _layer_norm(norm: nn.LayerNorm, x: Moments) -> Moments:
-    """Return the moments under statistics at their expectations, as for GroupNorm."""
+    """Return the moments with the layer's statistics at their expectations, as for GroupNorm."""
     dimensions = tuple(range(-len(norm.normalized_shape), 0))
     return _affine(norm, _standardised(x, dimensions, norm.eps), tuple(norm.normalized_shape))
 
@@ -103,7 +103,7 @@ def _standardised(x: Moments, dimensions: tuple[int, ...], eps: float) -> Moment
 
 
 def _affine(norm: nn.Module, x: Moments, shape: tuple[int, ...]) -> Moments:
-    """Scale and shift by independent Gaussians, where the norm has them."""
+    """Scale and shift by independent Gaussians, if the norm has them."""
     mean, variance = x
     if norm._parameters.get("weight") is not None:
         weight, v = norm.get_parameter("weight").view(shape), _variance(norm, "weight").view(shape)
@@ -116,7 +116,7 @@ def _affine(norm: nn.Module, x: Moments, shape: tuple[int, ...]) -> Moments:
 def _normal_parts(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """Return P(z > 0) and sqrt(variance) times the standard normal density at mean / sqrt(variance)."""
     deviation = variance.sqrt()
-    ratio = mean / deviation.clamp_min(torch.finfo(mean.dtype).tiny)  # a known element: -inf, 0 or inf
+    ratio = mean / deviation.clamp_min(torch.finfo(mean.dtype).tiny)  # a deterministic element: -inf, 0 or inf
     return torch.special.ndtr(ratio), deviation * (-0.5 * ratio.square()).exp() / math.sqrt(2 * math.pi)
 
 
@@ -138,12 +138,12 @@ def rectified(slope: float, x: Moments) -> Moments:
     square = (x.mean.square() + x.variance) * above + x.mean * density
     whole = x.mean.square() + x.variance
     mean = positive + slope * (x.mean - positive)
-    second = square + slope**2 * (whole - square)  # positive and negative part are never both there
-    return Moments(mean, (second - mean.square()).clamp_min(0))  # rounding alone can leave it below 0
+    second = square + slope**2 * (whole - square)  # positive and negative part are never both non-zero
+    return Moments(mean, (second - mean.square()).clamp_min(0))  # only rounding can leave it below 0
 
 
 def _smooth(activation: nn.Module, x: Moments) -> Moments:
-    """Return the moments of a smooth activation of Gaussians, by Gauss-Hermite quadrature of 32 nodes."""
+    """Return the moments of a smooth activation of Gaussians, by Gauss-Hermite quadrature with 32 nodes."""
     nodes, weights = _quadrature()
     deviation, mean, square = x.variance.sqrt(), torch.zeros_like(x.mean), torch.zeros_like(x.mean)
     for node, weight in zip(nodes, weights, strict=True):
@@ -160,7 +160,7 @@ def _quadrature() -> tuple[list[float], list[float]]:
 
 
 def _max_pool(pool: _MaxPoolNd, x: Moments) -> Moments:
-    """Return the moments of the greatest element of each window, two at a time, each maximum taken for a Gaussian.
+    """Return the moments of each window's maximum, taken pairwise, with each maximum approximated by a Gaussian.
 
     Source: Gast & Roth 2018, section 4; the moments of two Gaussians' maximum are those of Clark 1961.
     """
@@ -168,7 +168,7 @@ def _max_pool(pool: _MaxPoolNd, x: Moments) -> Moments:
         raise no_rule(f"{type(pool).__name__} with ceil_mode or return_indices")
     dimensions = x.mean.dim() - 2
     sizes = [_tuple(value, dimensions) for value in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
-    never = float((x.mean - 40 * x.variance.sqrt()).amin()) - 1  # below everything: never the maximum
+    never = float((x.mean - 40 * x.variance.sqrt()).amin()) - 1  # below all elements: never the maximum
     for index, (kernel, stride, padding, dilation) in enumerate(zip(*sizes, strict=True)):
         dim = index + 2
         sides = [0, 0] * (x.mean.dim() - dim - 1) + [padding, padding]
@@ -185,7 +185,7 @@ def _max_pool(pool: _MaxPoolNd, x: Moments) -> Moments:
 
 
 def maximum(a: Moments, b: Moments | None = None) -> Moments:
-    """Return the moments of the greater of two independent Gaussians; of one alone, its own.
+    """Return the moments of the maximum of two independent Gaussians; a single one keeps its own.
 
     d^2 = s_a + s_b,  E = b + E[max(a - b, 0)],  E[max^2] by Clark 1961 (Operations Research 9), Eq. 2-4
     """
@@ -193,7 +193,7 @@ def maximum(a: Moments, b: Moments | None = None) -> Moments:
         return a
     above, density = _normal_parts(a.mean - b.mean, a.variance + b.variance)
     mean = a.mean * above + b.mean * (1 - above) + density
-    # Squares of distances from the mean: those from zero would cancel.
+    # Squared distances from the mean: those from zero would cancel numerically.
     to_a, to_b = a.mean - mean, b.mean - mean
     variance = (to_a.square() + a.variance) * above + (to_b.square() + b.variance) * (1 - above)
     variance = variance + (to_a + to_b) * density

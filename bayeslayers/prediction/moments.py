@@ -1,6 +1,6 @@
-"""Moment propagation: mean and variance of every activation in one pass, instead of draws.
+"""Moment propagation: mean and variance of every activation in one pass, instead of sampling.
 
-`moment_rules` says what becomes of them in each kind of layer; here a network's graph is traced and run on them.
+`moment_rules` has the rule of each kind of layer; this module traces a network's graph and runs it on moments.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from bayeslayers.prediction.moment_rules import RULES, Moments, no_rule, rectifi
 
 
 def propagate(model: nn.Module, x: Tensor) -> Moments:
-    """Return mean and variance of the outputs under the posterior, for inputs that are known.
+    """Return mean and variance of the outputs under the posterior, for deterministic inputs.
 
-    What the inputs pass before the first Bayesian layer runs as it is. The variances of two branches
-    that meet in a sum are added, though the branches share their input.
+    Everything before the first Bayesian layer runs as usual. Where two branches meet in a sum, their
+    variances are added, although the branches share their input.
 
     Raises:
         ValueError: If a module or function has no rule.
@@ -33,11 +33,11 @@ def propagate(model: nn.Module, x: Tensor) -> Moments:
 
 
 def moment_points(model: nn.Module, plan: Plan) -> Iterator[Run]:
-    """Propagate moments once, and stand for the Gaussian of the outputs by `num_samples` points of it.
+    """Propagate moments once, and represent the Gaussian of the outputs by `num_samples` points.
 
-    The points are quasi-random (a scrambled Sobol sequence, always the same) and in pairs around the
-    mean; they have the propagated mean and variance exactly. A link without a closed-form
-    expectation, as the softmax, is averaged over them.
+    The points are quasi-random (always the same scrambled Sobol sequence) and come in pairs around the
+    mean; they have exactly the propagated mean and variance. A link without a closed-form
+    expectation, such as the softmax, is averaged over them.
     """
     graph = _traced(model)
 
@@ -52,14 +52,14 @@ def moment_points(model: nn.Module, plan: Plan) -> Iterator[Run]:
 
 
 def standard_points(number: int, dimensions: int) -> Tensor:
-    """Return points that stand for N(0, 1) in each of some dimensions, `(number, dimensions)`, float64.
+    """Return points that represent N(0, 1) in each dimension, `(number, dimensions)`, float64.
 
-    They lie in pairs around 0 (one of an odd number at 0) and have variance 1, but for a single one.
+    They lie in pairs around 0, with one at 0 if their number is odd. Their variance is 1 unless there is only one.
     """
     if (pairs := number // 2) == 0:
         return torch.zeros(number, dimensions, dtype=torch.float64)
     uniform = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=0).draw(pairs, dtype=torch.float64)
-    half = torch.special.ndtri(uniform + 2**-31)  # the middles of the sequence's cells of 2^-30
+    half = torch.special.ndtri(uniform + 2**-31)  # the centres of the sequence's cells of width 2^-30
     points = torch.cat([half, -half, half.new_zeros(number % 2, dimensions)])
     return points / points.square().mean(0).sqrt()
 
@@ -68,9 +68,9 @@ _tracing = threading.Lock()  # torch.fx traces by changing nn.Module itself
 
 
 class _Tracer(fx.Tracer):
-    """Takes for a whole what torch or this library defines, and what has tensors but no modules of its own.
+    """Treats as leaves the modules that torch or this library defines, and those with tensors but no submodules.
 
-    Calls of other threads in the meantime are not traced.
+    Concurrent calls of other threads are not traced.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ def _traced(model: nn.Module) -> fx.GraphModule:
     try:
         with _tracing:
             return fx.GraphModule(model, _Tracer().trace(model))
-    except Exception as error:  # a forward can fail on the stand-in for its input in any way
+    except Exception as error:  # a forward can fail on the tracer's proxy in any way
         raise ValueError(
             f"model must have a forward that torch.fx can trace, for method 'moments', got {type(model).__name__}, "
             f"where it cannot: {str(error).splitlines()[0]}"
@@ -117,7 +117,7 @@ def _propagated(graph: fx.GraphModule, x: Tensor) -> Moments:
 
 
 class _Propagation(fx.Interpreter):
-    """Runs a graph on tensors, and from the first Bayesian layer on, on moments."""
+    """Runs a graph on tensors, and on moments from the first Bayesian layer on."""
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
@@ -152,5 +152,5 @@ class _Propagation(fx.Interpreter):
 
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
-# F.pad among them: zeros, its default, have neither mean nor variance, and a copied element has both.
+# F.pad is one of them: padded zeros, its default, have zero mean and variance, and a copied element keeps its own.
 _RESHAPES = (operator.getitem, torch.flatten, F.pad, "flatten", "view", "reshape", "contiguous")

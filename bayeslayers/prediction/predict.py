@@ -1,4 +1,4 @@
-"""Prediction by averaging over draws of the weights, or without them."""
+"""Prediction by averaging over posterior samples, or without sampling."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from bayeslayers.sampling.placement import at_means
 from bayeslayers.sampling.sharing import in_use
 from bayeslayers.unwrap import compiled_or_unwrapped, unwrapped
 
-_CHECKPOINT = 16  # draws between two looks at the standard error: of fewer, it is no estimate
+_CHECKPOINT = 16  # samples between two checks of the standard error: fewer do not estimate it
 
 Method: TypeAlias = Literal["sample", "mean", "local", "moments", "linearised", "dropout"]
 
@@ -43,9 +43,9 @@ METHODS: dict[str, Callable[[nn.Module, Plan], Iterator[Run]]] = {
     "dropout": dropout_draws,
 }
 _WITHOUT_DRAWS = ("mean", "moments")
-_OF_ANY_NETWORK = ("mean", "dropout")  # which read no posterior
-_COMPILED = ("sample", "mean")  # which call a network as it is; the others take it apart
-_CHECKED = ("moments", "dropout")  # which check the outputs themselves
+_OF_ANY_NETWORK = ("mean", "dropout")  # need no posterior
+_COMPILED = ("sample", "mean")  # call the network as a whole; the others need its modules
+_CHECKED = ("moments", "dropout")  # check the outputs themselves
 
 
 def predict(
@@ -63,50 +63,50 @@ def predict(
     result_device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> Prediction:
-    """Return the posterior predictive distribution for some examples, with its uncertainty taken apart.
+    """Return the posterior predictive distribution for some examples, with its uncertainty decomposed.
 
-    Draws stream: memory does not grow with `num_samples`. The model runs in eval mode, and every
-    module's own mode is restored. The same arguments and generator state give the same numbers.
+    Samples are averaged as they come: memory does not grow with `num_samples`. The model runs in eval mode, and
+    every module's mode is restored. The same arguments and generator state give the same numbers.
 
     Args:
-        model: Model with Bayesian layers; for "mean" and "dropout" any network. Of `DataParallel`,
+        model: Model with Bayesian layers; for "mean" and "dropout" any network. For `DataParallel`,
             `DistributedDataParallel` and `AveragedModel` the network inside is called.
         x: Inputs, examples in dimension 0; or a DataLoader or another iterable of such batches, each
-            x or (x, ...). They are moved to the model's device. All batches see the same draws.
-        num_samples: Draws, >= 1; with a tolerance, the most of them.
-        tolerance: Standard error of the mean, > 0, below which a batch takes no more draws: that of
-            every probability, or of every real mean. It is looked at every 16 draws, and a warning
-            says where `num_samples` did not reach it. Looking again and again, the error of a rare
-            event that no draw has shown yet is not seen.
-        sample_chunk: Draws to run at once. "auto" takes as many as leave the largest output of a
-            layer in the cache, 32 at most. The results agree to rounding. Too many for the memory
-            are halved, with a warning.
+            x or (x, ...). They are moved to the model's device. All batches see the same samples.
+        num_samples: Posterior samples, >= 1; with a tolerance, their maximum.
+        tolerance: Standard error of the mean, > 0, below which a batch needs no more samples. It applies to
+            every probability, or to every real mean. The error is checked every 16 samples, and a warning
+            says if `num_samples` did not reach the tolerance. The check can stop too early: it does not see a
+            rare event that no sample has shown yet.
+        sample_chunk: Samples to run at once. "auto" takes as many as keep the largest layer output in the
+            cache, at most 32. The results agree to rounding. If memory does not suffice, the number is
+            halved, with a warning.
         batch_size: Examples per forward pass; None takes a tensor whole, and batches as they come.
-        method: How to average over the posterior; None takes the method that the model's card names, which is
+        method: How to average over the posterior. None takes the method that the model's card names, which is
             "linearised" after `laplace`, else "sample".
-            "sample" draws whole networks.
-            "mean" is one pass with the posterior means, whose epistemic part is 0.
+            "sample" samples whole networks.
+            "mean" runs once with the posterior means; epistemic uncertainty is then 0.
             "moments" propagates mean and variance in one pass, see `bayeslayers.prediction.moments`; the outputs'
-            Gaussian is then averaged over `num_samples` points that never change.
-            "local" draws the outputs of linear layers and convolutions example by example: exact for
-            layers on `(n, i)`, an approximation where positions share weights, and cheaper where
+            Gaussian is then averaged over `num_samples` fixed points.
+            "local" samples the outputs of linear layers and convolutions example by example. It is exact for
+            layers on `(n, i)`, an approximation where positions share weights, and faster where
             weights outnumber activations, see `bayeslayers.layers.perturbation`.
-            "linearised" draws outputs of the network linear in its weights (Immer et al. 2021).
-            "dropout" draws dropout masks at the posterior means, the baseline of Gal & Ghahramani 2016; see
+            "linearised" samples outputs of the network linearised in its weights (Immer et al. 2021).
+            "dropout" samples dropout masks at the posterior means, the baseline of Gal & Ghahramani 2016; see
             `bayeslayers.prediction.dropout`.
-        antithetic: Draw in pairs, mean + noise and mean - noise, of an even `num_samples`, for method
-            "sample". What is linear in the weights has no Monte-Carlo error then; the standard error
-            is that of pairs.
+        antithetic: Sample in pairs, mean + noise and mean - noise, with an even `num_samples`, for method
+            "sample". Functions that are linear in the weights then have no Monte-Carlo error; the standard
+            error is that of pairs.
         likelihood: Meaning of the outputs; None takes `model.likelihood`, else `Categorical()`.
-        generator: Source of the draws, on the model's device; torch's default one if None.
-        result_device: Where to put the results of each batch as it is done, as "cpu"; None leaves
+        generator: Source of the samples, on the model's device; torch's default one if None.
+        result_device: Device to which the results of each batch are moved, such as "cpu"; None leaves
             them on the model's device.
-        progress: Show a bar; None shows it for a DataLoader on a terminal.
+        progress: Show a progress bar; None shows it for a DataLoader on a terminal.
 
     Raises:
         ValueError: If inputs are empty or not finite, a number is out of its range, the method is
             unknown or does not fit the model or the other arguments, or no layer is Bayesian.
-        TypeError: If `x` holds something else than tensors, or the model returns something else than one tensor.
+        TypeError: If `x` yields anything but tensors, or the model returns anything but one tensor.
         FloatingPointError: If the prediction is not finite; it is a ValueError too.
 
     Example:
@@ -140,7 +140,7 @@ def predict(
         found = replace(found, standard_error=torch.full_like(found.standard_error, math.nan))
     if tolerance is not None and not (missed := float(found.standard_error.max())) < tolerance:
         warnings.warn(
-            f"tolerance {tolerance} is not reached by {num_samples} draws: the greatest standard error is "
+            f"tolerance {tolerance} is not reached by {num_samples} samples: the largest standard error is "
             f"{missed:.2g}. Raise num_samples.",
             stacklevel=2,
         )
@@ -166,7 +166,7 @@ def _plan(
     if tolerance is not None:
         positive("tolerance", tolerance)
         if method in _WITHOUT_DRAWS:
-            raise ValueError(f"tolerance must be None for method {method!r}, which draws nothing, got {tolerance}.")
+            raise ValueError(f"tolerance must be None for method {method!r}, which does not sample, got {tolerance}.")
     if antithetic and method != "sample":
         raise ValueError(
             f"antithetic must be False for method {method!r}, got True: only weights come in pairs. "
@@ -182,19 +182,19 @@ def _device(model: nn.Module, method: str) -> torch.device:
     sites = list(posterior(model))
     if not sites and method not in _OF_ANY_NETWORK:
         raise ValueError(
-            "model must have Bayesian layers, got none: every sample would be the same. method='mean' predicts by the "
-            "weights as they are; bl.to_bayesian converts a network."
+            "model must have Bayesian layers, got none: every sample would be the same. method='mean' predicts with "
+            "the weights as they are; bl.to_bayesian converts a network."
         )
     return sites[0].mean.device if sites else next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _seeded(device: torch.device) -> torch.Generator:
-    """Return a generator whose seed the default one draws."""
+    """Return a generator that is seeded from the default one."""
     return torch.Generator(device).manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
 
 
 def _stream(x: Iterable[Any], plan: Plan, progress: bool | None) -> Iterator[Tensor]:
-    """Yield the inputs of each batch, the generator back at the same state each time, for the same draws."""
+    """Yield the inputs of each batch; the generator is reset for each, so that all batches see the same samples."""
     if hasattr(x, "__array__"):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}. torch.as_tensor converts arrays.")
     assert plan.generator is not None
@@ -214,7 +214,7 @@ def _averages(
     tolerance: float | None,
     likelihood: Likelihood,
 ) -> list[Average]:
-    """Return the averages over draws of each batch; draw after draw goes to all that need more."""
+    """Return each batch's average over samples; each sample goes to all batches that need more."""
     averages = [Average(likelihood, 2 if plan.antithetic else 1) for _ in batches]
     unfinished = list(zip(averages, batches, strict=True))
     for run in method(model, plan):

@@ -1,4 +1,4 @@
-"""Every operation of torch that draws takes one generator, and is noted, whatever function or kernel it belongs to."""
+"""A scope in which every random operation of torch draws from one generator and is recorded."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _aten = torch.ops.aten
 
 
 class Randomness(TorchDispatchMode):
-    """A scope in which operations of this thread draw from one generator.
+    """A scope in which the operations of this thread draw from one generator.
 
-    Recurrent layers, attention and functional dropout come down to the same few operations, which torch
+    Recurrent layers, attention and functional dropout reduce to the same few operations, which torch
     itself marks as random.
 
     Args:
-        generator: Source of the draws; torch's default one if None.
-        note: Called for each draw, with the operation's name and how many numbers it drew.
+        generator: Source of the random numbers; torch's default one if None.
+        note: Called for each random operation, with its name and how many numbers it drew.
 
     Raises:
-        ValueError: In the scope, if an operation takes no generator and has no rule here.
+        ValueError: Inside the scope, if an operation takes no generator and has no rule here.
     """
 
     def __init__(self, generator: torch.Generator | None, note: Note | None = None):
@@ -54,11 +54,11 @@ class Randomness(TorchDispatchMode):
         if (variant := _with_generator(func)) is not None:
             return variant(**given | {"generator": given.get("generator") or generator})
         if func not in _RULES:
-            raise ValueError(f"method 'dropout' must have a rule for '{func}', which draws without a generator.")
+            raise ValueError(f"method 'dropout' must have a rule for '{func}', which takes no generator.")
         return _RULES[func](func, given, generator)
 
     def _generator(self, device: torch.device) -> torch.Generator:
-        """Return the generator; for a device that is not its own, another one that it has seeded."""
+        """Return the generator; for any other device, one that it has seeded."""
         assert self.generator is not None
         if device.type == self.generator.device.type:
             return self.generator
@@ -74,7 +74,7 @@ def _is_random(func: OpOverload) -> bool:
 
 @functools.cache
 def _with_generator(func: OpOverload) -> OpOverload | None:
-    """Return the operation, or that of the same arguments besides a generator, if there is one that takes it."""
+    """Return the overload of the operation that takes a generator besides the same arguments, or None."""
     wanted = {argument.name for argument in func._schema.arguments} | {"generator"}
     packet = func.overloadpacket
     for overload in (func, *(getattr(packet, name) for name in packet.overloads())):
@@ -91,7 +91,7 @@ def _arguments(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _is_off(given: dict[str, Any]) -> bool:
-    """Whether a call that can drop something does not."""
+    """Whether dropout is off in a call that supports it."""
     modes = given.get("train"), given.get("training")
     return False in modes or 0 in (given.get("dropout_p"), given.get("dropout"))
 
@@ -107,7 +107,7 @@ def _dropout(func: OpOverload, given: dict[str, Any], generator: torch.Generator
 
 
 def _cudnn_rnn(func: OpOverload, given: dict[str, Any], generator: torch.Generator) -> Any:
-    """Run cuDNN's recurrent layers with a state of its own generator that this one seeds."""
+    """Run cuDNN's recurrent layers with a dropout state that this generator seeds."""
     state = _aten._cudnn_init_dropout_state(
         given["dropout"], True, _seed(generator), dtype=torch.uint8, device=given["input"].device
     )
@@ -115,7 +115,7 @@ def _cudnn_rnn(func: OpOverload, given: dict[str, Any], generator: torch.Generat
 
 
 def _attention(func: OpOverload, given: dict[str, Any], generator: torch.Generator) -> tuple[Any, ...]:
-    """Return the output of an attention, fused or not, under a mask of weights that the generator drew."""
+    """Return the output of an attention, fused or not, with dropout of its weights by the generator."""
     query, key, value, p = given["query"], given["key"], given["value"], given["dropout_p"]
     if query.dim() > 3 and (groups := query.shape[-3] // key.shape[-3]) > 1:
         key, value = (part.repeat_interleave(groups, -3) for part in (key, value))
@@ -127,12 +127,12 @@ def _attention(func: OpOverload, given: dict[str, Any], generator: torch.Generat
         scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
     weights = _aten._safe_softmax(scores, -1)
     output = weights * torch.empty_like(weights).bernoulli_(1 - p, generator=generator) / (1 - p) @ value
-    # What a backward pass would need besides.
+    # The remaining outputs serve a backward pass.
     rest = (query.new_empty(0) if str(part.type) == "Tensor" else 0 for part in func._schema.returns[1:])
     return output, *rest
 
 
-_SEEDED = (_aten._cudnn_init_dropout_state.default,)  # by an argument
+_SEEDED = (_aten._cudnn_init_dropout_state.default,)  # take their seed as an argument
 _RULES: dict[OpOverload, Callable[[OpOverload, dict[str, Any], torch.Generator], Any]] = {
     _aten.native_dropout.default: _dropout,
     _aten._cudnn_rnn.default: _cudnn_rnn,

@@ -1,4 +1,4 @@
-"""What a posterior predicts: the predictive mean, its uncertainty taken apart, and what can be asked of them."""
+"""The result of `predict`: the predictive mean, its decomposed uncertainty, and what can be derived from them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _ROWS = 20  # of a printed table
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the posterior predicts for n examples; it prints as a table.
+    """The posterior predictive distribution of n examples; it prints as a table.
 
-    With p_s the predictive distribution under draw s of the weights, the uncertainties are, per
-    example, and per position of a dense output:
+    With p_s the predictive distribution under sample s of the weights, the uncertainties per
+    example, or per position of a dense output, are:
 
-        classes, yes or no   total = H(mean_s p_s)   aleatoric = mean_s H(p_s)
-        real targets         total = the sum         aleatoric = mean_s Var[p_s]   epistemic = Var_s E[p_s]
+        classification   total = H(mean_s p_s)   aleatoric = mean_s H(p_s)
+        regression       total = the sum         aleatoric = mean_s Var[p_s]   epistemic = Var_s E[p_s]
 
     In the first row epistemic is the difference, the mutual information of label and weights.
     Sources: Depeweg et al. 2018 (arXiv 1710.07283), Eq. 4, and Houlsby et al. 2011 (arXiv 1112.5745)
@@ -38,16 +38,16 @@ class Prediction:
     `bayeslayers.likelihoods` has its own definition in its docstring.
 
     Attributes:
-        mean: Posterior predictive mean: class probabilities `(n, c, *)`, the probability of yes
+        mean: Posterior predictive mean: class probabilities `(n, c, *)`, the probability of label 1
             `(n, *)`, or the mean of a real target.
         total: Total uncertainty: an entropy in nats `(n, *)`, or a variance.
-        aleatoric: The part that is noise in the data: more training data would not remove it.
-        epistemic: The part that is ignorance of the weights, `total - aleatoric`, >= 0.
-        standard_error: Monte-Carlo standard error of `mean`; NaN from a single draw, and where
-            nothing was drawn.
-        num_samples: Draws averaged, in the batch that took the most.
+        aleatoric: The uncertainty from noise in the data, which more training data would not remove.
+        epistemic: The uncertainty about the weights, `total - aleatoric`, >= 0.
+        standard_error: Monte-Carlo standard error of `mean`; NaN for a single sample, and for methods
+            that do not sample.
+        num_samples: Samples averaged, in the batch that took the most.
         likelihood: The likelihood that gives these numbers their meaning.
-        samples_per_batch: Draws averaged in each batch; under a tolerance they differ.
+        samples_per_batch: Samples averaged in each batch; they differ under a tolerance.
     """
 
     mean: Tensor
@@ -64,14 +64,14 @@ class Prediction:
 
     @property
     def probs(self) -> Tensor:
-        """Probabilities, `(n, c, *)` for classes, `(n, *)` for yes or no."""
+        """Probabilities, `(n, c, *)` for classes, `(n, *)` for binary labels."""
         if not self.likelihood.discrete:
             raise AttributeError("probs: a Gaussian prediction has a mean and variances, no probabilities.")
         return self.mean
 
     @property
     def labels(self) -> Tensor:
-        """The most probable class, or 1 where yes is more probable than no."""
+        """The most probable class; for binary labels 1 where its probability exceeds 0.5."""
         return (self.probs > 0.5).long() if isinstance(self.likelihood, Bernoulli) else self.probs.argmax(1)
 
     @property
@@ -90,12 +90,12 @@ class Prediction:
         return values, classes
 
     def credible_set(self, alpha: float = 0.05) -> Tensor:
-        """Return which classes, `(n, c, *)`, make the smallest set that holds the label with probability 1 - alpha.
+        """Return the smallest set of classes that contains the label with probability 1 - alpha, a mask `(n, c, *)`.
 
-        The probability is the model's own: a set that covers so many labels in fact takes calibration data.
+        The probability is the model's own; guaranteed coverage would need calibration data.
 
         Args:
-            alpha: Probability that may be left out, in [0, 1); 0 keeps every class that has any.
+            alpha: Probability that may be left out, in [0, 1); 0 keeps every class of non-zero probability.
         """
         probs, order = self._class_probs("credible_set").sort(dim=1, descending=True)
         before = probs.cumsum(1) - probs  # the probability of the more probable classes
@@ -103,52 +103,53 @@ class Prediction:
         return torch.zeros_like(kept).scatter(1, order, kept)
 
     def quantile(self, q: float | Sequence[float] | Tensor) -> Tensor:
-        """Return quantiles of a real target, of the Gaussian with the predictive mean and total variance.
+        """Return quantiles of a real target, under the Gaussian with the predictive mean and total variance.
 
-        The predictive distribution itself is a mixture of one Gaussian per draw; the prediction keeps
-        its first two moments, and this Gaussian has the same.
+        The predictive distribution is a mixture of one Gaussian per sample. The prediction keeps its first
+        two moments, which this Gaussian shares.
 
         Args:
-            q: Probability in (0, 1), or several of them, which then run along a new dimension 0.
+            q: Probability in (0, 1), or several of them; these become a new dimension 0.
         """
         if self.likelihood.discrete:
-            raise AttributeError(f"quantile: a {self.likelihood.name} prediction has probabilities, no quantiles.")
+            raise AttributeError(f"quantile: a {self.likelihood.name} prediction has probabilities, not quantiles.")
         levels = torch.as_tensor(q, dtype=torch.float64, device=self.mean.device)
         if levels.dim() > 1 or not ((levels > 0) & (levels < 1)).all():
-            raise ValueError(f"q must be in (0, 1), a number or a row of them, got {q}.")
+            raise ValueError(f"q must be in (0, 1), a number or a sequence of them, got {q}.")
         z = torch.special.ndtri(levels).to(self.mean.dtype)
         return self.mean + z.reshape(*levels.shape, *[1] * self.mean.dim()) * self.total.sqrt()
 
     def abstain(self, threshold: float | None = None, *, coverage: float | None = None) -> Tensor:
-        """Return where to give no answer, `(n, *)`: selective prediction by confidence, or by variance.
+        """Return where to abstain, a mask `(n, *)`: selective prediction by confidence, or by variance.
 
-        Source: Geifman & El-Yaniv 2017 (arXiv 1705.08500), whose selection function this is.
+        Source: the selection function of Geifman & El-Yaniv 2017 (arXiv 1705.08500).
 
         Args:
-            threshold: Confidence below which to abstain; of a real target, the total variance above which to.
-            coverage: Or the share of answers to give, in (0, 1]: the surest, earlier ones first among equals.
+            threshold: Abstain below this confidence; for a real target, above this total variance.
+            coverage: Or the share of predictions to keep, in (0, 1]. The least uncertain ones are kept; ties go to
+                the earlier ones.
 
         Raises:
-            ValueError: If not exactly one of the two is given, or it is out of its range.
+            ValueError: Unless exactly one of the two is given, within its range.
         """
         if (threshold is None) == (coverage is None):
             raise ValueError(f"give either threshold or coverage, got threshold={threshold}, coverage={coverage}.")
-        doubt = 1 - self.confidence if self.likelihood.discrete else self.total
+        uncertainty = 1 - self.confidence if self.likelihood.discrete else self.total
         if coverage is None:
             assert threshold is not None
-            return doubt > threshold if not self.likelihood.discrete else self.confidence < threshold
-        kept = round(fraction("coverage", coverage, one=True) * doubt.numel())
-        order = doubt.flatten().argsort(stable=True)
+            return uncertainty > threshold if not self.likelihood.discrete else self.confidence < threshold
+        kept = round(fraction("coverage", coverage, one=True) * uncertainty.numel())
+        order = uncertainty.flatten().argsort(stable=True)
         abstains = torch.ones_like(order, dtype=torch.bool)
         abstains[order[:kept]] = False
-        return abstains.view(doubt.shape)
+        return abstains.view(uncertainty.shape)
 
     def to(self, device: torch.device | str) -> Prediction:
         """Return the same prediction with its tensors on a device."""
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in _PARTS})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all figures as numbers and lists, ready for JSON: None stands for NaN."""
+        """Return all values as numbers and lists, ready for JSON: None stands for NaN."""
         named = {"labels": self.labels, "confidence": self.confidence} if self.likelihood.discrete else {}
         tensors = {name: getattr(self, name) for name in _PARTS} | named
         return {
@@ -159,9 +160,9 @@ class Prediction:
         }
 
     def to_pandas(self) -> DataFrame:
-        """Return a pandas table, a row per example, or per position of a dense output; needs pandas.
+        """Return a pandas table with a row per example, or per position of a dense output; needs pandas.
 
-        Classes have a column `prob_K` each. The index says the example, and the position if there are any.
+        Each class has a column `prob_K`. The index holds the example, and the position if there are several.
         """
         try:
             import pandas  # pyright: ignore[reportMissingImports]
@@ -184,27 +185,27 @@ class Prediction:
         return pandas.DataFrame({name: part.flatten().cpu().numpy() for name, part in table.items()}, index=index)
 
     def table(self, class_names: Sequence[str] | None = None) -> Table:
-        """Return a table for the terminal, of the first examples; positions of a dense output are averaged.
+        """Return a table of the first examples for the terminal; positions of a dense output are averaged.
 
         Args:
-            class_names: Names in the place of the classes' numbers.
+            class_names: Names to show instead of class numbers.
         """
         from rich.table import Table
 
         dense, classes = self.total.dim() > 1, self.likelihood.discrete
         shown = min(len(self), _ROWS)
-        caption = f"{self.likelihood.name}, {len(self):,} examples, {self.num_samples} draws."
+        caption = f"{self.likelihood.name}, {len(self):,} examples, {self.num_samples} samples."
         table = Table("example", caption=caption if shown == len(self) else f"{caption} The first {shown}.")
         names = ["confidence" if classes else "mean", *_PARTS[1:4]]
         for name in ([] if dense or not classes else ["label"]) + names:
             table.add_column(name, justify="right")
-        figures = {
+        values = {
             name: getattr(self, name)[:shown].flatten(1).mean(1) if dense else getattr(self, name) for name in names
         }
         for i in range(shown):
             label = [] if dense or not classes else [int(self.labels[i])]
             named = [class_names[k] if class_names else str(k) for k in label]
-            table.add_row(str(i), *named, *(f"{float(figures[name][i]):.4f}" for name in names))
+            table.add_row(str(i), *named, *(f"{float(values[name][i]):.4f}" for name in names))
         return table
 
     def __rich__(self) -> Table:
@@ -224,7 +225,7 @@ def joined(parts: Sequence[Prediction]) -> Prediction:
 
 
 def without_nan(value: Any) -> Any:
-    """Return a number, or nested lists of them, with None for NaN, which JSON has no word for."""
+    """Return a number, or nested lists of them, with None in place of NaN, which JSON does not have."""
     if isinstance(value, list):
         return [without_nan(item) for item in value]
-    return None if value != value else value  # NaN alone differs from itself
+    return None if value != value else value  # only NaN differs from itself

@@ -492,7 +492,7 @@ def test_it_prints_and_is_ready_for_json(capsys):
     x, y = logits_of("all right")
     found = bl.evaluate(Scaled(), (x, y), num_samples=3, ood={"far": -x}, progress=True)
     text = str(found)
-    assert "misclassification_auroc_entropy" in text and "categorical, 200 examples, 3 draws" in text
+    assert "misclassification_auroc_entropy" in text and "categorical, 200 examples, 3 samples" in text
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert plain["metrics"]["accuracy"] == 1.0 and plain["metrics"]["misclassification_auroc_entropy"] is None
     assert plain["metrics"]["far/auroc_entropy"] == found.metrics["far/auroc_entropy"]

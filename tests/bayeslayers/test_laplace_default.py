@@ -135,7 +135,7 @@ class Branching(nn.Module):
 
 def test_a_network_that_cannot_be_linearised_names_another_method():
     with pytest.raises(
-        ValueError, match=r"must differentiate the network .*Use method='sample', or .*last_layer"
+        ValueError, match=r"must be differentiable example by example .*Use method='sample', or .*last_layer"
     ) as caught:
         bl.predict(Branching(), torch.randn(3, 2), 4, method="linearised")
     assert "\n" not in str(caught.value)

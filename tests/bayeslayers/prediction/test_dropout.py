@@ -261,7 +261,7 @@ class NeedsTargets(Functional):
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (WithAuxiliary, r"must not change what the model returns, got tuple in place of \(2, 3\)"),
+        (WithAuxiliary, r"must not change what the model returns, got tuple instead of \(2, 3\)"),
         (WithStatistics, "must leave buffer 'mean' as it is"),
         (NeedsTargets, "there it failed: ValueError: targets must not be None in training mode"),
     ],
@@ -293,7 +293,7 @@ def test_dropout_that_is_always_off_stays_off():
         def drop(self, x):
             return F.dropout(x, 0.5, training=False)
 
-    with pytest.raises(ValueError, match="no draw would differ"):
+    with pytest.raises(ValueError, match="all samples would be equal"):
         bl.predict(Off(), inputs(N, 8), 4, method="dropout")
 
 

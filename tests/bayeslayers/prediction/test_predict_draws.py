@@ -91,7 +91,7 @@ def test_large_weights_have_the_values_of_the_sampler(layout):
 
 
 class Stubborn(nn.Module):
-    """Takes no draws at once: it looks at a value."""
+    """Fails on several samples at once, because it reads a value."""
 
     def forward(self, x):
         return x if float(x.sum()) < math.inf else -x
@@ -148,7 +148,7 @@ def test_a_chunk_that_does_not_fit_is_halved_and_says_so_once(monkeypatch, error
     expected = bl.predict(net, x, 41, generator=generator(), sample_chunk=1)
     vmap, sizes = failing_beyond(5, error)
     monkeypatch.setattr(draws, "vmap", vmap)
-    with pytest.warns(UserWarning, match="draws at once do not fit into memory: going on with") as caught:
+    with pytest.warns(UserWarning, match="samples at once do not fit into memory: continuing with") as caught:
         found = bl.predict(net, x, 41, generator=generator(), sample_chunk=chunk)
     assert len(caught) == 1
     assert_same(found, expected)
@@ -233,7 +233,7 @@ def test_a_tolerance_is_honoured_over_many_runs():
 
 
 def test_a_tolerance_that_is_not_reached_is_said():
-    with pytest.warns(UserWarning, match="tolerance 1e-06 is not reached by 20 draws: .* Raise num_samples"):
+    with pytest.warns(UserWarning, match="tolerance 1e-06 is not reached by 20 samples: .* Raise num_samples"):
         found = bl.predict(network(), inputs(3, 4), 20, tolerance=1e-6)
     assert found.samples_per_batch == (20,)
     with warnings.catch_warnings():

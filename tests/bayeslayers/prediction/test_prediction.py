@@ -186,7 +186,7 @@ def text_of(table):
 def test_a_prediction_prints_as_a_table():
     prediction = classes(3, 4)
     text = text_of(prediction)
-    assert "categorical, 3 examples, 7 draws." in text and f"{float(prediction.confidence[1]):.4f}" in text
+    assert "categorical, 3 examples, 7 samples." in text and f"{float(prediction.confidence[1]):.4f}" in text
     named = text_of(prediction.table(["ant", "bee", "cat", "dog"]))
     assert ["ant", "bee", "cat", "dog"][int(prediction.labels[0])] in named
     assert "The first 20." in text_of(classes(30, 4))
@@ -212,7 +212,7 @@ def test_parts_join_in_their_order():
         (lambda: classes(2, 3).top_k(4), ValueError, "k must be at most the number of classes, 3, got 4"),
         (lambda: classes(2, 3).top_k(0), ValueError, "k must be an integer >= 1, got 0"),
         (lambda: classes(2, 3).credible_set(1.0), ValueError, r"alpha must be in \[0, 1\), got 1.0"),
-        (lambda: real().quantile(1.0), ValueError, r"q must be in \(0, 1\), a number or a row of them, got 1.0"),
+        (lambda: real().quantile(1.0), ValueError, r"q must be in \(0, 1\), a number or a sequence of them, got 1.0"),
         (lambda: real().abstain(), ValueError, "either threshold or coverage, got threshold=None, coverage=None"),
         (lambda: real().abstain(0.1, coverage=0.5), ValueError, "either threshold or coverage, got threshold=0.1"),
         (lambda: real().abstain(coverage=0.0), ValueError, r"coverage must be in \(0, 1\], got 0.0"),
