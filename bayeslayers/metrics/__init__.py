@@ -1,8 +1,7 @@
-"""How good predictions are: likelihood, calibration, ranking by uncertainty, real targets.
+"""Metrics of predictions: likelihood, calibration, ranking by uncertainty, and regression.
 
-Running sums take one batch after the other, so that memory holds bins, or one number per example, and never
-all probabilities. torchmetrics, whose calibration error and AUROC keep every example, is the reference they are
-tested against; its confusion matrix is used.
+Running sums process one batch after the other, so that memory holds bins, or one number per example, but never
+all probabilities. The tests compare them with torchmetrics, whose calibration error and AUROC keep every example.
 """
 
 from bayeslayers.metrics.calibration import CalibrationBins, Reliability, adaptive_calibration_error

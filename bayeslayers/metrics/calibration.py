@@ -1,4 +1,4 @@
-"""Calibration: whether what is predicted with probability p happens in p of the cases."""
+"""Calibration: whether events predicted with probability p occur with frequency p."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Reliability:
     """A reliability diagram: confidence and accuracy in bins of the confidence.
 
     Attributes:
-        edges: Edges of the b bins, `(b + 1,)`; a bin holds its lower edge, the last one also 1.
-        confidence: Mean confidence in each bin, `(b,)`; NaN in an empty one.
-        accuracy: Share of right predictions in each bin, `(b,)`; NaN in an empty one.
+        edges: Edges of the b bins, `(b + 1,)`; a bin includes its lower edge, and the last one also 1.
+        confidence: Mean confidence in each bin, `(b,)`; NaN in an empty bin.
+        accuracy: Share of correct predictions in each bin, `(b,)`; NaN in an empty bin.
         count: Predictions in each bin, `(b,)`.
     """
 
@@ -28,10 +28,10 @@ class Reliability:
 
 
 class CalibrationBins:
-    """Running sums in equal bins of [0, 1], of one or several sets of probabilities.
+    """Running sums in equal bins of [0, 1], for one or several sets of probabilities.
 
     Args:
-        num_sets: Sets that are binned apart: one for the confidence, c for the probabilities of c classes.
+        num_sets: Sets that are binned separately: one for the confidence, c for the probabilities of c classes.
         num_bins: Bins of each.
 
     Attributes:
@@ -48,11 +48,11 @@ class CalibrationBins:
 
         Args:
             probs: Predicted probabilities, float64, `(m, num_sets)`.
-            hits: Whether what they predict happened, `(m, num_sets)`.
+            hits: Whether the predicted event occurred, `(m, num_sets)`.
         """
         _, num_sets, num_bins = self.sums.shape
         index = torch.bucketize(probs, self.edges.to(probs.device), right=True) - 1
-        # A probability of 1 belongs to the last bin. An average of draws can exceed it by rounding.
+        # A probability of 1 belongs to the last bin. An average over samples can exceed 1 by rounding.
         index = index.clamp_max(num_bins - 1) + num_bins * torch.arange(num_sets, device=probs.device)
         for total, values in zip(self.sums, (torch.ones_like(probs), probs, hits.to(probs.dtype)), strict=True):
             sums = probs.new_zeros(num_sets * num_bins).index_add_(0, index.flatten(), values.flatten())
@@ -76,17 +76,17 @@ class CalibrationBins:
 
 
 def adaptive_calibration_error(confidence: Tensor, correct: Tensor, num_bins: int = NUM_BINS) -> float:
-    """Return the calibration error of the confidence in bins that hold equally many examples.
+    """Return the calibration error of the confidence in bins with equal numbers of examples.
 
         sum over bins of count / n abs(accuracy - confidence)
 
-    The bins' sizes differ by at most one. Equal confidences may fall into two bins: each then counts with
-    the accuracy of all of them, so that the order of the examples does not matter.
-    Source: Nixon et al. 2019 (arXiv 1904.01685); here of the predicted class alone.
+    The bins' sizes differ by at most one. Equal confidences may fall into two bins; each example then counts
+    with the mean accuracy of its ties, so that the order of the examples does not matter.
+    Source: Nixon et al. 2019 (arXiv 1904.01685); here for the predicted class alone.
 
     Args:
         confidence: Probabilities of the predicted classes, `(n,)`.
-        correct: Whether they are right, `(n,)`.
+        correct: Whether they are correct, `(n,)`.
         num_bins: Bins.
     """
     levels, index, count = torch.unique(confidence.double(), return_inverse=True, return_counts=True)

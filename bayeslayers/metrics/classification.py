@@ -1,4 +1,4 @@
-"""Classes, or yes and no: accuracy, likelihood, calibration, and which errors the uncertainty gives away."""
+"""Multi-class and binary classification: accuracy, likelihood, calibration, and error detection by uncertainty."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from bayeslayers.prediction import Prediction
 
 SCORES = RANKED[True]
 RISKS = (0.01, 0.05, 0.1)
-_CHUNK = 2**21  # probabilities that are taken apart at once: 16 MB in float64, and some copies of them
+_CHUNK = 2**21  # probabilities that are processed at once: 16 MB in float64, and some copies of them
 
 
 def classification_metrics(prediction: Prediction, target: Tensor) -> dict[str, float]:
     """Return accuracy, negative log-likelihood (nats), Brier score and expected calibration error.
 
-    The calibration error takes the most probable class's confidence in 15 equal bins (Guo et al.
+    The calibration error bins the most probable class's confidence into 15 equal bins (Guo et al.
     2017, arXiv 1706.04599, Eq. 3).
 
     Args:
-        prediction: Prediction of classes `(n, c)`, or of one yes or no per example, `(n,)` or `(n, 1)`.
-        target: Class indices `(n,)`, or 0 and 1 in the shape of the probabilities of yes.
+        prediction: Prediction of classes `(n, c)`, or of one binary label per example, `(n,)` or `(n, 1)`.
+        target: Class indices `(n,)`, or 0 and 1 in the shape of the binary probabilities.
     """
     if not prediction.likelihood.discrete or prediction.labels.numel() != len(prediction):
         raise ValueError(
@@ -38,29 +38,29 @@ def classification_metrics(prediction: Prediction, target: Tensor) -> dict[str, 
 
 
 def class_probs(probs: Tensor, likelihood: Likelihood) -> Tensor:
-    """Return probabilities of classes `(n, c, *)`, float64; a probability of yes becomes those of no and yes."""
+    """Return class probabilities `(n, c, *)`, float64; a binary probability becomes those of labels 0 and 1."""
     if not isinstance(likelihood, Bernoulli):
         return probs.double()
-    # Yes is stored as 1 from half a step below it on (2^-25 in float32): no may be that probable, not impossible.
+    # A probability within half a step of 1 (2^-25 in float32) is stored as 1: label 0 is improbable, not impossible.
     half_step = torch.finfo(probs.dtype).eps / 4
     return torch.stack([(1 - probs.double()).clamp_min(half_step), probs.double()], 1)
 
 
 def log_probs(probs: Tensor) -> Tensor:
-    """Return their logarithms; a float32 softmax can underflow to 0, for which the smallest float32 stands."""
+    """Return logarithms of probabilities; where a float32 softmax underflows to 0, the smallest float32 replaces it."""
     return probs.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
 class ClassificationRecord:
-    """Running figures of predicted classes.
+    """Running metrics of predicted classes.
 
-    One label per example: scores are kept, one number per example, and ranked exactly. A label per position
-    (segmentation, or several yes or no): figures are means over positions, which are ranked in the bins of a
-    `ScoreHistogram`, and the scores of an example are means over its positions.
+    With one label per example, scores are kept as one number per example and ranked exactly. With one label per
+    position (segmentation, or several binary labels), metrics are means over positions, and positions are ranked in
+    the bins of a `ScoreHistogram`. The scores of an example are then means over its positions.
 
     Args:
-        like: A prediction of the kind that is to come.
-        ignore_index: Label of what is left out of every figure, or None.
+        like: A prediction of the same kind as those to be added.
+        ignore_index: Label that all metrics leave out, or None.
     """
 
     def __init__(self, like: Prediction, ignore_index: int | None = None):
@@ -68,9 +68,9 @@ class ClassificationRecord:
         self.dense = like.total[0].numel() > 1
         num_classes = 2 if isinstance(self.likelihood, Bernoulli) else like.mean.shape[1]
         self.num_examples = 0
-        self._sums = torch.zeros(4, dtype=torch.float64)  # elements, right ones, negative log-likelihood, Brier score
+        self._sums = torch.zeros(4, dtype=torch.float64)  # elements, correct ones, negative log-likelihood, Brier score
         self._top, self._each = CalibrationBins(), CalibrationBins(num_classes)
-        # By class, positions that are predicted and true, predicted, and true: a matrix of all pairs is never read.
+        # By class, positions that are predicted and true, predicted, and true; a full confusion matrix is not needed.
         self._positions = torch.zeros(3, num_classes if self.dense else 0, dtype=torch.int64)
         self._histograms = {name: ScoreHistogram() for name in SCORES}
         self._scores: list[dict[str, Tensor]] = []
@@ -79,8 +79,8 @@ class ClassificationRecord:
         """Add a batch.
 
         Raises:
-            TypeError: If `target` is no tensor.
-            ValueError: If it does not fit the prediction, or that is not finite.
+            TypeError: If `target` is not a tensor.
+            ValueError: If it does not fit the prediction, or the prediction is not finite.
         """
         scores = uncertainties(prediction)
         labels, counted = class_labels(prediction, target, self.ignore_index)
@@ -103,7 +103,7 @@ class ClassificationRecord:
         classes, labels = class_probs(probs, self.likelihood).movedim(1, -1)[counted], labels[counted]
         of_label = classes.gather(1, labels.unsqueeze(1))
         brier = classes.square().sum() - 2 * of_label.sum() + len(labels)
-        # Of yes or no the score is (p - y)^2, that of one class.
+        # The binary score is (p - y)^2, that of one class.
         brier = brier / 2 if isinstance(self.likelihood, Bernoulli) else brier
         self._sums[2:] += torch.stack([-log_probs(of_label).sum(), brier]).cpu()
         self._each.add(classes, F.one_hot(labels, classes.shape[1]))
@@ -121,18 +121,18 @@ class ClassificationRecord:
         self._scores.append({name: per_example(score) for name, score in scores.items()} | {"correct": share.cpu()})
 
     def scores(self) -> dict[str, Tensor]:
-        """Return the uncertainties of each example, and whether it is `correct`, or which share of its positions."""
+        """Return the uncertainties of each example, and whether it is `correct`, or the share of correct positions."""
         return {key: torch.cat([batch[key] for batch in self._scores]) for key in self._scores[0]}
 
     def levels(self) -> dict[str, Levels]:
-        """Return the levels of each uncertainty, errors as positives."""
+        """Return the levels of each uncertainty, with errors as positives."""
         if self.dense:
             return {name: histogram.levels() for name, histogram in self._histograms.items()}
         scores = self.scores()
         return {name: Levels.of(as_uncertainty(name, scores[name]), ~scores["correct"]) for name in SCORES}
 
     def fit(self) -> dict[str, float]:
-        """Return the figures that do not rank: accuracy, likelihood, Brier score and calibration.
+        """Return the metrics without ranking: accuracy, likelihood, Brier score and calibration.
 
         Raises:
             ValueError: If no element has a label.
@@ -149,19 +149,19 @@ class ClassificationRecord:
         }
 
     def metrics(self) -> dict[str, float]:
-        """Return all figures; see `bayeslayers.evaluate`."""
-        figures, levels = self.fit(), self.levels()
+        """Return all metrics; see `bayeslayers.evaluate`."""
+        metrics, levels = self.fit(), self.levels()
         if self.dense:
-            figures["miou"] = float(self.class_iou().nanmean())
+            metrics["miou"] = float(self.class_iou().nanmean())
         else:
             scores = self.scores()
-            figures["adaptive_ece"] = adaptive_calibration_error(scores["confidence"], scores["correct"])
+            metrics["adaptive_ece"] = adaptive_calibration_error(scores["confidence"], scores["correct"])
         for name, level in levels.items():
-            figures[f"misclassification_auroc_{name}"] = level.auroc()
-            figures[f"misclassification_fpr95_{name}"] = level.false_positive_rate()
+            metrics[f"misclassification_auroc_{name}"] = level.auroc()
+            metrics[f"misclassification_fpr95_{name}"] = level.false_positive_rate()
         curve = levels["confidence"].risk_coverage()
-        figures["aurc"] = levels["confidence"].aurc()
-        return figures | {f"coverage_at_risk_{risk}": curve.coverage_at(risk) for risk in RISKS}
+        metrics["aurc"] = levels["confidence"].aurc()
+        return metrics | {f"coverage_at_risk_{risk}": curve.coverage_at(risk) for risk in RISKS}
 
     def reliability(self) -> Reliability:
         """Return the reliability diagram of the confidence."""
@@ -172,6 +172,6 @@ class ClassificationRecord:
         return self.levels()["confidence"].risk_coverage()
 
     def class_iou(self) -> Tensor:
-        """Return intersection over union of each class's predicted and true positions, `(c,)`; NaN if it has none."""
+        """Return the intersection over union of each class's predicted and true positions, `(c,)`; NaN without any."""
         both, predicted, true = self._positions
         return both / (predicted + true - both)

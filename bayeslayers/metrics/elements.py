@@ -1,6 +1,6 @@
-"""Predictions beside their targets, checked, and uncertainties per example.
+"""Predictions checked against their targets, and uncertainties per example.
 
-An element is what has a target of its own: an example, or a position of an example's dense prediction.
+An element has one target: it is an example, or one position of an example's dense prediction.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ RANKED = {True: ("confidence", "entropy", "epistemic"), False: ("variance", "epi
 
 
 def check_finite(prediction: Prediction) -> None:
-    """Refuse a prediction with values that are NaN or infinite."""
+    """Raise if a prediction has NaN or infinite values."""
     if bad := sum(int((~part.isfinite()).sum()) for part in (prediction.mean, prediction.total)):
         raise ValueError(
             f"prediction must be finite, got {bad} NaN or infinite values of mean and uncertainty. "
@@ -26,7 +26,7 @@ def check_finite(prediction: Prediction) -> None:
 def uncertainties(prediction: Prediction) -> dict[str, Tensor]:
     """Return the uncertainties of each element, `(n, *)`.
 
-    Classes have confidence and entropy, real targets variance; both have epistemic and aleatoric.
+    Classification has confidence and entropy, regression has variance; both have epistemic and aleatoric.
 
     Raises:
         ValueError: If the prediction is not finite.
@@ -44,16 +44,16 @@ def per_example(values: Tensor) -> Tensor:
 
 
 def as_uncertainty(name: str, score: Tensor) -> Tensor:
-    """Return a score that is high where a prediction is uncertain: 1 - confidence, and the others as they are."""
+    """Return a score that is high where a prediction is uncertain: 1 - confidence, or any other score unchanged."""
     return 1 - score.double() if name == "confidence" else score
 
 
 def class_labels(prediction: Prediction, target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """Return the labels, 0 where they are ignored, and which are not, `(n, *)`.
+    """Return the labels, with 0 for ignored ones, and a mask of those that count, `(n, *)`.
 
     Raises:
-        TypeError: If `target` is no tensor.
-        ValueError: If its shape is not that of the predicted labels, or it holds what is no class.
+        TypeError: If `target` is not a tensor.
+        ValueError: If its shape is not that of the predicted labels, or a value is not a class.
     """
     target = _like(target, prediction.labels)
     num_classes = 2 if isinstance(prediction.likelihood, Bernoulli) else prediction.mean.shape[1]
@@ -61,7 +61,7 @@ def class_labels(prediction: Prediction, target: Tensor, ignore_index: int | Non
     labels = torch.where(counted, target, 0).long()
     bad = counted & ((labels != target) | (labels < 0) | (labels >= num_classes))
     if bad.any():
-        hint = "" if ignore_index is not None else " Give ignore_index if it marks what has no label."
+        hint = "" if ignore_index is not None else " Pass it as ignore_index if it marks elements without a label."
         raise ValueError(
             f"target must hold classes from 0 to {num_classes - 1}, got {target[bad][0].item()} among them.{hint}"
         )
@@ -72,7 +72,7 @@ def residuals(prediction: Prediction, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return target minus mean, and the predictive variance, float64 `(n, *)`.
 
     Raises:
-        TypeError: If `target` is no tensor.
+        TypeError: If `target` is not a tensor.
         ValueError: If its shape is not that of the mean, it is not finite, or a variance is not > 0.
     """
     target = _like(target, prediction.mean)
@@ -80,7 +80,7 @@ def residuals(prediction: Prediction, target: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"target must be finite, got {int((~target.isfinite()).sum())} NaN or infinite values.")
     variance = prediction.total.double()
     if not (variance > 0).all():
-        raise ValueError(f"predictive variance must be > 0, got {variance.min().item()}. A density needs one.")
+        raise ValueError(f"predictive variance must be > 0, got {variance.min().item()}: the density is undefined.")
     return target.double() - prediction.mean.double(), variance
 
 

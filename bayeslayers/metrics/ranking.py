@@ -1,4 +1,4 @@
-"""Ranking by a score: whether it tells two kinds apart, and how few errors are left among the most certain."""
+"""Ranking by a score: how well it separates two kinds of examples, and how many errors confident predictions have."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RiskCoverage:
-    """How many of the predictions that are kept are wrong, at each threshold of the uncertainty.
+    """The error rate of the predictions that are kept, at each threshold of the uncertainty.
 
     Source: Geifman & El-Yaniv 2017 (arXiv 1705.08500).
 
     Attributes:
         coverage: Share of the examples that are kept, ascending to 1, `(k,)`. Equal scores are kept together.
-        risk: Share of the kept ones that is wrong, `(k,)`.
+        risk: Error rate among the kept examples, `(k,)`.
     """
 
     coverage: Tensor
@@ -32,11 +32,11 @@ class RiskCoverage:
 class Levels:
     """Examples of two kinds, counted at every level of a score, in ascending order.
 
-    Whatever depends on their order alone is a function of these counts, with ties as ties.
+    Every metric that depends only on the order of the scores is a function of these counts; ties stay ties.
 
     Attributes:
-        negatives: Known or right examples at each level, float64, `(k,)`.
-        positives: Strange or wrong ones, which should score higher, float64, `(k,)`.
+        negatives: In-distribution or correctly predicted examples at each level, float64, `(k,)`.
+        positives: Out-of-distribution or wrongly predicted ones, which should score higher, float64, `(k,)`.
     """
 
     negatives: Tensor
@@ -56,13 +56,13 @@ class Levels:
 
     @property
     def one_kind(self) -> bool:
-        """Whether negatives or positives are absent, so that there is nothing to tell apart."""
+        """Whether negatives or positives are absent, so that there is nothing to separate."""
         return not (self.negatives.any() and self.positives.any())
 
     def auroc(self) -> float:
         """Return the probability that a positive scores higher than a negative; NaN without one of them.
 
-        A tie counts one half: the Mann-Whitney statistic, the area under the ROC curve by trapezoids.
+        A tie counts one half, so this is the Mann-Whitney statistic and the trapezoidal area under the ROC curve.
         """
         if self.one_kind:
             return math.nan
@@ -70,11 +70,11 @@ class Levels:
         return float((self.positives * below).sum() / (self.positives.sum() * self.negatives.sum()))
 
     def false_positive_rate(self, recall: float = 0.95) -> float:
-        """Return the share of negatives that score as high as the threshold; NaN without one of the kinds.
+        """Return the share of negatives that reach the threshold; NaN without one of the kinds.
 
-        The threshold is the highest score that at least `recall` of the positives reach. At 0.95 it is
-        the FPR95 of Hendrycks et al. 2019 (arXiv 1812.04606), whose positives are the strangers. (Liang et al.
-        2018, arXiv 1706.02690, find 95 % of the known examples instead: another number.)
+        The threshold is the highest score that at least `recall` of the positives reach. At 0.95 it is the
+        FPR95 of Hendrycks et al. 2019 (arXiv 1812.04606), whose positives are the out-of-distribution examples.
+        (Liang et al. 2018, arXiv 1706.02690, fix 95 % of the in-distribution examples instead: another number.)
         """
         if self.one_kind:
             return math.nan
@@ -84,15 +84,15 @@ class Levels:
         return float(flagged[torch.searchsorted(found, recall)])
 
     def risk_coverage(self) -> RiskCoverage:
-        """Return the share of positives among the lowest scores, at each level."""
+        """Return the curve of the share of positives among the lowest scores."""
         kept = (self.negatives + self.positives).cumsum(0)
         return RiskCoverage(kept / kept[-1], self.positives.cumsum(0) / kept)
 
     def aurc(self) -> float:
         r"""Return the area under the risk-coverage curve, the mean over i of the risk of the i lowest scores.
 
-        Ties come in random order, in expectation: the j-th of m ties with g positives among them, after
-        n others with w positives, has the risk (w + j g / m) / (n + j), whose sum over j is
+        Ties are averaged over their random order: the j-th of m ties with g positives among them, after
+        n others with w positives, has the expected risk (w + j g / m) / (n + j), whose sum over j is
 
             g + (w - n g / m) (digamma(n + m + 1) - digamma(n + 1)).
 
@@ -109,9 +109,9 @@ class Levels:
 class ScoreHistogram:
     """Running counts of two kinds in 4096 bins of a score from 0 to 32.
 
-    A bin holds the scores that agree in exponent and the first 7 bits of the fraction: it is at most 1/128 as
-    wide as its scores are large, and scores below 2^-27 share the first. What follows from the `levels` is
-    exact for scores that were rounded so.
+    A bin holds the scores that agree in exponent and the first 7 bits of the fraction. Its relative width is at
+    most 1/128, and scores below 2^-27 share the first bin. Metrics of the `levels` are exact for scores rounded
+    in this way.
     """
 
     NUM_BINS, BITS = 4096, 7
@@ -122,7 +122,7 @@ class ScoreHistogram:
 
     def add(self, score: Tensor, positive: Tensor) -> None:
         """Add scores >= 0 and whether each is a positive, `(m,)`."""
-        # The bits of floats >= 0 are ordered as their values.
+        # The bit patterns of floats >= 0 have the order of their values.
         index = (score.float().view(torch.int32) >> 23 - self.BITS) - self._LOWEST
         index = index.clamp(0, self.NUM_BINS - 1) + self.NUM_BINS * positive
         self._counts += torch.bincount(index, minlength=2 * self.NUM_BINS).view(2, -1).cpu()
@@ -132,25 +132,25 @@ class ScoreHistogram:
         return Levels(*self._counts[:, self._counts.any(0)].double())
 
 
-def ood_auroc(known: Tensor, strange: Tensor) -> float:
-    """Return the probability that an out-of-distribution example scores higher than a known one.
+def ood_auroc(known: Tensor, ood: Tensor) -> float:
+    """Return the probability that an out-of-distribution example scores higher than an in-distribution one.
 
     Args:
         known: Uncertainty scores of in-distribution examples, `(n,)`.
-        strange: Uncertainty scores of out-of-distribution examples, `(m,)`.
+        ood: Uncertainty scores of out-of-distribution examples, `(m,)`.
 
     Raises:
         ValueError: If one of them is empty or holds scores that are not finite.
     """
-    return two_sets(known, strange).auroc()
+    return two_sets(known, ood).auroc()
 
 
-def two_sets(known: Tensor, strange: Tensor) -> Levels:
-    """Return the levels of the scores of known examples and strangers; see `ood_auroc`."""
-    scores = torch.cat([known, strange]).double()
-    if 0 in (len(known), len(strange)) or not scores.isfinite().all():
+def two_sets(known: Tensor, ood: Tensor) -> Levels:
+    """Return the levels of the scores of in-distribution and out-of-distribution examples; see `ood_auroc`."""
+    scores = torch.cat([known, ood]).double()
+    if 0 in (len(known), len(ood)) or not scores.isfinite().all():
         raise ValueError(
-            f"known and strange must hold finite scores, got {len(known)} and {len(strange)} scores, "
+            f"known and ood must hold finite scores, got {len(known)} and {len(ood)} scores, "
             f"{int((~scores.isfinite()).sum())} of them NaN or infinite."
         )
     return Levels.of(scores, torch.arange(len(scores), device=scores.device) >= len(known))

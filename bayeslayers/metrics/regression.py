@@ -1,4 +1,4 @@
-"""Real targets: error, likelihood and sharpness of a Gaussian prediction."""
+"""Regression: error, likelihood and interval coverage of a Gaussian prediction."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def gaussian_crps(residual: Tensor, variance: Tensor) -> Tensor:
 
 
 class RegressionRecord:
-    """Running figures of real targets under N(mean, total), the Gaussian of the predictive mean and variance.
+    """Running metrics of real targets under N(mean, total), the Gaussian of the predictive mean and variance.
 
-    The predictive distribution is a mixture over draws; of it, `Prediction` keeps these two moments.
+    The predictive distribution is a mixture over posterior samples; `Prediction` keeps its first two moments.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class RegressionRecord:
         """Add a batch.
 
         Raises:
-            TypeError: If the target holds no real numbers.
+            TypeError: If the target is not a tensor.
             ValueError: If its shape or values do not fit, or a variance is not > 0.
         """
         scores = {name: per_example(score) for name, score in uncertainties(prediction).items()}
@@ -63,11 +63,11 @@ class RegressionRecord:
         self._scores.append({"residual": size.float().cpu()} | scores)
 
     def scores(self) -> dict[str, Tensor]:
-        """Return residual (root mean square where an example has several), and variances, per example."""
+        """Return the residual (root mean square if an example has several) and the variances, per example."""
         return {key: torch.cat([batch[key] for batch in self._scores]) for key in self._scores[0]}
 
     def metrics(self) -> dict[str, float]:
-        """Return the figures; the likelihood of an example is that of all its elements, as in `Gaussian.loss`."""
+        """Return the metrics; the likelihood of an example is that of all its elements, as in `Gaussian.loss`."""
         squares, nll, crps, *inside = self._sums.tolist()
         return {
             "rmse": math.sqrt(squares / self._count),

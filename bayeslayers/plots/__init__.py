@@ -1,7 +1,7 @@
-"""Pictures of posteriors, predictions and training, in colours that colour-blind readers tell apart.
+"""Plots of posteriors, predictions and training, in colours that colour-blind readers can distinguish.
 
-Each function returns a figure that belongs to nobody else, so no `pyplot` state is touched, and writes it where
-a path is given: PNG, SVG or PDF by its ending, whole or not at all.
+Each function returns a new figure without touching `pyplot` state. If a path is given, it also writes the figure
+atomically, as PNG, SVG or PDF according to the suffix.
 """
 
 from bayeslayers.plots.functions import decision_boundary, regression_bands

@@ -1,4 +1,4 @@
-"""What all pictures share: colours, a figure of its own, a legend that covers nothing, and a file written whole."""
+"""What all plots share: colours, a new figure, a legend that covers nothing, and a file that is written atomically."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK, YELLOW, GREY = "#CC79A7", "#56B4E9", "#000000", "#F0E442", "#999999"
 COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, YELLOW)
-# Each of these is as far as can be in CIELAB from those before, seen with all cones and without the red or green ones
-# (Machado et al. 2009): 20 steps at least.
+# Each of these is as far as possible in CIELAB from those before it, with normal vision and without red or green cones
+# (Machado et al. 2009): the distance is at least 20.
 _MORE = """#0000FF #000066 #99FF99 #333300 #6666FF #663366 #000033 #666633 #6699FF #333333 #000099 #FF3366""".split()
 LINES = ("-", "--", ":", "-.")
-UNCERTAINTY = "cividis"  # a colour map of even lightness, which the colour-blind see as others do
+UNCERTAINTY = "cividis"  # perceptually uniform, and almost the same with colour blindness
 
 
 def palette(count: int) -> list[str]:
-    """Return colours to tell `count` classes apart, beyond 20 of them as many hues of a rainbow."""
+    """Return distinguishable colours for `count` classes; more than 20 get the hues of a rainbow."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -41,7 +41,7 @@ def palette(count: int) -> list[str]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure, in inches, whose parts make room for each other."""
+    """Return an empty figure of a size in inches, with constrained layout."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -66,7 +66,7 @@ def rendered(figure: Figure, kind: str = "png", dpi: int = 110) -> bytes:
 
 
 def label(axis: Axes, title: str, x: str, y: str) -> None:
-    """Name the panel and its axes, and free it of the box."""
+    """Set a panel's title and axis labels, and remove the upper and right spines."""
     axis.set_title(title, fontsize=11)
     axis.set_xlabel(x)
     axis.set_ylabel(y)
@@ -74,14 +74,14 @@ def label(axis: Axes, title: str, x: str, y: str) -> None:
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], title: str | None = None) -> None:
-    """Put one legend under all panels, in as many columns as the figure has room for."""
+    """Put one legend below all panels, in as many columns as fit the figure."""
     widest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, min(len(handles), int(figure.get_figwidth() / (0.085 * widest + 0.65))))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False, title=title)
 
 
 def short(name: str, width: int = 28) -> str:
-    """Return a name as a legend shows it: cut in the middle to its room, with no formula begun by a dollar sign."""
+    """Return a name for a legend: shortened in the middle to `width`, with dollar signs escaped."""
     line = " ".join(printable(name).split())
     if len(line) > width:
         line = f"{line[: width // 2]}…{line[len(line) - (width - 1) // 2 :]}"

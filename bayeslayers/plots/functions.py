@@ -1,4 +1,4 @@
-"""What a network makes of one or two inputs, everywhere between and around the data."""
+"""Predictions of a network with one or two inputs, over a grid around the data."""
 
 from __future__ import annotations
 
@@ -58,28 +58,28 @@ def decision_boundary(
     generator: torch.Generator | None = None,
     path: str | Path | None = None,
 ) -> Figure:
-    """Draw where a classifier of two inputs decides, and beside it the entropy of what it predicts.
+    """Plot the decision boundary of a classifier of two inputs, and the entropy of its predictions.
 
-    The boundary of the posterior predictive is red, that of single draws of the weights light red, and that of
-    a deterministic baseline blue, whose entropy has a panel of its own.
+    The boundary of the posterior predictive is red, those of single posterior samples are light red, and that of
+    a deterministic baseline is blue. The baseline's entropy has its own panel.
 
     Args:
-        model: Model with Bayesian layers, from `(n, 2)` to logits `(n, c)`, or of yes `(n,)` or `(n, 1)`.
-        x: Examples `(n, 2)`, whose surroundings are drawn.
+        model: Model with Bayesian layers, from `(n, 2)` to logits `(n, c)`, or binary logits `(n,)` or `(n, 1)`.
+        x: Examples `(n, 2)`; the plot covers their surroundings.
         y: Their classes, `(n,)`.
-        draws: Boundaries of single draws.
-        baseline: An ordinary network of the same shapes.
+        draws: Number of single posterior samples whose boundaries are plotted.
+        baseline: An ordinary network with the same input and output shapes.
         likelihood: Meaning of the outputs, as for `predict`.
-        num_samples: Draws that are averaged.
+        num_samples: Posterior samples that are averaged.
         class_names: Names of the classes; their numbers if None.
         names: Names of the model and of the baseline.
         title: Title over all panels, or None.
-        grid: Points along each side at which the networks are asked.
-        generator: Source of the draws.
+        grid: Points along each side at which the networks are evaluated.
+        generator: Source of the samples.
         path: File to write, or None.
 
     Raises:
-        ValueError: If the inputs are not two, or a class lacks a name.
+        ValueError: If there are not two inputs, or a class lacks a name.
     """
     at_least_one("draws", draws)
     at_least_one("grid", grid)
@@ -103,13 +103,13 @@ def decision_boundary(
     for axis, (name, probs, entropy, style) in zip(maps, shown, strict=True):
         plane.draw_map(axis, entropy, math.log(max(2, probs[0].numel())))
         _scatter(axis, x, y, classes, size=9)
-        label(axis, f"Entropy, {short(name)}" if baseline is not None else "Entropy of the prediction", "input 1", "")
+        label(axis, f"Entropy, {short(name)}" if baseline is not None else "Predictive entropy", "input 1", "")
         plane.draw_boundary(decisions, probs, style)
         plane.draw_boundary(axis, probs, style)
     figure.colorbar(maps[0].images[0], ax=maps, label="entropy (nats)")
     handles = _scatter(decisions, x, y, classes, size=26)
     lines = [(name, style) for name, _, _, style in shown]
-    lines.insert(1, (f"{draws} samples of the weights", {**_STYLE_OF_A_SAMPLE, "alpha": 0.4}))
+    lines.insert(1, (f"{draws} posterior samples", {**_STYLE_OF_A_SAMPLE, "alpha": 0.4}))
     label(decisions, "Decision boundary", "input 1", "input 2")
     legend_below(figure, handles + [_line(name, style) for name, style in lines])
     return finish(figure, path)
@@ -123,7 +123,7 @@ _STYLE_OF_A_SAMPLE: dict[str, Any] = {"colors": RED, "linewidths": 0.8, "alpha":
 
 
 def _class_names(x: Tensor, y: Tensor, class_names: Sequence[str] | None) -> list[str]:
-    """Return a name for each class of examples of two inputs, having checked them."""
+    """Check examples of two inputs, and return a name for each class."""
     if x.dim() != 2 or x.shape[1] != 2 or len(x) != len(y) or len(x) == 0:
         raise ValueError(f"x must hold two inputs for each of the {len(y)} classes in y, got shape {tuple(x.shape)}.")
     names = [str(k) for k in range(int(y.max()) + 1)] if class_names is None else list(class_names)
@@ -133,7 +133,7 @@ def _class_names(x: Tensor, y: Tensor, class_names: Sequence[str] | None) -> lis
 
 
 def _line(name: str, style: Mapping[str, Any]) -> Any:
-    """Return the legend's handle of a boundary, from the style of its contour."""
+    """Return the legend handle of a boundary, from the style of its contour."""
     from matplotlib.lines import Line2D
 
     line = {"color": style["colors"], "linewidth": style["linewidths"], "linestyle": style.get("linestyles", "-")}
@@ -141,7 +141,7 @@ def _line(name: str, style: Mapping[str, Any]) -> Any:
 
 
 class _Plane(NamedTuple):
-    """The square of inputs that is drawn.
+    """The rectangle of inputs that is plotted.
 
     Attributes:
         sides: Coordinates along each axis, `(grid,)` each.
@@ -153,18 +153,18 @@ class _Plane(NamedTuple):
 
     @classmethod
     def around(cls, x: Tensor, grid: int) -> _Plane:
-        """Return the square around examples `(n, 2)`."""
+        """Return the rectangle around examples `(n, 2)`."""
         sides = [torch.linspace(*_around(x[:, axis]), grid) for axis in (0, 1)]
         return cls(sides, torch.cartesian_prod(*sides).to(x.dtype))
 
     def draw_boundary(self, axis: Axes, probs: Tensor, style: Mapping[str, Any]) -> None:
-        """Draw where the most probable class changes, from probabilities at the points."""
+        """Plot the lines where the most probable class changes, from probabilities at the points."""
         for margin in _margins(probs):
             if margin.min() < 0 < margin.max():
                 axis.contour(*map(array, self.sides), array(self._as_image(margin)), levels=[0], **style)
 
     def draw_map(self, axis: Axes, entropy: Tensor, greatest: float) -> None:
-        """Draw the entropy `(grid * grid,)`, in nats, as colours from 0 to its greatest value."""
+        """Plot the entropy `(grid * grid,)`, in nats, as colours from 0 to its maximum."""
         ends = [float(side[end]) for side in self.sides for end in (0, -1)]
         axis.imshow(
             array(self._as_image(entropy)),
@@ -188,19 +188,20 @@ def regression_bands(
     y_train: Tensor | None = None,
     path: str | Path | None = None,
 ) -> Figure:
-    """Draw a regression over one input: its mean, and two standard deviations of each uncertainty on either side.
+    """Plot a regression over one input: its mean, and two standard deviations of each uncertainty on either side.
 
-    The inner band is epistemic; the outer one is total, aleatoric variance added; dotted lines are aleatoric alone.
+    The inner band is epistemic uncertainty. The outer band is total uncertainty, which adds the aleatoric variance.
+    Dotted lines show aleatoric uncertainty alone.
 
     Args:
         x: Inputs `(n,)` or `(n, 1)`, in any order.
         prediction: Prediction of a Gaussian likelihood for them, of one output.
-        x_train: Inputs of examples to show, or None.
+        x_train: Inputs of training examples to show, or None.
         y_train: Their targets.
         path: File to write, or None.
 
     Raises:
-        ValueError: If the prediction is of classes, or of several outputs.
+        ValueError: If the prediction is one of classes, or of several outputs.
     """
     if prediction.likelihood.discrete or prediction.mean.numel() != x.numel() or x.numel() != len(x):
         raise ValueError(
@@ -242,7 +243,7 @@ def _around(values: Tensor) -> tuple[float, float]:
 
 
 def _one_pass(model: nn.Module, points: Tensor, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
-    """Return probabilities and their entropy, of one pass with the weights as they are."""
+    """Return probabilities and their entropy from one pass with the current weights."""
     network, parameter = TensorNetwork(unwrapped(model)), next(model.parameters(), points)
     with torch.no_grad(), evaluation_mode(model):
         passes = [likelihood.per_draw(network(part.to(parameter.device))) for part in points.split(_CHUNK)]
@@ -260,7 +261,7 @@ def _margins(probs: Tensor) -> list[Tensor]:
 
 
 def _scatter(axis: Axes, x: Tensor, y: Tensor, names: Sequence[str], size: float) -> list[Any]:
-    """Draw the examples, and return what the legend shows of each class."""
+    """Plot the examples, and return the legend handles of the classes."""
     points = array(x)
     return [
         axis.scatter(

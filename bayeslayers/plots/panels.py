@@ -1,4 +1,4 @@
-"""Images beside what is predicted of them."""
+"""Images beside their predictions."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_BARS = 12  # classes that have room under an image
+_BARS = 12  # classes that fit below an image
 _VOID = "#E5E5E5"
 
 
 def predictive_panels(
     rows: Sequence[tuple[str, Tensor, Prediction]], class_names: Sequence[str], path: str | Path | None = None
 ) -> Figure:
-    """Draw images, one row a group, each over the predictive distribution of its classes.
+    """Plot images, one row per group, each above the predictive distribution of its classes.
 
-    The bar of the predicted class is blue, or orange where total uncertainty is above a quarter
-    of its greatest value, log(number of classes). Of many classes the 12 most probable ones are shown.
+    The bar of the predicted class is blue, or orange where total uncertainty exceeds a quarter
+    of its maximum, log(number of classes). Only the 12 most probable classes are shown.
 
     Args:
-        rows: Per group its title, images `(n, c, h, w)` in [0, 1], and their prediction.
+        rows: For each group its title, images `(n, c, h, w)` in [0, 1], and their prediction.
         class_names: Names of the classes, under the bars.
         path: File to write, or None.
 
@@ -40,7 +40,7 @@ def predictive_panels(
     """
     columns = max(len(images) for _, images, _ in rows)
     names = [short(name, 12) for name in class_names]
-    tall = max(map(len, names)) > 2  # then names stand upright
+    tall = max(map(len, names)) > 2  # long names are rotated
     figure = new_figure(1.45 * columns + 0.4, (2.75 + 0.5 * tall) * len(rows) + 0.3)
     groups = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     threshold = math.log(len(names)) / 4
@@ -66,7 +66,7 @@ def predictive_panels(
             bars.tick_params(labelsize=6, length=0)
             bars.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(
-        f"Bars: predictive distribution. Orange: uncertain, entropy above {threshold:.2f} nats. Blue: certain.",
+        f"Bars: predictive distribution. Orange: uncertain, entropy above {threshold:.2f} nats. Blue: confident.",
         fontsize=9,
     )
     return finish(figure, path)
@@ -82,18 +82,19 @@ def segmentation_panels(
     ignore_index: int | None = None,
     path: str | Path | None = None,
 ) -> Figure:
-    """Draw one row an image: the image, its labels, the predicted ones, and where the prediction is uncertain.
+    """Plot one row per image: the image, its labels, the predicted labels, and the uncertainty.
 
-    Entropy is shown from 0 to its greatest value, log(number of classes); the mutual information of label and
-    weights, which is mostly far smaller, from 0 to the greatest that occurs. The legend has the classes that occur.
+    The entropy scale goes from 0 to its maximum, log(number of classes). The mutual information of label and
+    weights is usually far smaller, so its scale ends at the largest value that occurs. The legend lists the classes
+    that occur.
 
     Args:
         images: `(n, c, h, w)` in [0, 1], grey or RGB.
         targets: Class per pixel, `(n, h, w)`.
-        prediction: Prediction for the images, of classes `(n, c, h, w)`, or of yes `(n, h, w)` or `(n, 1, h, w)`.
+        prediction: Prediction for the images: of classes `(n, c, h, w)`, or binary `(n, h, w)` or `(n, 1, h, w)`.
         class_names: Names of the classes; their numbers if None.
-        palette: A colour per class, as matplotlib reads them; None for colours that the colour-blind tell apart.
-        ignore_index: Label of pixels without a class, drawn light grey.
+        palette: A matplotlib colour per class; None takes colours that colour-blind readers can distinguish.
+        ignore_index: Label of pixels without a class, shown in light grey.
         path: File to write, or None.
 
     Raises:
@@ -138,7 +139,7 @@ def segmentation_panels(
 
 
 def _check_pixels(prediction: Prediction, targets: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse a prediction or targets that are not classes of pixels `(n, h, w)`."""
+    """Raise unless prediction and targets are classes of pixels `(n, h, w)`."""
     likelihood = prediction.likelihood
     if not likelihood.discrete or prediction.total.numel() != math.prod(shape) or targets.shape != shape:
         raise ValueError(
@@ -148,7 +149,7 @@ def _check_pixels(prediction: Prediction, targets: Tensor, shape: tuple[int, ...
 
 
 def _draw_maps(figure: Figure, axes: Sequence[Axes], values: Tensor, greatest: float) -> None:
-    """Draw a map of uncertainty on each axis but the last one, which gets the colour bar.
+    """Plot a map of uncertainty on each axis but the last, which gets the colour bar.
 
     Args:
         figure: The figure.
@@ -164,14 +165,14 @@ def _draw_maps(figure: Figure, axes: Sequence[Axes], values: Tensor, greatest: f
 
 
 def _patches(entries: Sequence[tuple[str, str]]) -> list[Any]:
-    """Return the legend's handles of colours and names."""
+    """Return legend handles for colours and names."""
     from matplotlib.patches import Patch
 
     return [Patch(facecolor=colour, edgecolor=GREY, label=short(name)) for colour, name in entries]
 
 
 def _show(axis: Axes, image: Tensor) -> None:
-    """Draw an image `(c, h, w)` in [0, 1], grey or RGB, without ticks."""
+    """Show an image `(c, h, w)` in [0, 1], grey or RGB, without ticks."""
     axis.imshow(array(image.permute(1, 2, 0)), cmap="gray", vmin=0, vmax=1)
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)

@@ -1,4 +1,4 @@
-"""How good an evaluation found a model: its calibration, its errors among what it is sure of, and strangers."""
+"""Plots of an evaluation: calibration, errors among confident predictions, and out-of-distribution scores."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ _BINS = 40  # of a histogram of scores
 
 
 def reliability_diagram(evaluation: Evaluation, path: str | Path | None = None) -> Figure:
-    """Draw accuracy against confidence, bin by bin, over the histogram of confidence.
+    """Plot accuracy against confidence, bin by bin, above the histogram of confidence.
 
-    Bars on the diagonal are calibrated; the gap to it is orange where the model is wrong more often than it says
-    (overconfident), and hatched where it is right more often (Guo et al. 2017, arXiv 1706.04599, Fig. 1). A bin
+    Bars that reach the diagonal are calibrated. The gap is orange where accuracy is below confidence
+    (overconfident), and hatched where it is above (Guo et al. 2017, arXiv 1706.04599, Fig. 1). A bin
     without examples is left empty.
 
     Args:
-        evaluation: Evaluation of a likelihood of classes.
+        evaluation: Evaluation of a classifier.
         path: File to write, or None.
 
     Raises:
-        ValueError: If the evaluation has no reliability.
+        ValueError: If the evaluation has no reliability diagram.
     """
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -90,16 +90,16 @@ def reliability_diagram(evaluation: Evaluation, path: str | Path | None = None) 
 
 
 def risk_coverage_curve(evaluations: Evaluation | Mapping[str, Evaluation], path: str | Path | None = None) -> Figure:
-    """Draw the share of errors among the predictions that are kept, when the least certain ones are refused.
+    """Plot the error rate of the predictions that are kept when the least confident ones are rejected.
 
-    Source: Geifman & El-Yaniv 2017 (arXiv 1705.08500). Lower is better; the right end is the error rate.
+    Source: Geifman & El-Yaniv 2017 (arXiv 1705.08500). Lower is better; the right end is the overall error rate.
 
     Args:
         evaluations: One evaluation, or several by name.
         path: File to write, or None.
 
     Raises:
-        ValueError: If there is none, or one has no risk-coverage curve.
+        ValueError: If there is no evaluation, or one has no risk-coverage curve.
     """
     named = evaluations if isinstance(evaluations, Mapping) else {"": evaluations}
     if not named:
@@ -123,19 +123,19 @@ def risk_coverage_curve(evaluations: Evaluation | Mapping[str, Evaluation], path
         greatest = max(greatest, float(risk.max()))
     axis.set(xlim=(0, 1), ylim=(0, 1.08 * greatest or 0.01))
     axis.grid(alpha=0.3)
-    label(axis, "Errors among the predictions that are kept", "coverage (share that is kept)", "risk (error rate)")
+    label(axis, "Errors among the kept predictions", "coverage (share of predictions kept)", "risk (error rate)")
     if any(handle.get_label() for handle in handles):
         legend_below(figure, handles)
     return finish(figure, path)
 
 
 def score_histograms(evaluation: Evaluation, score: str = "entropy", path: str | Path | None = None) -> Figure:
-    """Draw how a score is distributed over known examples, and under it over each set of strangers.
+    """Plot the distribution of a score over in-distribution examples and over each out-of-distribution set.
 
-    Each panel has the same bins. The share of examples is on a root scale, on which a tail stays visible.
+    All panels have the same bins. The share of examples is on a square-root scale, which keeps tails visible.
 
     Args:
-        evaluation: Evaluation, with or without sets of strangers.
+        evaluation: Evaluation, with or without out-of-distribution sets.
         score: "confidence", "entropy", "epistemic" or "aleatoric".
         path: File to write, or None.
 
@@ -163,6 +163,6 @@ def score_histograms(evaluation: Evaluation, score: str = "entropy", path: str |
     axes[0].set(ylim=(0, 1), yticks=[0, 0.1, 0.5, 1])
     axes[0].set_yticks([0, 0.1, 0.5, 1], ["0", "0.1", "0.5", "1"])
     unit = "" if score == "confidence" else " (nats)"
-    axes[-1].set_xlabel(f"{score}{unit}; dashed: the median")
+    axes[-1].set_xlabel(f"{score}{unit}; dashed: median")
     figure.supylabel("share of examples", fontsize=10)
     return finish(figure, path)

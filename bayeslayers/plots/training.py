@@ -1,4 +1,4 @@
-"""How a training went, and what it left in the weights."""
+"""Plots of a training run, and of the signal-to-noise ratio of its weights."""
 
 from __future__ import annotations
 
@@ -34,38 +34,38 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _UNITS = {"loss": "loss (nats)", "nll": "NLL (nats)", "ece": "ECE", "brier": "Brier score", "lr": "learning rate"}
-_PARTS = {"train": "--", "test": "-", "val": "-."}
+_SPLITS = {"train": "--", "test": "-", "val": "-."}
 _COLOURS = 64  # of an animation, beside those of `canvas`
-_PALETTE_FRAMES = 8  # which have a say in them
+_PALETTE_FRAMES = 8  # that determine these colours
 _DECIBELS = (-60.0, 60.0)
 
 
 def training_curves(
     runs: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path | None = None
 ) -> Figure:
-    """Draw each figure of a run's log over the epochs, training and test in one panel; a constant temperature in none.
+    """Plot each metric of a run's log over the epochs, one panel for all splits; a constant temperature is omitted.
 
     Args:
-        runs: Rows of a log, as `csv.DictReader` gives those of a run's log.csv: "epoch", and figures named as
-            "train_loss" or "test_nll"; or several runs by name.
+        runs: Rows of a log, as `csv.DictReader` reads them from a run's log.csv: "epoch", and metrics with names
+            such as "train_loss" or "test_nll"; or several runs by name.
         path: File to write, or None.
 
     Raises:
-        ValueError: If there is no row, or one without an epoch.
+        ValueError: If there is no row, or a row has no epoch.
     """
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
     named = dict(runs) if isinstance(runs, Mapping) else {"": runs}
     if not named or not all(rows and all("epoch" in row for row in rows) for rows in named.values()):
-        raise ValueError("runs must hold rows with an epoch, got a run without. A run's log.csv has them.")
+        raise ValueError("runs must hold rows with an epoch, got a run without. Read a run's log.csv.")
     keys = dict.fromkeys(key for rows in named.values() for row in rows for key in row)
     keys = [key for key in keys if key not in ("epoch", "seconds")]
     temperatures = {row["temperature"] for rows in named.values() for row in rows if row.get("temperature")}
     keys = [key for key in keys if key != "temperature" or len(temperatures) > 1]
     panels = sorted(dict.fromkeys(_split(key)[1] for key in keys), key=("lr", "temperature").__contains__)  # last
     if not panels:
-        raise ValueError("runs must hold figures beside the epoch, got none.")
+        raise ValueError("runs must hold metrics besides the epoch, got none.")
     across = 2 if len(panels) == 4 else min(3, len(panels))
     down = -(-len(panels) // across)
     figure = new_figure(3.6 * across, 2.8 * down + 0.6)
@@ -73,11 +73,11 @@ def training_curves(
     axes = figure.subplots(down, across, squeeze=False).flat
     for axis, panel in zip(axes, panels, strict=False):
         for number, rows in enumerate(named.values()):
-            for part, figure_name in map(_split, keys):
-                if figure_name == panel:
-                    key = f"{part}_{panel}" if part else panel
+            for split, metric in map(_split, keys):
+                if metric == panel:
+                    key = f"{split}_{panel}" if split else panel
                     values = [float(row[key]) if row.get(key) not in (None, "") else math.nan for row in rows]
-                    style = {"color": COLOURS[number % len(COLOURS)], "ls": _PARTS.get(part, "-")}
+                    style = {"color": COLOURS[number % len(COLOURS)], "ls": _SPLITS.get(split, "-")}
                     epochs = [float(row["epoch"]) for row in rows]
                     axis.plot(epochs, values, marker="o" if len(rows) < 3 else None, ms=5, lw=1.6, **style)
         label(axis, "", "epoch", _UNITS.get(panel, panel.replace("_", " ")))
@@ -85,8 +85,8 @@ def training_curves(
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
     for axis in figure.axes[len(panels) :]:
         axis.remove()
-    parts = [part for part in dict.fromkeys(_split(key)[0] for key in keys) if part]
-    handles = [Line2D([], [], color=BLACK, ls=_PARTS[part], label=part) for part in parts]
+    splits = [split for split in dict.fromkeys(_split(key)[0] for key in keys) if split]
+    handles = [Line2D([], [], color=BLACK, ls=_SPLITS[split], label=split) for split in splits]
     handles += [
         Line2D([], [], color=COLOURS[number % len(COLOURS)], label=short(name))
         for number, name in enumerate(named)
@@ -98,13 +98,13 @@ def training_curves(
 
 
 def _split(key: str) -> tuple[str, str]:
-    """Return the split of the data that a column of a log is of, and its figure.
+    """Return the data split and the metric of a column of a log.
 
     >>> _split("train_loss"), _split("lr")
     (('train', 'loss'), ('', 'lr'))
     """
-    part, _, figure = key.partition("_")
-    return (part, figure) if part in _PARTS and figure else ("", key)
+    split, _, metric = key.partition("_")
+    return (split, metric) if split in _SPLITS and metric else ("", key)
 
 
 def training_gif(
@@ -114,18 +114,18 @@ def training_gif(
     duration: float = 0.2,
     last: float = 1.5,
 ) -> Path:
-    """Write an animation, with one palette for all frames so that the file stays small, and return its path.
+    """Write an animation and return its path; all frames share one palette, so that the file stays small.
 
-    Equal frames that follow each other become one that is shown longer.
+    Consecutive equal frames become one that is shown longer.
 
     Args:
         frames: Figures, or images `(h, w, 3)` of bytes, all of one size.
         path: File to write, .gif.
         duration: Seconds that a frame is shown.
-        last: Seconds that the last frame is shown, before the animation begins anew.
+        last: Seconds that the last frame is shown, before the animation starts again.
 
     Raises:
-        ValueError: If there is no frame, one has another size, or the path does not end in .gif.
+        ValueError: If there is no frame, sizes differ, or the path does not end in .gif.
     """
     from PIL import Image, ImageColor
 
@@ -144,8 +144,8 @@ def training_gif(
         montage.paste(image, (0, number * image.height))
     colours = montage.quantize(_COLOURS)
     numbers = np.array(colours.getpalette()).reshape(-1, 3)
-    numbers[numbers.sum(1).argmax()] = 255  # paper is white, not the average of its neighbourhood
-    lines = [ImageColor.getrgb(colour) for colour in COLOURS]  # as they are: thin ones would be averaged away
+    numbers[numbers.sum(1).argmax()] = 255  # the background stays white, not the average of similar colours
+    lines = [ImageColor.getrgb(colour) for colour in COLOURS]  # exact, because thin lines would be averaged away
     colours.putpalette([*numbers.ravel().tolist(), *itertools.chain(*lines)])
     first, *rest = [image.quantize(palette=colours, dither=Image.Dither.NONE) for image in images]
     stream = io.BytesIO()
@@ -166,12 +166,12 @@ def _image(frame: Figure | np.ndarray) -> Image:
 
 
 def signal_to_noise(model: nn.Module, path: str | Path | None = None) -> Figure:
-    """Draw per layer how the signal-to-noise ratio of its weights is distributed, in decibels.
+    """Plot the distribution of each layer's signal-to-noise ratios, in decibels.
 
         20 log10(abs(mean) sqrt(precision))
 
-    Weights to the left of 0 dB are noise rather than signal: a network loses little where they are pruned
-    (Blundell et al. 2015, arXiv 1505.05424, Sec. 5.1). Ratios beyond 60 dB either way are counted at the ends.
+    Weights below 0 dB are noise rather than signal, and pruning them costs a network little
+    (Blundell et al. 2015, arXiv 1505.05424, Sec. 5.1). Ratios beyond +-60 dB are counted at the ends.
 
     Args:
         model: Model with Bayesian layers.

@@ -1,1 +1,1 @@
-"""Posteriors and training states on disk: safetensors and JSON, written whole or not at all, read with distrust."""
+"""Posteriors and training states on disk: safetensors and JSON, written atomically and read as untrusted data."""

@@ -1,4 +1,4 @@
-"""The card of a posterior: what `config.json` beside the weights says of them."""
+"""The card of a posterior: the contents of `config.json` beside the weights."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ ABOUT_DATA = (  # true of another posterior too
 )
 METHODS = ("sample", "mean", "local", "moments", "linearised", "dropout")  # those of `bl.predict`
 LARGEST_INPUT = 2**25  # numbers of one example, or of the image that it is taken from: 128 MiB
-_DEEPEST, _LONGEST_TEXT, _MOST_FIGURES = 32, 100_000, 1000
+_DEEPEST, _LONGEST_TEXT, _MOST_METRICS = 32, 100_000, 1000
 
 
 class PosteriorError(ValueError):
-    """A posterior on disk is not what it should be; the message names the file and what is wrong.
+    """Raised for an invalid posterior on disk; the message names the file and the fault.
 
-    The message is one printable line, whatever the names in a file that came from elsewhere.
+    The message is one printable line, even if the names in an untrusted file are not.
     """
 
     def __init__(self, message: str):
@@ -41,27 +41,27 @@ class PosteriorError(ValueError):
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class Card:
-    """What a posterior is, how it was made and how good it was measured to be.
+    """What a posterior is, how it was trained and how it performed.
 
     Attributes:
         name: Name of the posterior.
-        builder: Name of its network in the zoo's registry, or None for a network of the user's own.
+        builder: Name of its network in the zoo's registry, or None for the user's own network.
         kwargs: Arguments of the builder.
         likelihood: "categorical", "bernoulli" or "gaussian".
-        likelihood_parameters: Its parameters, as `{"variance": 0.3}`; None in cards of releases that had none.
+        likelihood_parameters: Its parameters, such as `{"variance": 0.3}`; None in cards of older releases.
         class_names: Names of the classes, in the order of the outputs.
         input_size: Shape of one example, `(c, h, w)` for images.
-        resize: Side that images are resized to before the middle is taken as the input; None for that of the input.
-        dataset: Data it was trained on, and how many examples it was measured on.
+        resize: Side to which images are resized before the central crop; None for the side of the input.
+        dataset: Training data, and the number of examples it was evaluated on.
         dataset_size: Number of training examples N.
         temperature: T of the tempered posterior.
         optimizer: Name and hyperparameters of the optimiser.
         recipe: Command that trained it.
         versions: Library versions at training.
-        method: How it predicts in these measurements, as in `bl.predict`.
-        metrics: Measured figures, with `num_samples` and `seed` of the measurement.
-        baseline: The same figures for the same network trained by `baseline["optimizer"]`.
-        verification: Figures on the small bundled slice of the test data, with `num_samples` and `seed`, for
+        method: How it predicted for these metrics, as in `bl.predict`.
+        metrics: Measured metrics, with `num_samples` and `seed` of the evaluation.
+        baseline: The same metrics for the same network trained by `baseline["optimizer"]`.
+        verification: Metrics on the small bundled slice of the test data, with `num_samples` and `seed`, for
             `bayeslayers verify`.
         notes: Anything a user should know.
         license: Licence of the posterior, as the Hub names it ("mit"); empty where its author has not said.
@@ -114,8 +114,8 @@ class Card:
     @field_validator("versions", "metrics", "baseline", "verification")
     @classmethod
     def _bounded_number(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if len(value) > _MOST_FIGURES:
-            raise ValueError(f"must have at most {_MOST_FIGURES} entries, got {len(value)}")
+        if len(value) > _MOST_METRICS:
+            raise ValueError(f"must have at most {_MOST_METRICS} entries, got {len(value)}")
         return value
 
     def to_json(self) -> str:
@@ -124,7 +124,7 @@ class Card:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """Return a value as JSON has it: lists for tuples, Python's numbers for NumPy's.
+    """Return a value as JSON represents it: lists for tuples, Python's numbers for NumPy's.
 
     Raises:
         ValueError: If it is nested too deeply, or a text in it is too long.
@@ -149,7 +149,7 @@ def likelihood_in(card: Card) -> Likelihood:
     Gaussian(variance=0.3)
 
     Raises:
-        ValueError: If there is none of that name, or it takes no such parameters.
+        ValueError: If no likelihood has that name, or it takes no such parameters.
     """
     parameters, kind = card.likelihood_parameters or {}, KINDS[likelihood_named(card.likelihood).name]
     known = [field.name for field in dataclasses.fields(kind)]
@@ -163,7 +163,7 @@ def likelihood_in(card: Card) -> Likelihood:
 
 
 def likelihood_fields(likelihood: Any) -> dict[str, Any]:
-    """Return the two fields of a card that say which likelihood it is.
+    """Return the two fields of a card that describe a likelihood.
 
     >>> from bayeslayers import Gaussian
     >>> likelihood_fields(Gaussian(0.3))
@@ -191,7 +191,7 @@ def card_from_json(text: str | bytes, source: str) -> Card:
         source: Its path, for messages.
 
     Raises:
-        PosteriorError: If it is no JSON object, of a newer format, or has an unknown, missing or
+        PosteriorError: If it is not a JSON object, has a newer format, or has an unknown, missing or
             wrongly typed field.
     """
     try:
@@ -213,11 +213,11 @@ def card_from_json(text: str | bytes, source: str) -> Card:
     except ValueError as error:
         raise PosteriorError(f"{source} must name a likelihood: {error}") from None
     except RecursionError:
-        raise PosteriorError(f"{source} must not be nested so deeply.") from None
+        raise PosteriorError(f"{source} must be nested less deeply.") from None
 
 
 def first_bad_field(error: ValidationError) -> str:
-    """Return which field of a card is bad, and why, in a sentence of one line."""
+    """Return the first invalid field of a card and the reason, as one line."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     reason = first["msg"].removeprefix("Value error, ")

@@ -1,4 +1,4 @@
-"""What a card may claim of the model that it is saved with: its likelihood, and figures that its posterior gave."""
+"""What a card may claim about its model: the model's likelihood, and metrics that its posterior gave."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from bayeslayers.layers import ROOTS
 from bayeslayers.sampling import Site, posterior
 from bayeslayers.storage.card import Card, likelihood_fields, likelihood_in
 
-_WITHOUT_PRECISIONS = ("mean", "dropout")  # methods of `predict` that read the means alone
+_WITHOUT_PRECISIONS = ("mean", "dropout")  # methods of `predict` that read only the means
 
 
 def chosen_likelihood(network: nn.Module, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that say which likelihood a network is saved with.
+    """Return the card fields of the likelihood that a network is saved with.
 
-    That is `network.likelihood` where it says more than the network's card, else that of `fields`, else the card's.
+    This is `network.likelihood` if it differs from the network's card, else that of `fields`, else the card's.
 
     Args:
         network: Network.
@@ -45,28 +45,29 @@ def chosen_likelihood(network: nn.Module, fields: Mapping[str, Any]) -> dict[str
 
 
 def refuse_unwritten(network: nn.Module, card: Card) -> None:
-    """Refuse a card with figures that were sampled from precisions which no method has written.
+    """Raise if a card has metrics that were sampled from precisions which no method has written.
 
-    A trained network shows by its gradients. Of another, any figures may be claimed that name no number of samples.
+    Gradients reveal a network that was trained in this process. For any other network, metrics are accepted unless
+    they name a number of samples.
 
     Raises:
-        ValueError: If all precisions are still the one number that `attach_posterior` put there.
+        ValueError: If all precisions still equal the initial value of `attach_posterior`.
     """
-    figures = (card.metrics, card.verification)
-    sampled = any(found.get("num_samples", 1) > 1 for found in figures)
-    trained = any(figures) and any(parameter.grad is not None for parameter in network.parameters())
+    claims = (card.metrics, card.verification)
+    sampled = any(metrics.get("num_samples", 1) > 1 for metrics in claims)
+    trained = any(claims) and any(parameter.grad is not None for parameter in network.parameters())
     if card.method in _WITHOUT_PRECISIONS or not (sampled or trained):
         return
     if (value := _untouched([*posterior(network)])) is not None:
         raise ValueError(
-            f"posterior must be written before it is measured, got precisions that are all {value:g}, as at the start. "
-            "Train by an optimizer that writes them, as bl.VOGN or bl.IVON, or call bl.laplace; or measure the means, "
-            "and save with method='mean'."
+            f"posterior must be trained before it is evaluated, got precisions that are all {value:g}, the initial "
+            "value. Train with an optimizer that writes them, such as bl.VOGN or bl.IVON, or call bl.laplace; or "
+            "evaluate the means, and save with method='mean'."
         )
 
 
 def _untouched(sites: list[Site]) -> float | None:
-    """Return the number that all entries of all precisions are, None if they differ."""
+    """Return the common value of all entries of all precisions, None if they differ."""
     if any(root in site.module._buffers for site in sites for root in ROOTS):
         return None
     spans = [site.precision.aminmax() for site in sites if site.precision.numel() > 1]

@@ -13,11 +13,11 @@ _NOT_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}  # whi
 
 
 def model_card(card: Card) -> str:
-    """Return the README.md of a posterior: the Hub's front matter, how to use it, how it was made."""
+    """Return the README.md of a posterior: the Hub's front matter, how to use it, and how it was trained."""
     images = len(card.input_size) != 1
     facts = {
         "network": f"`{card.builder}` {json.dumps(card.kwargs)}" if card.builder else "the author's own",
-        "images": f"resized to {card.resize}, of which the middle is taken" if card.resize else "",
+        "images": f"resized to {card.resize}, then cropped to the centre" if card.resize else "",
         "data": card.dataset,
         "optimiser": json.dumps(card.optimizer) if card.optimizer else "",
         "temperature": card.temperature,

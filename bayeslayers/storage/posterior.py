@@ -1,4 +1,4 @@
-"""Posteriors and training states on disk: safetensors and JSON, written whole or not at all."""
+"""Posteriors on disk: safetensors and JSON, written atomically."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ _CONFIG_BYTES = 4 * 2**20  # the names of some 100,000 classes
 def save_posterior(model: nn.Module, folder: str | Path, **fields: Any) -> Card:
     """Write a model's posterior to a folder: weights, `config.json` and a model card.
 
-    The folder is written beside its place and moved there when complete, so that an interruption
-    leaves what was there before. (Only a power cut or a kill between the two renames of a replacement can
-    leave it aside, whole, as `.NAME-*.old`.)
+    The folder is written under a temporary name and renamed when complete, so that an interruption
+    leaves the previous contents. (Only a power cut or a kill between the two renames of a replacement can
+    leave the old folder, complete, under the name `.NAME-*.old`.)
 
     Args:
         model: Model with Bayesian layers, also in torch's wrappers (`DataParallel`, `AveragedModel`, `torch.compile`):
             the network inside is saved, under its own names.
         folder: Folder to make or replace.
-        fields: Fields of the `Card`; the others are those of `model.card`, where there is one. The likelihood is
-            `model.likelihood`, where there is one; `likelihood` may also be a `Gaussian(0.3)`.
+        fields: Fields of the `Card`; the others come from `model.card`, if there is one. The likelihood is
+            `model.likelihood`, if there is one; `likelihood` may also be an object such as `Gaussian(0.3)`.
 
     Returns:
         The card as written.
 
     Raises:
         ValueError: If the model has no Bayesian layer, a value that is not finite or a precision
-            that is not positive, a field of the card is bad or contradicts the model, or metrics were sampled
-            from a posterior that nothing has written.
+            that is not positive, a field of the card is invalid or contradicts the model, or metrics were
+            sampled from a posterior that was never trained.
         FileExistsError: If the folder holds anything but a posterior.
     """
     folder, network = Path(os.path.expanduser(folder)).resolve(), unwrapped(model)
@@ -73,9 +73,9 @@ def save_posterior(model: nn.Module, folder: str | Path, **fields: Any) -> Card:
 
 
 def _checked_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Return a network's tensors, which can be loaded again.
+    """Return a network's tensors, checked so that they can be loaded again.
 
-    They are cloned, for a safetensors file has no two names for one memory, as a layer used twice gives.
+    They are cloned, because a safetensors file cannot hold two names for one memory, as of a layer used twice.
     """
     state = network.state_dict()
     Weights(Path("model"), state)  # checks what the tensors are
@@ -85,7 +85,7 @@ def _checked_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 
 def write_folder(folder: Path, contents: dict[str, bytes]) -> None:
-    """Make or replace a posterior's folder, whole or not at all.
+    """Make or replace a posterior's folder atomically.
 
     Args:
         folder: Folder, resolved.
@@ -110,7 +110,7 @@ def write_folder(folder: Path, contents: dict[str, bytes]) -> None:
 
 
 def _replaceable(folder: Path) -> bool:
-    """Whether a folder is empty or a posterior and nothing else, by its card: any project may have a config.json."""
+    """Whether a folder is empty or holds only a posterior. Its card decides: any project may have a config.json."""
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     if held - {WEIGHTS, CONFIG, README}:
         return False
@@ -121,7 +121,7 @@ def _replaceable(folder: Path) -> bool:
 
 
 def _replace_folder(fresh: Path, folder: Path) -> None:
-    """Move `fresh` to `folder`; what was there is gone only once the new one is in place."""
+    """Move `fresh` to `folder`; the old contents are deleted only once the new folder is in place."""
     old = fresh.with_name(fresh.name + ".old")
     try:
         if folder.exists():
@@ -135,10 +135,10 @@ def _replace_folder(fresh: Path, folder: Path) -> None:
 
 
 def read_card(folder: str | Path) -> Card:
-    """Return the card of a posterior's folder, its fields checked.
+    """Return the card of a posterior's folder, with its fields checked.
 
     Raises:
-        PosteriorError: If the folder or its `config.json` is missing or bad.
+        PosteriorError: If the folder or its `config.json` is missing or invalid.
     """
     folder = Path(os.path.expanduser(folder))
     return card_from_json(read_member(folder, CONFIG, _CONFIG_BYTES), str(folder / CONFIG))
@@ -150,7 +150,7 @@ class Stored:
 
     Attributes:
         card: Its card.
-        weights: Its tensors, whose values are checked when they are taken.
+        weights: Its tensors, whose values are checked when they are read.
         files: Content of the two files.
     """
 
@@ -163,7 +163,7 @@ def read_posterior(folder: str | Path) -> Stored:
     """Read a posterior's folder, each file once.
 
     Raises:
-        PosteriorError: If a file is missing or bad, or the hash of the weights is not the card's.
+        PosteriorError: If a file is missing or invalid, or the hash of the weights is not the card's.
     """
     folder = Path(os.path.expanduser(folder))
     files = {CONFIG: read_member(folder, CONFIG, _CONFIG_BYTES)}
@@ -173,13 +173,13 @@ def read_posterior(folder: str | Path) -> Stored:
 
 
 def load_posterior(folder: str | Path, model: nn.Module) -> Card:
-    """Load a posterior's weights into a model of the same architecture, having checked them.
+    """Check a posterior's weights, then load them into a model of the same architecture.
 
-    The model gets the posterior's card as `model.card`, and the likelihood that it names as `model.likelihood`.
+    The model gets the posterior's card as `model.card`, and the card's likelihood as `model.likelihood`.
 
     Args:
         folder: Folder that `save_posterior` wrote.
-        model: Model to fill; left as it was if anything is wrong.
+        model: Model to fill; unchanged if anything is wrong.
 
     Returns:
         The posterior's card.
@@ -194,8 +194,6 @@ def load_posterior(folder: str | Path, model: nn.Module) -> Card:
     weights.fill(network)
     likelihood = getattr(network, "likelihood", None)
     if likelihood is None or (card.likelihood, card.likelihood_parameters) != ("categorical", None):
-        likelihood = likelihood_in(
-            card
-        )  # other cards are of a release that wrote "categorical" whatever the model said
+        likelihood = likelihood_in(card)  # older releases wrote "categorical" for every model
     network.__dict__.update(card=card, likelihood=likelihood)
     return card

@@ -33,10 +33,10 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return the state that `save_checkpoint` wrote. The file is read once: what was hashed is what is returned.
+    """Return the state that `save_checkpoint` wrote. The file is read once, so that the checked data is returned.
 
     Raises:
-        PosteriorError: If the file is missing, truncated, changed or no checkpoint.
+        PosteriorError: If the file is missing, truncated, changed or not a checkpoint.
     """
     path = Path(os.path.expanduser(path))
     if not path.is_file():
@@ -59,7 +59,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _digest(tree: str, tensors: dict[str, Tensor]) -> str:
-    """Return a hash of the whole state, which the safetensors format itself does not keep."""
+    """Return a hash of the whole state; the safetensors format has none of its own."""
     digest = hashlib.sha256(tree.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -73,7 +73,7 @@ def _take_apart(node: Any, tensors: dict[str, Tensor]) -> Any:
         name = str(len(tensors))
         tensors[name] = node.detach().cpu().contiguous().clone()
         return {"tensor": name}
-    if isinstance(node, dict):  # as pairs, for keys need not be strings
+    if isinstance(node, dict):  # as pairs, because keys need not be strings
         return {"dict": [[_take_apart(k, tensors), _take_apart(v, tensors)] for k, v in node.items()]}
     if isinstance(node, list | tuple):
         return {type(node).__name__: [_take_apart(item, tensors) for item in node]}
@@ -83,10 +83,10 @@ def _take_apart(node: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _put_together(node: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return the state of whose JSON form `node` is a part.
+    """Return the state whose JSON form is `node`.
 
     Raises:
-        ValueError: If it is no such form, KeyError or TypeError likewise.
+        ValueError, KeyError, TypeError: If it is not such a form.
     """
     if not isinstance(node, dict):
         return node

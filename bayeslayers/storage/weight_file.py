@@ -1,4 +1,4 @@
-"""The weight file of a posterior, read with distrust: what does not fit a network is refused before it is held."""
+"""The weight file of a posterior, treated as untrusted: tensors that do not fit a network are rejected before use."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _KINDS = {**_FLOATS, **_WHOLE, torch.complex64: "C64"}
 
 
 def member(folder: str | Path, name: str) -> Path:
-    """Return the path of a file of a posterior's folder.
+    """Return the path of a file in a posterior's folder.
 
     Raises:
-        PosteriorError: If there is none, or it is a link that leaves the folder. The links of a snapshot in
-            the Hub's cache, to the `blobs` of its repository, are the exception.
+        PosteriorError: If the file is missing, or it is a link out of the folder. Links of a snapshot in the
+            Hub's cache to the `blobs` of its repository are allowed.
     """
     path = Path(folder) / name
     if not path.is_file():
@@ -44,19 +44,19 @@ def member(folder: str | Path, name: str) -> Path:
     home, target = Path(folder).resolve(), path.resolve()
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
     if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
-        raise PosteriorError(f"{path} must be a file of its folder, got a link that leaves it.")
+        raise PosteriorError(f"{path} must be a file of its folder, got a link out of it.")
     return path
 
 
 class Weights:
-    """The tensors of a file by name, checked against a model and then loaded into it, all or none.
+    """The tensors of a file by name, which are checked against a model and then loaded into it, all or none.
 
     Args:
         path: Path of the file, for messages.
         tensors: What it holds.
 
     Raises:
-        PosteriorError: If something is no tensor of a name, or a tensor of a kind that no posterior has.
+        PosteriorError: If the file is not a mapping of names to tensors, or a tensor's dtype is not allowed.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor]):
@@ -71,10 +71,10 @@ class Weights:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def check_shapes(self, model: nn.Module) -> None:
-        """Check names, shapes and kinds of the tensors against a model's, which may be on the meta device.
+        """Check names, shapes and dtypes of the tensors against a model's, which may be on the meta device.
 
         Raises:
-            PosteriorError: If a tensor is missing, unknown, of another shape or kind.
+            PosteriorError: If a tensor is missing, unknown, or of another shape or kind of dtype.
         """
         own = self._expected(model)
         if missing := sorted(own.keys() - self.shapes.keys()):
@@ -97,7 +97,7 @@ class Weights:
                 )
 
     def _expected(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the tensors that a model takes from this file: its own, but roots and posteriors as the file has."""
+        """Return the tensors that a model takes from this file: its own, with the roots and posteriors of the file."""
         expected = dict(model.state_dict())
         for name, parameter in self._attachable(model).items():
             for suffix, shape in zip(POSTERIOR_SUFFIXES, (parameter.shape, (), ()), strict=True):
@@ -116,7 +116,7 @@ class Weights:
         return expected
 
     def _attachable(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the parameters that have a posterior in the file and none in the model, as those IVON trains."""
+        """Return the parameters with a posterior in the file but not in the model, such as those that IVON trains."""
         own = model.state_dict()
         return {
             name: parameter
@@ -126,7 +126,7 @@ class Weights:
         }
 
     def _attach(self, model: nn.Module) -> None:
-        """Give parameters the buffers for what the file holds of them, outside of Bayesian layers."""
+        """Give parameters outside of Bayesian layers the buffers for their posteriors in the file."""
         for name in self._attachable(model):
             path, _, key = name.rpartition(".")
             attach_posterior(model.get_submodule(path), 1.0, 1.0, [key])
@@ -136,12 +136,12 @@ class Weights:
                     setattr(site.module, site.key + suffix, prior.new_empty(self.shapes[site.name + suffix]))
 
     def _fits(self, name: str, expected: Tensor) -> bool:
-        """Whether a tensor is of the expected kind; floating-point numbers may be of another precision."""
+        """Whether a tensor has the expected kind of dtype; floating-point tensors may differ in precision."""
         found = self._tensors[name]
         return not expected.is_complex() and expected.is_floating_point() == found.is_floating_point()
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return a tensor, its values checked as a model of that dtype will hold them.
+        """Return a tensor in the dtype of a model, with its values checked after the cast.
 
         Raises:
             PosteriorError: If a value is not finite, or a precision is not positive.
@@ -152,7 +152,7 @@ class Weights:
         return tensor
 
     def fill(self, model: nn.Module) -> None:
-        """Load the tensors into a model, all or none; a parameter gets the posterior that the file has for it.
+        """Load the tensors into a model, all or none; parameters get the posteriors that the file has for them.
 
         Raises:
             PosteriorError: As `check_shapes` and `read` do.
@@ -160,7 +160,7 @@ class Weights:
         self.check_shapes(model)
         tensors = {name: self.read(name, expected.dtype) for name, expected in self._expected(model).items()}
         self._attach(model)
-        # Into the model's own state, which holds the versions of its modules: some load those of older ones otherwise.
+        # The model's own state holds the versions of its modules; without them some would load as older versions.
         state = model.state_dict()
         for name in state.keys() - tensors.keys():
             del state[name]
@@ -169,12 +169,12 @@ class Weights:
 
 
 def read_member(folder: str | Path, name: str, limit: int | None = None) -> bytes:
-    """Return the content of a file of a posterior's folder, read once: what is checked is what is used.
+    """Return the content of a file in a posterior's folder, read once, so that the checked data is used.
 
     Args:
         folder: Folder.
         name: The file's name.
-        limit: Bytes that it may have; None for what memory holds.
+        limit: Largest size in bytes; None for no limit but memory.
 
     Raises:
         PosteriorError: As `member` does, or if the file is larger.
@@ -195,11 +195,11 @@ def parse_weights(data: bytes, sha256: str, folder: str | Path) -> Weights:
 
     Args:
         data: Content of the file.
-        sha256: Hash that the card names.
+        sha256: Hash in the card.
         folder: Its folder, for messages.
 
     Raises:
-        PosteriorError: If it has another hash, or is no safetensors file.
+        PosteriorError: If its hash differs, or it is not a safetensors file.
     """
     path = Path(folder) / WEIGHTS
     if hashlib.sha256(data).hexdigest() != sha256:
@@ -217,7 +217,7 @@ def parse_tensors(data: bytes, complaint: str) -> dict[str, Tensor]:
         complaint: How an error begins.
 
     Raises:
-        PosteriorError: If it is no such file, or a tensor is of a kind that torch does not know.
+        PosteriorError: If it is not one, or a tensor's dtype is unknown to torch.
     """
     try:
         return load_tensors(data)
@@ -226,20 +226,20 @@ def parse_tensors(data: bytes, complaint: str) -> dict[str, Tensor]:
 
 
 def _kind(tensor: Tensor) -> str:
-    """Return the name that safetensors gives to a tensor's kind of numbers."""
+    """Return safetensors' name of a tensor's dtype."""
     return _KINDS.get(tensor.dtype, str(tensor.dtype))
 
 
 def check_values(name: str, tensor: Tensor, source: str) -> None:
-    """Check that the values are finite, and as large as their name asks for.
+    """Check that the values are finite, and in the range that the tensor's name requires.
 
-    A precision and the standard deviation of the inputs are > 0, the running variance of a norm >= 0.
+    A precision and the standard deviation of the inputs must be > 0, the running variance of a norm >= 0.
 
     Raises:
         PosteriorError: If they are not.
     """
     floating = tensor.is_floating_point() and tensor.numel() > 0
-    low, high = map(float, tensor.aminmax()) if floating else (1.0, 1.0)  # in one pass, which NaN goes through
+    low, high = map(float, tensor.aminmax()) if floating else (1.0, 1.0)  # one pass, which propagates NaN
     if not (math.isfinite(low) and math.isfinite(high)):
         raise PosteriorError(f"{source}: tensor '{name}' must be finite, got NaN or infinite values.")
     if name.endswith("_precision") and not (low > 0 if floating else (tensor > 0).all()):

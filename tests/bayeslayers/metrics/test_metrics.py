@@ -127,5 +127,5 @@ def test_auroc_of_scores_that_tell_nothing_or_all():
 
 @pytest.mark.parametrize("strange", [torch.zeros(0), torch.tensor([math.nan]), torch.tensor([math.inf])])
 def test_auroc_refuses_what_has_no_order(strange):
-    with pytest.raises(ValueError, match="known and strange must hold finite scores"):
+    with pytest.raises(ValueError, match="known and ood must hold finite scores"):
         ood_auroc(torch.zeros(3), strange)

@@ -167,7 +167,7 @@ def trained(optimizer, steps=20):
 def test_figures_sampled_from_a_posterior_that_nothing_has_written_are_refused(tmp_path):
     net, data = trained(lambda net: torch.optim.Adam(net.parameters()))
     evaluation = bl.evaluate(net, data, num_samples=4)
-    message = "posterior must be written before it is measured, got precisions that are all 1000, as at the start"
+    message = "posterior must be trained before it is evaluated, got precisions that are all 1000, the initial value"
     sampled = {"num_samples": 4, "seed": 0}
     for fields in (
         {"metrics": evaluation.metrics},
