@@ -1,7 +1,7 @@
 """Networks of torchvision, timm and segmentation-models-pytorch by name, converted to Bayesian layers.
 
-A name is looked up in the library's own list, and its arguments are plain values: nothing of a card
-that was downloaded is imported, fetched or executed. The libraries are imported when they are asked for.
+Names are looked up in the library's own list, and arguments are plain values: nothing in a downloaded
+card is imported, fetched or executed. The libraries are imported when they are needed.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from zoo.normalise import Normalise, image_size
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# Arguments of the libraries that fetch or read files, or make a network return something else than its outputs.
-_PATTERNS, _CHARACTERS = 1000, 100_000  # name patterns of layers, and how long they are together
-_REFUSED = ("pretrained", "weights", "checkpoint", "cache_dir", "encoder_weights", "features_only", "aux_params")
+_PATTERNS, _CHARACTERS = 1000, 100_000  # name patterns of layers, and their total length
+# Arguments of the libraries that fetch or read files, or make a network return more than its outputs.
+_REJECTED = ("pretrained", "weights", "checkpoint", "cache_dir", "encoder_weights", "features_only", "aux_params")
 
 
 class Source(NamedTuple):
-    """What a library knows of one of its networks.
+    """What a library knows about one of its networks.
 
     Attributes:
         make: Builds it, called as `make(num_classes, size, arguments)`.
         size: Shape of one example, `(c, h, w)`.
-        mean: Mean of the inputs that it is normalised by, per channel.
-        std: Their standard deviation.
-        any_size: It takes images of other heights and widths too.
-        num_classes: Outputs by default.
+        mean: Mean of the inputs per channel, for normalisation.
+        std: Standard deviation of the inputs per channel, likewise.
+        any_size: Whether it takes images of other heights and widths too.
+        num_classes: Default number of outputs.
     """
 
     make: Callable[[int, tuple[int, int, int], dict[str, Any]], nn.Module]
@@ -61,11 +61,11 @@ def build(
     init_precision: float = DEFAULT_INIT_PRECISION,
     **arguments: Any,
 ) -> tuple[nn.Module, Card]:
-    """Build a library's network, convert it, and let it normalise its input first.
+    """Build a library's network, convert it, and put input normalisation in front.
 
     Args:
         name: "torchvision:NAME", "timm:NAME", or "smp:ARCHITECTURE/ENCODER".
-        pretrained: Load the library's weights as means, which it downloads. The card does not record it.
+        pretrained: Load the library's weights, which it downloads, as means. The card does not record this.
         num_classes: Outputs; None for 1000, and 2 for segmentation.
         in_channels: Channels of the input; None for those of `input_size`, else 3.
         input_size: Shape of one example; None for that of the library's weights.
@@ -81,8 +81,8 @@ def build(
         The network, whose `conversion` is the report, and its card.
 
     Raises:
-        ValueError: If the name is unknown, an argument is refused or not plain, or the library
-            cannot build the network with these arguments.
+        ValueError: If the name is unknown, an argument is not allowed or not a plain value, or the
+            library cannot build the network with these arguments.
     """
     library, _, network = name.partition(":")
     if library not in LIBRARIES:
@@ -97,7 +97,7 @@ def build(
     try:
         plain = source.make(classes, size, arguments)
     except Exception as error:
-        if pretrained:  # also a download that failed
+        if pretrained:  # the error may be a failed download
             raise
         raise ValueError(f"model {name!r} could not be built with {arguments}: {error}") from error
     net, report = bl.to_bayesian(plain, include, exclude, prior_precision, init_precision)
@@ -119,7 +119,7 @@ def build(
 
 def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
     for key, value in arguments.items():
-        if key.startswith(_REFUSED):
+        if key.startswith(_REJECTED):
             raise ValueError(
                 f"model {name!r} must get no argument {key!r}. pretrained=True loads the library's weights."
             )
@@ -129,30 +129,30 @@ def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
 
 
 def _check_patterns(argument: str, patterns: Sequence[str]) -> None:
-    """Refuse more patterns than a list by hand has: each is matched with all names of a network."""
+    """Raise for more patterns than anyone writes by hand: each is matched with all names of a network."""
     length = sum(len(str(pattern)) for pattern in patterns)
     if len(patterns) > _PATTERNS or length > _CHARACTERS:
         raise ValueError(
             f"{argument} must hold at most {_PATTERNS} patterns of {_CHARACTERS} characters together, got "
-            f"{len(patterns)} of {length}. One pattern can match many layers, as 'layer4*'."
+            f"{len(patterns)} of {length}. One pattern can match many layers, such as 'layer4*'."
         )
 
 
 def _size(
     default: tuple[int, int, int], in_channels: int | None, input_size: Sequence[int] | None
 ) -> tuple[int, int, int]:
-    """Return the shape of one example, from the two arguments that say something of it."""
+    """Return the shape of one example, from the two arguments that describe it."""
     if in_channels is None:
         return default if input_size is None else image_size(input_size)
     channels = at_least_one("in_channels", in_channels)
     size = (channels, *default[1:]) if input_size is None else image_size(input_size)
     if size[0] != channels:
-        raise ValueError(f"in_channels must be that of input_size {tuple(size)}, got {channels}.")
+        raise ValueError(f"in_channels must equal that of input_size {tuple(size)}, got {channels}.")
     return size
 
 
 def _per_channel(values: Sequence[float], channels: int) -> Sequence[float]:
-    """Return one value per channel where there are as many, else their average."""
+    """Return the values if there is one per channel, else their average for all channels."""
     return values if len(values) == channels else (sum(values) / len(values),)
 
 
@@ -164,7 +164,7 @@ def _check_name(kind: str, name: str, names: Iterable[str]) -> None:
 def _torchvision(network: str, pretrained: bool) -> Source:
     from torchvision import models
 
-    # These two return auxiliary outputs too, and transform their input in a way that depends on the weights.
+    # These two also return auxiliary outputs, and transform their input in a way that depends on the weights.
     names = set(models.list_models(module=models)) - {"googlenet", "inception_v3"}
     _check_name("torchvision classifier", network, sorted(names))
     available: Any = models.get_model_weights(network)
@@ -233,7 +233,7 @@ def _smp(network: str, pretrained: bool) -> Source:
         raise ValueError(
             f"pretrained must be False for encoder {encoder!r}: its weights are for {settings['input_space']}."
         )
-    scale = settings["input_range"][1]  # of its inputs, ours are in [0, 1]
+    scale = settings["input_range"][1]  # the encoder's inputs go up to it, ours to 1
     mean, std = ([value / scale for value in settings[key]] for key in ("mean", "std"))
     return Source(make, mean=mean, std=std, any_size=True, num_classes=2)
 

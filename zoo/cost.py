@@ -1,4 +1,4 @@
-"""What one example costs a network, counted on the meta device before a card from elsewhere is believed."""
+"""The cost of one forward pass, counted on the meta device before an untrusted card's network is built."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch.utils.flop_counter import flop_registry
 
 from bayeslayers.storage.card import Card, PosteriorError
 
-# Networks for one example of usual size stay far below: timm's largest take 6e12 operations and 7e9 numbers.
+# Networks stay far below this for one example of usual size: timm's largest take 6e12 operations and 7e9 numbers.
 _TENSOR, _NUMBERS, _OPERATIONS = 2**28, 2**33, 2**44
 
 
 class _Costly(Exception):
-    """A forward pass was found to cost more than it may."""
+    """Raised where a forward pass exceeds the cost limits."""
 
 
 class _Budget(TorchDispatchMode):
-    """Raise once the calls of torch inside the scope have made too much."""
+    """A scope that raises once torch's operations have exceeded the cost limits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,14 +46,14 @@ class _Budget(TorchDispatchMode):
         return result
 
 
-def check_cost(sketch: nn.Module, card: Card, source: str) -> None:
-    """Check what one example of the card's size costs a network, and that the card names no more classes than outputs.
+def check_cost(network: nn.Module, card: Card, source: str) -> None:
+    """Check the cost of one example of the card's size, and that the card names no more classes than outputs.
 
-    A network that computes with values, which the meta device does not have, is bounded by its weights and the size
-    of its input alone.
+    The meta device has no values. A network that computes with values is therefore bounded only by its weights and
+    the size of its input.
 
     Args:
-        sketch: The network on the meta device.
+        network: The network on the meta device.
         card: Its card.
         source: Path of the card, for messages.
 
@@ -62,13 +62,13 @@ def check_cost(sketch: nn.Module, card: Card, source: str) -> None:
     """
     try:
         with torch.device("meta"), torch.no_grad(), _Budget():
-            output = sketch.eval()(torch.empty(1, *card.input_size))
+            output = network.eval()(torch.empty(1, *card.input_size))
     except _Costly as costly:
         raise PosteriorError(
-            f"{source} must describe a network of bounded cost, got input_size {card.input_size}, for which one "
+            f"{source} must describe a network of bounded cost, got input_size {card.input_size}, with which one "
             f"example takes {costly}."
         ) from None
-    except Exception:  # whatever an operation raises that needs values
+    except Exception:  # an operation that needs values raises anything
         return
     outputs = output.shape[1] if isinstance(output, Tensor) and output.dim() > 1 else 0
     if len(card.class_names) > max(outputs, 2):

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub as a place of posteriors: OWNER/REPO[@REVISION], read through the Hub's own client.
+"""Posteriors on the Hugging Face Hub: OWNER/REPO[@REVISION], accessed through the Hub's own client.
 
 `huggingface_hub` keeps the cache and reads the settings: HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN.
 """
@@ -16,10 +16,10 @@ from bayeslayers.storage.card import PosteriorError
 from bayeslayers.storage.weight_file import CONFIG, README, WEIGHTS
 
 _PATIENCE = 10  # seconds to wait for a first answer
-LIBRARY = "bayeslayers"  # the Hub's tag of our posteriors, from `library_name` in their README.md
+LIBRARY = "bayeslayers"  # the Hub's tag for our posteriors, from `library_name` in their README.md
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _NAME = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/+-]*))?")
-_REVISION = r"refs/(?:pr|convert)/[^/]+|[^/]+"  # slashes of a branch's name are written %2F in an address
+_REVISION = r"refs/(?:pr|convert)/[^/]+|[^/]+"  # an address encodes slashes in a branch's name as %2F
 _MODEL = rf"(?!(?:datasets|spaces|buckets)/)({_PART}/{_PART})"
 _HF_ADDRESS = re.compile(rf"{_MODEL}(?:@({_REVISION}))?(?:/.*)?")
 _PAGE = re.compile(rf"{_MODEL}(?:/(?:tree|blob|resolve|raw|commits?)/({_REVISION})(?:/.*)?)?")
@@ -39,7 +39,7 @@ class Found(NamedTuple):
 
 
 def is_name(name: str) -> bool:
-    """Return whether a name has the form of a posterior's on the Hub, or is an address there.
+    """Return whether a name has the form of a posterior's name or address on the Hub.
 
     >>> is_name("ada/lenet5-mnist@v1"), is_name("lenet5-mnist"), is_name("../folder"), is_name("a/b/c")
     (True, False, False, False)
@@ -59,7 +59,7 @@ def is_address(name: str) -> bool:
 
 
 def parse(name: str) -> tuple[str, str | None]:
-    """Return the repository and the revision that a name means, or the link to a page of the repository.
+    """Return the repository and the revision of a name, or of a link to one of the repository's pages.
 
     >>> parse("ada/lenet5-mnist@v1"), parse("ada/lenet5-mnist")
     (('ada/lenet5-mnist', 'v1'), ('ada/lenet5-mnist', None))
@@ -79,9 +79,9 @@ def parse(name: str) -> tuple[str, str | None]:
 
 
 def _from_address(address: str) -> str:
-    """Return OWNER/REPO[@REVISION] of an address, and what is neither as it is.
+    """Return OWNER/REPO[@REVISION] of an address; anything else is returned unchanged.
 
-    A file in the repository is left out: a posterior is all of its files.
+    The path of a file in the repository is dropped, because a posterior is all of its files.
     """
     from huggingface_hub import constants
 
@@ -95,16 +95,16 @@ def _from_address(address: str) -> str:
 
 
 def fetch(name: str) -> Path:
-    """Return the folder of a posterior of the Hub in the Hub's cache, downloaded if need be.
+    """Return the folder of a Hub posterior in the Hub's cache, downloading it if necessary.
 
     Args:
         name: "OWNER/REPO", or "OWNER/REPO@REVISION" for a branch, a tag or a commit; or an address of it.
 
     Raises:
         ValueError: If there is no such repository or revision that the user may read.
-        PermissionError: If the Hub refuses the user's token.
-        ConnectionError: If the Hub does not answer, or must not be asked, and the posterior is not in the cache.
-        PosteriorError: If the repository holds no posterior.
+        PermissionError: If the Hub rejects the user's token.
+        ConnectionError: If the Hub does not answer or is disabled, and the posterior is not in the cache.
+        PosteriorError: If the repository does not hold a posterior.
     """
     from huggingface_hub import snapshot_download
 
@@ -118,17 +118,17 @@ def fetch(name: str) -> Path:
 
 
 def upload(contents: dict[str, bytes], name: str, message: str, private: bool = False) -> str:
-    """Commit files to a repository of the Hub, which is made if there is none; return the commit's address.
+    """Commit files to a repository of the Hub, creating it if necessary; return the commit's address.
 
     Args:
         contents: The files.
-        name: "OWNER/REPO", or "OWNER/REPO@BRANCH", a branch that is made if there is none.
-        message: Of the commit.
+        name: "OWNER/REPO", or "OWNER/REPO@BRANCH"; a missing branch is created.
+        message: Commit message.
         private: Make the repository private.
 
     Raises:
         PermissionError: If the user may not write there.
-        ValueError: If it should be private and is a public one.
+        ValueError: If `private` is set and the repository exists and is public.
         ConnectionError: If the Hub does not answer.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -140,7 +140,7 @@ def upload(contents: dict[str, bytes], name: str, message: str, private: bool = 
         api.create_repo(repository, private=private, exist_ok=True)
         public = private and not api.model_info(repository).private
     if public:
-        raise ValueError(f"repository {repository!r} must be private, got a public one, which was there before.")
+        raise ValueError(f"repository {repository!r} must be private, got an existing public one.")
     with _in_a_sentence(repository, branch):
         if branch is not None:
             api.create_branch(repository, branch=branch, exist_ok=True)
@@ -152,8 +152,8 @@ def search(query: str = "", limit: int = 20) -> list[Found]:
     """Return posteriors of the Hub whose name contains the query, most downloaded first.
 
     Args:
-        query: Part of the name; everything if empty.
-        limit: How many at most.
+        query: Part of the name; empty for all posteriors.
+        limit: Largest number of results.
 
     Raises:
         ConnectionError: If the Hub does not answer.
@@ -162,7 +162,7 @@ def search(query: str = "", limit: int = 20) -> list[Found]:
     from huggingface_hub.utils import get_session
 
     if constants.HF_HUB_OFFLINE:
-        raise ConnectionError(f"search must ask {constants.ENDPOINT}, which HF_HUB_OFFLINE forbids. Unset it.")
+        raise ConnectionError(f"search needs {constants.ENDPOINT}, but HF_HUB_OFFLINE is set. Unset it.")
     with _in_a_sentence(query, None):
         # Without a network this fails at once, where the client would warn and retry for half a minute.
         get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
@@ -174,7 +174,7 @@ def search(query: str = "", limit: int = 20) -> list[Found]:
 
 @contextmanager
 def _in_a_sentence(repository: str, revision: str | None) -> Iterator[None]:
-    """Turn the errors of the Hub's client into one sentence of a built-in error each."""
+    """Turn each error of the Hub's client into a built-in error of one sentence."""
     from huggingface_hub import constants, errors
 
     hub = constants.ENDPOINT
@@ -195,17 +195,17 @@ def _in_a_sentence(repository: str, revision: str | None) -> Iterator[None]:
         if constants.HF_HUB_OFFLINE:
             where = repository if revision is None else f"{repository}@{revision}"
             raise ConnectionError(
-                f"posterior {where!r} is no folder and not in the Hub's cache, and HF_HUB_OFFLINE forbids to ask "
+                f"posterior {where!r} is not a folder and not in the Hub's cache, and HF_HUB_OFFLINE forbids asking "
                 f"{hub}. Unset it."
             ) from None
         raise ConnectionError(_no_answer(hub, repository, error.__cause__ or error)) from None
     except errors.HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in (401, 403):
-            raise PermissionError(f"{hub} refuses your token for {repository!r}. {_LOGIN}") from None
+            raise PermissionError(f"{hub} rejects your token for {repository!r}. {_LOGIN}") from None
         raise ConnectionError(_no_answer(hub, repository, error)) from None
     except errors.HFValidationError as error:
         raise ValueError(f"repository must have a name that the Hub allows, got {repository!r}: {error}") from None
-    except Exception as error:  # of whichever HTTP library the client is built on
+    except Exception as error:  # an error of the HTTP library that the client uses
         raise ConnectionError(_no_answer(hub, repository, error)) from error
 
 

@@ -1,4 +1,4 @@
-"""Images opened within bounds: checked by their header before a pixel is decoded, and turned upright."""
+"""Opening images within limits: the header is checked before a pixel is decoded, and EXIF orientation is applied."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _MOST_PIXELS = 2**26  # 256 MiB once decoded, whatever the file's header claims
-_AMPLE_PIXELS = 2**22  # an image of no more is used as it is
+_AMPLE_PIXELS = 2**22  # images up to this size are not reduced
 _GAP = 4  # sides of a reduced image over those that it is resized to; beyond 3 the result looks the same
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's ImageFolder
 _OF_SYSTEMS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-_DRAWN = ("EPS", "WMF")  # formats that Pillow hands to another program
+_DRAWN = ("EPS", "WMF")  # formats that Pillow passes to another program
 
 
 def open_image(source: str | Path | Image) -> Image:
-    """Return an image decoded and upright, as viewers show it.
+    """Return an image, decoded and upright, as viewers show it.
 
-    Its size is read from the header, before anything is decoded: a few kilobytes of PNG can claim gigabytes.
+    Its size is read from the header before anything is decoded: a few kilobytes of PNG can claim gigabytes.
 
     Args:
-        source: File, or an image of Pillow, which is left as it is.
+        source: File, or an image of Pillow, which is left unchanged.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -39,7 +39,7 @@ def open_image(source: str | Path | Image) -> Image:
 
 @contextmanager
 def header(source: str | Path | Image) -> Iterator[Image]:
-    """Open an image without decoding it; whatever Pillow's formats raise inside the scope becomes one sentence.
+    """Open an image without decoding it; every error of Pillow inside the scope becomes one sentence.
 
     Args:
         source: As for `open_image`.
@@ -57,27 +57,29 @@ def header(source: str | Path | Image) -> Iterator[Image]:
             with Image.open(source) as image:
                 _check(image)
                 yield image
-    except Exception as error:  # Pillow's formats raise what they will for a damaged file
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
         reason = str(error).rstrip(".")
         raise ValueError(f"image must be a picture that Pillow reads, got {name}: {reason}.") from None
 
 
 def _check(image: Image) -> None:
     if image.format in _DRAWN:
-        raise ValueError(f"its format, {image.format}, is drawn by another program. Save it as PNG")
+        raise ValueError(f"its format, {image.format}, needs another program to render. Save it as PNG")
     if image.width * image.height > _MOST_PIXELS:
-        raise ValueError(f"its {image.width} x {image.height} pixels are more than {_MOST_PIXELS}. Make it smaller")
+        raise ValueError(
+            f"its {image.width} x {image.height} pixels exceed the limit of {_MOST_PIXELS}. Make it smaller"
+        )
 
 
 def reduced(image: Image, size: Sequence[int]) -> Image:
-    """Return an image of more than 2^22 pixels as means over squares of them, ample for resizing to `size`, (h, w).
+    """Return an image of more than 2^22 pixels averaged over squares of pixels, before it is resized to `size`, (h, w).
 
-    What follows then costs what the network's input costs, not what the file's author chose. An image of Pillow's
-    modes "1", "P" or "I;16", which have no means, is returned as it is.
+    The cost of the following steps then depends on the network's input, not on the file. Images of Pillow's modes
+    "1", "P" and "I;16" cannot be averaged and are returned unchanged.
 
     Args:
         image: Image.
-        size: Height and width that it is resized to later; the result is no smaller than 4 times that.
+        size: Height and width of the later resize; the result is at least 4 times as large.
     """
     factor = min(image.height // (_GAP * size[0]), image.width // (_GAP * size[1]))
     if factor < 2 or image.width * image.height <= _AMPLE_PIXELS or image.mode in ("1", "P") or ";" in image.mode:
@@ -86,7 +88,7 @@ def reduced(image: Image, size: Sequence[int]) -> Image:
 
 
 def images_in(folder: str | Path) -> list[Path]:
-    """Return the image files of a folder, at any depth and in order, without those that hide in it.
+    """Return the image files of a folder, at any depth and in order, without hidden files and folders.
 
     Args:
         folder: Folder.
@@ -99,7 +101,7 @@ def images_in(folder: str | Path) -> list[Path]:
 
 
 def visible(names: Iterable[str]) -> list[str]:
-    """Return the names of files and folders that a person put there, in order.
+    """Return the names of files and folders that are neither hidden nor made by the system, in order.
 
     >>> visible(["dog", ".ipynb_checkpoints", "cat", "__MACOSX", "._0.png"])
     ['cat', 'dog']

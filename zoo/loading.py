@@ -1,4 +1,4 @@
-"""Trained posteriors: bundled in this folder, one folder each, in folders of the user's, and on the Hub."""
+"""Trained posteriors: bundled with the zoo, in the user's folders, and on the Hub."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def list_posteriors() -> list[str]:
 
 
 def resolve(name: str | Path) -> Path:
-    """Return the folder of a posterior: a bundled name's, the folder of that path, or that of the Hub's cache.
+    """Return the folder of a posterior: of a bundled one, of a path, or in the Hub's cache.
 
     Args:
-        name: A bundled name, a path, or "OWNER/REPO[@REVISION]" on the Hub, looked for in that order. The latter
-            may also be written "hf://OWNER/REPO[@REVISION]", or be a link to a page of the repository.
+        name: A bundled name, a path, or "OWNER/REPO[@REVISION]" on the Hub; they are tried in this order. The last
+            may also be "hf://OWNER/REPO[@REVISION]", or a link to a page of the repository.
 
     Raises:
-        ValueError: If there is none, PosteriorError if it is inside of the folder of that path.
-        OSError: If the Hub cannot be asked: PermissionError, ConnectionError.
+        ValueError: If there is no such posterior; PosteriorError if it is in a subfolder of that path.
+        OSError: If the Hub cannot be reached: PermissionError, ConnectionError.
     """
     if str(name) in list_posteriors():
         return BUNDLED / str(name)
     if isinstance(name, str) and hub.is_address(name):
         return hub.fetch(name)
     folder = Path(os.path.expanduser(name))
-    if os.path.isdir(folder):  # which is false of what can be no path
+    if os.path.isdir(folder):  # False, without an error, for an invalid path
         if (folder / WEIGHTS).is_file():
             return folder
         if inside := sorted(str(path.parent) for path in folder.glob(f"*/{WEIGHTS}")):  # a training run
@@ -50,7 +50,7 @@ def resolve(name: str | Path) -> Path:
     if isinstance(name, str) and hub.is_name(name):
         return hub.fetch(name)
     raise ValueError(
-        f"unknown posterior {str(name)!r:.200}: neither a bundled name nor a folder nor OWNER/REPO on the Hub."
+        f"unknown posterior {str(name)!r:.200}: not a bundled name, a folder or OWNER/REPO on the Hub."
         f"{did_you_mean(str(name)[:100], list_posteriors())} zoo.list_posteriors() has the bundled ones."
     )
 
@@ -59,9 +59,9 @@ def load(name: str | Path) -> nn.Module:
     """Build a posterior's network and load its means and precisions, in eval mode.
 
     Args:
-        name: A bundled name, as "lenet5-mnist"; the path of a folder that `save_posterior` wrote; or
-            "OWNER/REPO[@REVISION]", a repository of the Hub, downloaded once and kept in its cache; or as an
-            address, as for `resolve`.
+        name: A bundled name, such as "lenet5-mnist"; the path of a folder that `save_posterior` wrote; or
+            "OWNER/REPO[@REVISION]", a repository of the Hub, which is downloaded once and cached; or its address,
+            as for `resolve`.
 
     Returns:
         The network. It takes images as `ToTensor` gives them, float in [0, 1], `(n, c, h, w)` at the
@@ -69,8 +69,8 @@ def load(name: str | Path) -> nn.Module:
 
     Raises:
         ValueError: If there is no such posterior.
-        PosteriorError: If its files are missing, damaged or do not fit.
-        OSError: If the Hub cannot be asked: PermissionError, ConnectionError.
+        PosteriorError: If its files are missing, damaged or inconsistent.
+        OSError: If the Hub cannot be reached: PermissionError, ConnectionError.
     """
     folder = resolve(name)
     return _filled(read_posterior(folder), folder)
@@ -81,7 +81,7 @@ def _filled(stored: Stored, folder: Path) -> nn.Module:
     card, weights = stored.card, stored.weights
     if card.builder is None:
         raise PosteriorError(
-            f"{folder} must name its network's builder, got none. Build the network and call "
+            f"{folder} must name its network's builder, but names none. Build the network and call "
             "bayeslayers.load_posterior(folder, model)."
         )
     source = str(folder / CONFIG)
@@ -93,17 +93,17 @@ def _filled(stored: Stored, folder: Path) -> nn.Module:
 def publish(folder: str | Path, name: str, private: bool = False) -> str:
     """Check a posterior and commit its three files to a repository of the Hub; return the commit's address.
 
-    The model card is written anew under the repository's name, unless its author has edited it.
+    The model card is rewritten under the repository's name, unless its author has edited it.
 
     Args:
         folder: Folder that `save_posterior` wrote.
-        name: "OWNER/REPO", or "OWNER/REPO@BRANCH"; what is not there is made.
+        name: "OWNER/REPO", or "OWNER/REPO@BRANCH"; a missing repository or branch is created.
         private: Make the repository private.
 
     Raises:
-        PosteriorError: If the folder's files are missing, damaged or do not fit.
-        ValueError: If the name is no repository's, or it should be private and is public.
-        OSError: If the Hub refuses or does not answer: PermissionError, ConnectionError.
+        PosteriorError: If the folder's files are missing, damaged or inconsistent.
+        ValueError: If the name is not a repository's, or `private` is set and the repository is public.
+        OSError: If the Hub denies access or does not answer: PermissionError, ConnectionError.
     """
     repository, _ = hub.parse(name)
     folder = Path(os.path.expanduser(folder))
@@ -122,11 +122,11 @@ def download(name: str | Path, output: str | Path | None = None) -> Path:
 
     Args:
         name: As for `load`.
-        output: Folder to make or replace; None for the Hub's cache, or where the posterior is.
+        output: Folder to make or replace; None leaves the posterior in the Hub's cache, or in its own folder.
 
     Raises:
         FileExistsError: If `output` holds anything but a posterior.
-        ValueError: As for `load`, PosteriorError among them.
+        ValueError: As for `load`, including PosteriorError.
         OSError: As for `load`.
     """
     folder = resolve(name)
@@ -141,7 +141,7 @@ def download(name: str | Path, output: str | Path | None = None) -> Path:
 
 
 def _checked(folder: Path) -> Stored:
-    """Return a posterior, every tensor checked."""
+    """Return a posterior after checking every tensor."""
     stored = read_posterior(folder)
     for tensor in stored.weights.shapes:
         stored.weights.read(tensor)

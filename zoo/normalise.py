@@ -1,4 +1,4 @@
-"""The first module of every network of the zoo: it checks its input and normalises it."""
+"""The first module of every network of the zoo, which checks and normalises the input."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from bayeslayers.checks import at_least_one
 from bayeslayers.storage.card import LARGEST_INPUT
 
-_TOLERANCE = 0.5  # around [0, 1]: noise and sharpening go that far, normalised images and bytes farther
-_LARGEST_RESIZE = 8  # for a card from elsewhere is not to be trusted with memory
+_TOLERANCE = 0.5  # around [0, 1]: noise and sharpening stay within it, normalised images and bytes do not
+_LARGEST_RESIZE = 8  # limits the memory that an untrusted card can demand
 
 
 def image_size(size: Sequence[int], minimum: int = 1) -> tuple[int, int, int]:
@@ -29,18 +29,18 @@ def image_size(size: Sequence[int], minimum: int = 1) -> tuple[int, int, int]:
 
 
 def check_resize(name: str, resize: int, size: Sequence[int]) -> None:
-    """Refuse a side to resize images to that is below that of inputs of `size`, or far above it."""
+    """Raise if images would be resized to a side below that of inputs of `size`, or far above it."""
     side = max(size[1:]) if len(size) == 3 else 0
     if not side <= at_least_one(name, resize) <= _LARGEST_RESIZE * side:
         raise ValueError(
-            f"{name} must be from 1 to {_LARGEST_RESIZE} times the side of an input {tuple(size)}, got {resize}."
+            f"{name} must be 1 to {_LARGEST_RESIZE} times the side of an input {tuple(size)}, got {resize}."
         )
     if size[0] * resize**2 > LARGEST_INPUT:
         raise ValueError(f"{name} must give images of at most {LARGEST_INPUT} numbers, got {resize}.")
 
 
 def _readable(x: Tensor) -> bool:
-    """Whether the values of a tensor can be read: not while torch traces, captures a graph or maps over a batch."""
+    """Whether the values of a tensor can be read, unlike while torch traces, captures a graph or maps over a batch."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, nn.Parameter)
@@ -54,20 +54,20 @@ def _readable(x: Tensor) -> bool:
 
 
 class Normalise(nn.Module):
-    """`(x - mean) / std` per channel, for inputs of one size as `ToTensor` gives them, in [0, 1].
+    """`(x - mean) / std` per channel, for inputs of one size in [0, 1], as `ToTensor` returns them.
 
     Args:
         size: Shape of one example, `(c, h, w)` or `(features,)`, every number >= 1.
         mean: Mean per channel, or one for all.
         std: Standard deviation per channel, or one for all, > 0.
-        any_size: Check the channels alone, for networks that take images of any height and width.
+        any_size: Check only the channels, for networks that take images of any height and width.
 
-    A checkpoint of a torch.nn network, which has neither mean nor std, loads and leaves them as they are.
+    A checkpoint of a torch.nn network has neither mean nor std; loading it leaves them unchanged.
     """
 
     mean: Tensor
     std: Tensor
-    range_known: bool = False  # whether there is nothing more to say of the values of its inputs
+    range_known: bool = False  # whether the range of the inputs needs no further check
 
     def __init__(
         self,
@@ -93,8 +93,8 @@ class Normalise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():
             raise TypeError(
-                f"x must be floating point in [0, 1], got {x.dtype}. zoo.transforms(model) converts images, "
-                "x / 255 bytes."
+                f"x must be floating point in [0, 1], got {x.dtype}. zoo.transforms(model) converts images; "
+                "divide bytes by 255."
             )
         if not self._fits(tuple(x.shape[1:])):
             expected = f"{self.size[0]}, h, w" if self.any_size else ", ".join(str(n) for n in self.size)
@@ -106,7 +106,7 @@ class Normalise(nn.Module):
         return (x.to(self.mean.dtype) - self.mean) / self.std
 
     def _check_range(self, x: Tensor) -> None:
-        """Warn of images that are far from [0, 1]: once, and on an accelerator, which must wait, by the first call."""
+        """Warn once if images are far outside [0, 1]; only the first call checks on an accelerator, where it waits."""
         low, high = map(float, x.detach().aminmax())
         far = low < -_TOLERANCE or high > 1 + _TOLERANCE
         self.range_known = far or x.device.type != "cpu"
@@ -118,7 +118,7 @@ class Normalise(nn.Module):
             )
 
     def _fits(self, size: tuple[int, ...]) -> bool:
-        """Return whether examples of this shape are taken."""
+        """Return whether examples of this shape are accepted."""
         if not self.any_size:
             return size == self.size
         return len(size) == len(self.size) and size[0] == self.size[0] and min(size) > 0

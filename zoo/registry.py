@@ -1,4 +1,4 @@
-"""The registry of networks: a name, the function that builds it, and nothing looked up from a string."""
+"""The registry of networks: names and their builder functions; no code is looked up from a string."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def register(builder: Builder) -> Builder:
 
 
 def list_models() -> list[str]:
-    """Return the names that `create` takes, sorted."""
+    """Return the names that `create` accepts, sorted."""
     return sorted(_BUILDERS)
 
 
@@ -36,15 +36,15 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     Args:
         name: One of `list_models()`, or "torchvision:NAME", "timm:NAME", "smp:ARCHITECTURE/ENCODER".
         pretrained: Load the library's ordinary weights, for a network of another library.
-        kwargs: Arguments of its builder, plain values, so that a posterior can record them; those of
-            `zoo.backbones.build` for a network of another library.
+        kwargs: Arguments of its builder, plain values, so that a posterior can record them; for a network of
+            another library those of `zoo.backbones.build`.
 
     Returns:
-        The network; its `card` records name and arguments, its `likelihood` what outputs mean.
+        The network; its `card` records name and arguments, and its `likelihood` the meaning of the outputs.
 
     Raises:
         ValueError: If the name is unknown, or `pretrained` asks for weights that do not exist.
-        TypeError: If the builder has no such argument, or it is one value in place of a list.
+        TypeError: If the builder has no such argument, or it gets one value instead of a list.
     """
     if ":" in name:
         from zoo import backbones
@@ -57,7 +57,7 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     builder = _BUILDERS[name]
     known = inspect.signature(builder).parameters
     if unknown := [key for key in kwargs if key not in known]:
-        raise TypeError(f"model {name!r} must get arguments among {', '.join(known)}, got {unknown[0]!r}.")
+        raise TypeError(f"arguments of model {name!r} must be among {', '.join(known)}, got {unknown[0]!r}.")
     for key, value in kwargs.items():
         if isinstance(known[key].default, tuple) and not isinstance(value, Sequence):
             raise TypeError(f"{key} of model {name!r} must be a list, got {value!r}.")
@@ -67,7 +67,7 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def rebuild(card: Card) -> nn.Module:
-    """Build the network that a card describes, whoever wrote the card: nothing is downloaded.
+    """Build the network that a card describes, which may be untrusted: nothing is downloaded.
 
     Args:
         card: Card with the name of a builder.
@@ -82,16 +82,16 @@ def rebuild(card: Card) -> nn.Module:
 
 
 def describe(model: nn.Module, card: Card) -> nn.Module:
-    """Give a network its card, and the likelihood that the card names."""
+    """Give a network its card, and the card's likelihood."""
     model.__dict__.update(card=card, likelihood=likelihood_in(card))
     return model
 
 
 def card_of(model: nn.Module) -> Card:
-    """Return the card of a network of the zoo, also of one that torch has wrapped.
+    """Return the card of a network of the zoo, also inside torch's wrappers.
 
     Raises:
-        TypeError: If it has none.
+        TypeError: If it has no card.
     """
     card = getattr(unwrapped(model), "card", None)
     if not isinstance(card, Card):

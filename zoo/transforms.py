@@ -1,4 +1,4 @@
-"""From any image to the input of a network of the zoo."""
+"""Conversion of any image to the input of a network of the zoo."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from zoo.normalise import check_resize
 from zoo.registry import card_of
 
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGB with opacity
-_AMPLE_PIXELS = 2**22  # an image of no more is used as it is
+_AMPLE_PIXELS = 2**22  # images up to this size are not averaged
 _GAP = 4  # sides of an averaged image over those that it is resized to; beyond 3 the result looks the same
-_STRIP = 2**20  # pixels that are floats at once
+_STRIP = 2**20  # pixels that are converted to floats at once
 
 
 def transforms(model: nn.Module) -> Callable[[Any], Tensor]:
     """Return a function from an image to the input of `model`: float in [0, 1], `(c, h, w)` at its size.
 
-    It takes a PIL image of any mode, a NumPy array or tensor `(h, w)`, `(h, w, c)` or `(c, h, w)`,
-    of bytes, 16-bit integers, booleans or floats in [0, 1], grey or RGB; what is transparent becomes
-    white. Normalisation is the model's own. PIL's mode "I" does not say what white is: integers
-    up to 255 are taken for bytes, larger ones for 16 bits. Floats, as of its mode "F", are in [0, 1].
+    It accepts a PIL image of any mode, and a NumPy array or tensor `(h, w)`, `(h, w, c)` or `(c, h, w)`
+    of bytes, 16-bit integers, booleans or floats in [0, 1], grey or RGB. Transparent pixels become
+    white. The model itself normalises. PIL's mode "I" does not define white: integers up to 255 are
+    taken for bytes, larger ones for 16 bits. Floats, as in mode "F", must be in [0, 1].
 
-    An image is turned upright as its EXIF orientation says. One of PIL with more than 2^26 pixels is refused
-    before it is decoded, and large ones shrink before they become floats.
+    An image's EXIF orientation is applied. A PIL image of more than 2^26 pixels raises before it is decoded, and
+    large images shrink before they become floats.
 
-    Of an image of other proportions the middle is taken, not squashed. Where the card says that images are
-    resized to more than that size, the middle is the input.
+    An image of other proportions is cropped to its centre, not squashed. If the card names a larger size to
+    resize to, the input is the central crop of the resized image.
 
     Args:
         model: A model that `zoo.create` or `zoo.load` returned, for images.
@@ -51,27 +51,27 @@ def transforms(model: nn.Module) -> Callable[[Any], Tensor]:
 
 
 def fitted(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Return the middle of images `(*, h, w)` in [0, 1], of the proportions of `size`, resized to it."""
+    """Return the centre of images `(*, h, w)` in [0, 1], cropped to the proportions of `size` and resized to it."""
     from torchvision.transforms.v2.functional import resize
 
-    # Resizing averages, but its weights sum to 1 only within rounding.
+    # Resizing averages with weights that sum to 1 only up to rounding.
     return resize(_of_proportions(x, size), list(size), antialias=True).clamp(0, 1)
 
 
 def _of_proportions(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Return the middle of images `(*, h, w)`, of the proportions of `size`."""
+    """Return the centre of images `(*, h, w)`, cropped to the proportions of `size`."""
     scale = min(extent / side for extent, side in zip(x.shape[-2:], size, strict=True))
     return middle(x, [max(1, round(side * scale)) for side in size])
 
 
 def middle(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Return the middle `size`, (h, w), of images `(*, h, w)`."""
+    """Return the central crop of `size`, (h, w), of images `(*, h, w)`."""
     top, left = ((extent - side) // 2 for extent, side in zip(x.shape[-2:], size, strict=True))
     return x[..., top : top + size[0], left : left + size[1]]
 
 
 def _pixels(image: Any, size: Sequence[int]) -> Tensor:
-    """Return an image's values as they are, `(c, h, w)`, of which enough remain for resizing it to `size`."""
+    """Return an image's unconverted values, `(c, h, w)`, in a resolution that suffices for resizing to `size`."""
     from PIL import Image
 
     if isinstance(image, Image.Image):
@@ -83,7 +83,7 @@ def _pixels(image: Any, size: Sequence[int]) -> Tensor:
     shape = tuple(array.shape)
     if len(shape) == 2 and min(shape) > 0:
         return _tensor(array)[None]
-    # Where both ends could be channels, an array keeps them last, as pictures are stored, a tensor first.
+    # If both ends could be channels, they are last in an array, as images are stored, and first in a tensor.
     first_dims = (0, 2) if isinstance(array, Tensor) else (2, 0)
     for dim in first_dims if len(shape) == 3 and min(shape) > 0 else ():
         if shape[dim] in _CHANNELS:
@@ -96,7 +96,7 @@ def _tensor(array: np.ndarray | Tensor) -> Tensor:
 
 
 def _pil_array(image: Any, size: Sequence[int]) -> np.ndarray:
-    """Return the values of a PIL image that is upright: bytes, 16-bit integers or floats."""
+    """Return the values of an upright PIL image: bytes, 16-bit integers or floats."""
     if image.mode.startswith("I;16"):  # in any byte order
         return np.array(image).astype(np.uint16)
     if image.mode == "I":
@@ -109,7 +109,7 @@ def _pil_array(image: Any, size: Sequence[int]) -> np.ndarray:
 
 
 def _of_its_range(array: np.ndarray) -> np.ndarray:
-    """Return the integers of PIL's mode "I", which does not say what white is: bytes up to 255, else of 16 bits."""
+    """Return the integers of PIL's mode "I", which does not define white: bytes if up to 255, else 16 bits."""
     low, high = array.min(), array.max()
     if not (0 <= low and high < 2**16):
         raise ValueError(f"image must hold values from 0 to 65535, got {low} to {high}.")
@@ -119,8 +119,8 @@ def _of_its_range(array: np.ndarray) -> np.ndarray:
 def _floats(x: Tensor, size: Sequence[int]) -> Tensor:
     """Return an image `(c, h, w)` as floats in [0, 1] without transparency.
 
-    A large one is cut to the proportions of `size` and averaged over squares of pixels, a strip at a time, so that
-    its floats are never all in memory.
+    A large image is cropped to the proportions of `size` and averaged over squares of pixels, one strip at a time,
+    so that its floats are never all in memory.
     """
     side = min(extent // (_GAP * target) for extent, target in zip(x.shape[1:], size, strict=True))
     if side < 2 or x.shape[1:].numel() <= _AMPLE_PIXELS:
@@ -132,7 +132,7 @@ def _floats(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _unit_floats(x: Tensor) -> Tensor:
-    """Return values in [0, 1]: integers over the largest of their kind, bytes whatever type they are stored in."""
+    """Return values in [0, 1]: integers are divided by their largest value, 255 except for uint16."""
     if x.is_complex():
         raise TypeError(f"image must hold real values, got {x.dtype}.")
     kind = 1.0 if x.is_floating_point() or x.dtype == torch.bool else 65535.0 if x.dtype == torch.uint16 else 255.0
@@ -144,5 +144,5 @@ def _unit_floats(x: Tensor) -> Tensor:
 
 
 def _opaque(x: Tensor) -> Tensor:
-    """Return the image laid over white, where it has opacity as a fourth channel."""
+    """Return the image blended with white, if it has opacity as a fourth channel."""
     return x[:3] * x[3:] + 1 - x[3:] if len(x) == 4 else x

@@ -1,4 +1,4 @@
-"""The network of a card from elsewhere on paper: its names and shapes, before it is given memory and time."""
+"""Build an untrusted card's network on the meta device, within limits, before it gets memory and time."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from zoo.cost import check_cost
 from zoo.normalise import check_resize
 from zoo.registry import card_of, describe, rebuild
 
-# Our networks and those of torchvision, timm and smp take up to 10 calls per tensor; four times as many where
-# most tensors are not Bayesian and so stand in the file alone.
+# Our networks and those of torchvision, timm and smp take up to 10 calls per tensor, and four times as many where
+# most tensors are not Bayesian, which have only one tensor each in the file.
 _CALLS_PER_TENSOR = 100
 _LARGEST_ARGUMENT = 10**5
-# Short schedules, whose values some builders read, have values although the rest is on the meta device. Most
-# builders of position indices fail with values in some of their tensors and not in others, so that comes second.
+# Some builders read the values of short schedules, so those are on the CPU and not on the meta device. Most builders
+# of position indices fail if only some of their tensors have values, so `_VALUES` is tried second.
 _SCHEDULES = {torch.linspace: 10_000}
 _VALUES = {**_SCHEDULES, torch.arange: 32, torch.tensor: 32}
 
 
 def build_checked(card: Card, weights: Weights, source: str) -> nn.Module:
-    """Build the network that a card describes, if it is the one whose weights these are.
+    """Build the network that a card describes, after checking that it fits the weights.
 
-    It is built on the meta device first, where tensors have no memory, and under a limit of calls of torch
-    that grows with the weight file: a card of a few bytes can neither take the machine's memory nor its time.
+    It is built first on the meta device, where tensors have no memory, and under a limit on torch calls
+    that grows with the weight file. So a card of a few bytes cannot exhaust the machine's memory or time.
 
     Args:
-        card: Card with the name of a builder, by anyone.
+        card: Untrusted card with the name of a builder.
         weights: Its weight file.
         source: Path of its `config.json`, for messages.
 
     Raises:
-        PosteriorError: If the card describes no network of the zoo, or another than that of the weights.
+        PosteriorError: If the card does not describe a network of the zoo, or the weights belong to another.
     """
     numbers = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
     _check_arguments(card.kwargs, max(_LARGEST_ARGUMENT, numbers), source)
     calls = 1000 + _CALLS_PER_TENSOR * len(weights.shapes)
     try:
-        with torch.device("meta"), _Sketch(calls, _SCHEDULES):
-            sketch = build(card, source)
+        with torch.device("meta"), _CallLimit(calls, _SCHEDULES):
+            untrusted = build(card, source)
     except PosteriorError:
-        with torch.device("meta"), _Sketch(calls, _VALUES):
-            sketch = build(card, source)
-    weights.check_shapes(sketch)
-    check_cost(sketch, card, source)
+        with torch.device("meta"), _CallLimit(calls, _VALUES):
+            untrusted = build(card, source)
+    weights.check_shapes(untrusted)
+    check_cost(untrusted, card, source)
     return build(card, source)
 
 
@@ -57,36 +57,36 @@ def build(card: Card, source: str) -> nn.Module:
     """Build the network that a card describes, on the default device.
 
     Raises:
-        PosteriorError: If the card describes no network of the zoo.
+        PosteriorError: If the card does not describe a network of the zoo.
     """
     try:
         model = rebuild(card)
         size = card_of(model).input_size
         if size != card.input_size:
-            raise ValueError(f"input_size must be {size}, as its network's, got {card.input_size}.")
+            raise ValueError(f"input_size must be its network's, {size}, got {card.input_size}.")
         if card.resize is not None:
             check_resize("resize", card.resize, size)
         return describe(model, card)
-    except Exception as error:  # of arguments that may be anything
+    except Exception as error:  # the arguments may be anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise PosteriorError(f"{source} must describe a network of the zoo: {reason}") from error
 
 
 def _check_arguments(value: Any, limit: float, source: str) -> None:
-    """Refuse numbers too large for any argument of this network, at any depth."""
+    """Raise for a number, at any depth, that is too large for any argument of this network."""
     if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             _check_arguments(item, limit, source)
     elif isinstance(value, int | float) and not abs(value) <= limit:
-        raise PosteriorError(f"{source} must describe a network of the zoo: {value!r:.30} is too large a number in it.")
+        raise PosteriorError(f"{source} must describe a network of the zoo: its number {value!r:.30} is too large.")
 
 
-class _Sketch(TorchFunctionMode):
-    """Raise once torch has made more tensors than `calls` in this thread.
+class _CallLimit(TorchFunctionMode):
+    """A scope that raises once torch has made more than `calls` tensors in this thread.
 
     Args:
-        calls: Calls that may make one.
-        short: Functions whose results have values on the CPU, up to a size.
+        calls: Number of calls that may make a tensor.
+        short: Functions whose results get values on the CPU, up to a size.
     """
 
     def __init__(self, calls: int, short: dict[Callable[..., Any], int]):
@@ -97,7 +97,7 @@ class _Sketch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not isinstance(result, torch.Tensor):  # as the end of no_grad, which must not be kept from its work
+        if not isinstance(result, torch.Tensor):  # such as the end of no_grad, which must not raise
             return result
         self._calls -= 1
         if self._calls < 0:

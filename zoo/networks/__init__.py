@@ -1,4 +1,4 @@
-"""The networks of the zoo, one family a file; importing them registers their builders."""
+"""The networks of the zoo, one family per file; importing them registers their builders."""
 
 from zoo.networks import alexnet, lenet, mlp, resnet, segmentation, vgg
 

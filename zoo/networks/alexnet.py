@@ -20,15 +20,15 @@ def alexnet(
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
 ) -> nn.Sequential:
-    """Build the usual CIFAR AlexNet, which is the one of Osawa et al. 2019.
+    """Build the usual CIFAR AlexNet, which Osawa et al. 2019 use too.
 
-    Five convolutions, each before a ReLU: 64 of 11x11 with stride 4 and padding 5, 192 of 5x5, then 384,
-    256 and 256 of 3x3; max pooling of 2 after the first, second and last; one linear layer, where the
-    original has three.
+    It has five convolutions, each followed by a ReLU: 64 of 11x11 with stride 4 and padding 5, 192 of 5x5, then
+    384, 256 and 256 of 3x3. Max pooling of 2 follows the first, second and last. One linear layer takes the place
+    of the original's three.
 
     Args:
         num_classes: Outputs, >= 1.
-        input_size: `(c, h, w)`, h and w >= 29; of 32 x 32 one position remains for the linear layer.
+        input_size: `(c, h, w)`, h and w >= 29; for 32 x 32 the linear layer sees one position.
         mean: Mean of the inputs, per channel.
         std: Standard deviation of the inputs, per channel.
     """

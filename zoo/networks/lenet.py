@@ -1,4 +1,4 @@
-"""LeNet-5 (LeCun et al. 1998), with ReLU and max pooling as it is built today."""
+"""LeNet-5 (LeCun et al. 1998), with ReLU and max pooling as is usual today."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def lenet5_bn(
 ) -> nn.Sequential:
     """Build LeNet-5 with BatchNorm between each hidden layer and its activation.
 
-    The norms have scale and shift, where those of Osawa et al. 2019 have not, and the layers before
-    them no bias.
+    The norms have scale and shift, unlike those of Osawa et al. 2019, and the layers before them have
+    no bias.
 
     Args:
         num_classes: Outputs, >= 1.
@@ -64,8 +64,8 @@ def lenet5_mcdropout(
 ) -> nn.Sequential:
     """Build LeNet-5 with dropout after each hidden layer, before activation and pooling.
 
-    With its dropout left on, it is the network of Monte-Carlo dropout (Gal & Ghahramani 2016, arXiv
-    1506.02142; for convolutions 1506.02158, section 3.2), which serves as a baseline.
+    Predicting with dropout switched on is Monte-Carlo dropout (Gal & Ghahramani 2016, arXiv
+    1506.02142; for convolutions 1506.02158, section 3.2), a baseline.
 
     Args:
         num_classes: Outputs, >= 1.

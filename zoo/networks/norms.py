@@ -1,4 +1,4 @@
-"""The `norm` argument of the convolutional networks, and the convolution that stands before a norm."""
+"""The `norm` argument of the convolutional networks, and the convolution that precedes a norm."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Norm(NamedTuple):
 
 
 def group_norm(channels: int) -> bl.BayesGroupNorm:
-    """Build a GroupNorm with 16 channels in a group, or their greatest divisor that fits.
+    """Build a GroupNorm with gcd(channels, 16) channels per group.
 
     Source: Wu & He 2018 (arXiv 1803.08494), section 4.1 on fixed channels per group. Their 32 groups
-    would leave the 16 channels of a CIFAR ResNet one a group.
+    are more than the 16 channels of a CIFAR ResNet.
     """
     return bl.BayesGroupNorm(channels // gcd(channels, 16), channels)
 
@@ -37,11 +37,11 @@ NORMS = {
 
 
 def norm_named(name: str) -> Norm:
-    """Return the kind of normalisation of a name.
+    """Return the kind of normalisation with a name.
 
-    "batch" is BatchNorm, which mixes the examples of a batch in training, and "plain_batch" the same
-    without posterior, prior and noise, as Osawa et al. 2019 train ResNets; "group" is GroupNorm, and
-    "frn" filter response normalisation with SiLU in place of ReLU, under which each example is alone.
+    "batch" is BatchNorm, which mixes the examples of a batch in training. "plain_batch" is the same
+    without posterior, prior and noise, as Osawa et al. 2019 train ResNets. "group" is GroupNorm, and
+    "frn" is filter response normalisation with SiLU instead of ReLU; both treat each example separately.
 
     Raises:
         ValueError: If there is no such kind.
@@ -52,7 +52,7 @@ def norm_named(name: str) -> Norm:
 
 
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> bl.BayesConv2d:
-    """Build a convolution to be normalised: "same" padding of an odd kernel, no bias, the start of He et al. 2015.
+    """Build a convolution that precedes a norm: "same" padding of an odd kernel, no bias, and He initialisation.
 
     Weights are drawn from N(0, 2 / (c_out kernel^2)) (arXiv 1502.01852, Eq. 14), as torchvision does.
     """

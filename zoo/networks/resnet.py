@@ -1,4 +1,4 @@
-"""Residual networks: of He et al. 2016 for ImageNet and CIFAR, of Xie et al. 2017, of Zagoruyko & Komodakis 2016."""
+"""Residual networks: ResNet (He et al. 2016), ResNeXt (Xie et al. 2017) and WRN (Zagoruyko & Komodakis 2016)."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class SubsamplingShortcut(nn.Module):
 
 
 def shortcut_a(c_in: int, c_out: int, stride: int, norm: Norm) -> nn.Module:
-    """Build the identity, or where the shape changes the one without parameters."""
+    """Build the identity, or the shortcut without parameters where the shape changes."""
     return nn.Identity() if (c_in, stride) == (c_out, 1) else SubsamplingShortcut(c_out - c_in, stride)
 
 
 def shortcut_b(c_in: int, c_out: int, stride: int, norm: Norm) -> nn.Module:
-    """Build the identity, or where the shape changes a 1x1 convolution."""
+    """Build the identity, or a 1x1 convolution where the shape changes."""
     if (c_in, stride) == (c_out, 1):
         return nn.Identity()
     return nn.Sequential(conv(c_in, c_out, 1, stride), norm.layer(c_out))
@@ -66,8 +66,8 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """`act(branch(x) + shortcut(x))`, the branch 1x1, 3x3 and 1x1 convolutions (He et al. 2016, Fig. 5 right).
 
-    The 3x3 one has the stride, as in torchvision. With `groups` it is the block of ResNeXt, of
-    `group_width` channels a group in the first stage (Xie et al. 2017, arXiv 1611.05431, Fig. 3c).
+    The 3x3 convolution has the stride, as in torchvision. With `groups` it is the block of ResNeXt, with
+    `group_width` channels per group in the first stage (Xie et al. 2017, arXiv 1611.05431, Fig. 3c).
     """
 
     def __init__(
@@ -125,7 +125,7 @@ def _last_norm(norm: Norm, channels: int, zero_init: bool) -> nn.Module:
 
 
 def _stages(make_block: MakeBlock, c_in: int, widths: Sequence[int], depths: Sequence[int]) -> Modules:
-    """Build `layer1`, `layer2`, ...: all but the first halve height and width in their first block."""
+    """Build `layer1`, `layer2`, ...; all but the first halve height and width in their first block."""
     stages: Modules = OrderedDict()
     for stage, (width, depth) in enumerate(zip(widths, depths, strict=True), start=1):
         first = make_block(c_in, width, 1 if stage == 1 else 2)
@@ -142,10 +142,10 @@ def _head(c_in: int, num_classes: int) -> Modules:
 def _resnet(
     name: str, block: Callable[..., nn.Module], width: int, depths: Sequence[int], cifar: bool = False
 ) -> Callable[..., nn.Sequential]:
-    """Register the residual network of `depths[i]` blocks with `width * 2**i` outputs in stage i.
+    """Register the residual network with `depths[i]` blocks of `width * 2**i` outputs in stage i.
 
-    `block` is one of the classes above. `cifar` puts a 3x3 convolution in the place of a 7x7 one of
-    stride 2 and a max pooling.
+    `block` is one of the classes above. `cifar` replaces the 7x7 convolution of stride 2 and the max
+    pooling by a 3x3 convolution.
     """
     widths, stem = [width * 2**stage for stage in range(len(depths))], min(width, 64)
 
@@ -160,7 +160,7 @@ def _resnet(
     ) -> nn.Sequential:
         """Build the residual network of this name.
 
-        The parameters have torchvision's names: an ordinary checkpoint of it loads as means.
+        The parameters have torchvision's names, so its ordinary checkpoints load as means.
         Source: He et al. 2016 (arXiv 1512.03385); ResNeXt: Xie et al. 2017 (arXiv 1611.05431).
 
         Args:
@@ -168,7 +168,7 @@ def _resnet(
             input_size: `(c, h, w)`.
             norm: "batch", "plain_batch", "group" or "frn", see `zoo.networks.norms`.
             shortcut: Where the shape changes, "A" subsamples and adds channels of zeros, "B" is a 1x1 convolution.
-            zero_init: Start the last norm's scale of each block at 0, so that the block is its shortcut
+            zero_init: Initialise the last norm's scale of each block to 0, so that the block is its shortcut
                 (Goyal et al. 2017, arXiv 1706.02677).
             mean: Mean of the inputs, per channel.
             std: Standard deviation of the inputs, per channel.
@@ -223,7 +223,7 @@ def wide_resnet(
     """
     kind, (c_in, *_) = norm_named(norm), image_size(input_size)
     if at_least_one("depth", depth) < 10 or depth % 6 != 4:
-        raise ValueError(f"depth must be 6 n + 4 with n >= 1, as 10, 16 or 28, got {depth}.")
+        raise ValueError(f"depth must be 6 n + 4 with n >= 1, such as 10, 16 or 28, got {depth}.")
     widths, depths = [at_least_one("width", width) * 16 * 2**stage for stage in range(3)], [(depth - 4) // 6] * 3
     layers: Modules = OrderedDict(normalise=Normalise(input_size, mean, std), conv1=conv(c_in, 16, 3))
     layers |= _stages(partial(PreActivationBlock, norm=kind), 16, widths, depths)

@@ -29,8 +29,8 @@ def _padded(x: Tensor, multiple: int) -> Tensor:
 class UNet(nn.Module):
     """Encoder and decoder with the encoder's features copied across (Ronneberger et al. 2015, arXiv 1505.04597).
 
-    The convolutions are padded and followed by a norm, so that the output has the input's height and
-    width; inputs are padded to a multiple of `2**(len(widths) - 1)` and outputs cropped.
+    The convolutions are padded and followed by a norm, and the output has the input's height and
+    width. Inputs are padded to a multiple of `2**(len(widths) - 1)` and outputs cropped.
 
     Args:
         normalise: First module.
@@ -66,9 +66,9 @@ class UNet(nn.Module):
 
 
 class SegNet(nn.Module):
-    """Encoder and decoder that puts values back where max pooling took them from.
+    """Encoder and decoder; the decoder puts values back to the positions that max pooling chose.
 
-    One convolution with a norm per scale, followed by an activation in the encoder alone. Inputs are
+    Each scale has one convolution with a norm, followed by an activation only in the encoder. Inputs are
     padded to a multiple of `2**scales` and outputs cropped.
     Source: Badrinarayanan et al. 2017 (arXiv 1511.00561), section 3.1, SegNet-Basic.
 

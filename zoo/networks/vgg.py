@@ -28,9 +28,9 @@ def _vgg(name: str, depths: Sequence[int]) -> Callable[..., nn.Sequential]:
     ) -> nn.Sequential:
         """Build the VGG network of this name (Simonyan & Zisserman 2015, arXiv 1409.1556, Table 1) for CIFAR.
 
-        3x3 convolutions, each before a norm and an activation, and max pooling of 2 after each of five
-        stages; then the average over positions, and one linear layer where the original has three. The
-        convolutions have no biases: the shift of the norm does their work.
+        It has 3x3 convolutions, each followed by a norm and an activation, and max pooling of 2 after each of
+        five stages. The average over positions and one linear layer follow, where the original has three. The
+        convolutions have no biases, because the norms have shifts.
 
         Args:
             num_classes: Outputs, >= 1.
