@@ -147,7 +147,7 @@ def _size(
     channels = at_least_one("in_channels", in_channels)
     size = (channels, *default[1:]) if input_size is None else image_size(input_size)
     if size[0] != channels:
-        raise ValueError(f"in_channels must equal that of input_size {tuple(size)}, got {channels}.")
+        raise ValueError(f"in_channels must be that of input_size {tuple(size)}, got {channels}.")
     return size
 
 

@@ -81,7 +81,7 @@ def _filled(stored: Stored, folder: Path) -> nn.Module:
     card, weights = stored.card, stored.weights
     if card.builder is None:
         raise PosteriorError(
-            f"{folder} must name its network's builder, but names none. Build the network and call "
+            f"{folder} must name its network's builder, got none. Build the network and call "
             "bayeslayers.load_posterior(folder, model)."
         )
     source = str(folder / CONFIG)

@@ -223,7 +223,7 @@ def test_a_bayesian_network_keeps_its_layers_and_its_prior():
         exact(site.precision, old.precision + expected[site.name])
         assert (old.precision == old.prior_precision).all()
         assert_close(site.prior_mean, old.mean.detach(), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="prior_precision must be a number where all weights"):
+    with pytest.raises(ValueError, match="prior_precision must be a number if all weights"):
         bl.laplace(net, (images(), labels()))
 
 
@@ -316,7 +316,7 @@ def folded():
                 "model": nn.Sequential(nn.Flatten(), nn.Linear(72, 3, bias=False).double()),
             },
             ValueError,
-            "where the loss has no gradient",
+            "if the loss has no gradient",
         ),
         (
             {"model": Past(bl.BayesLinear(72, 3, dtype=torch.float64))},

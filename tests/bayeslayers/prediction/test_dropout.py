@@ -262,8 +262,8 @@ class NeedsTargets(Functional):
     ("net", "message"),
     [
         (WithAuxiliary, r"must not change what the model returns, got tuple instead of \(2, 3\)"),
-        (WithStatistics, "must leave buffer 'mean' as it is"),
-        (NeedsTargets, "there it failed: ValueError: targets must not be None in training mode"),
+        (WithStatistics, "must leave buffer 'mean' unchanged"),
+        (NeedsTargets, "but failed there: ValueError: targets must not be None in training mode"),
     ],
 )
 def test_a_training_mode_that_does_more_is_refused(net, message):
