@@ -1,5 +1,7 @@
 """Bayesian layers for PyTorch: weights that carry a precision beside their mean."""
 
+from types import ModuleType
+
 from bayeslayers import plots
 from bayeslayers.continual import posterior_to_prior
 from bayeslayers.convert import ConversionReport, last_layer, norms, register_rule, to_bayesian, to_deterministic
@@ -91,3 +93,12 @@ __all__ = [
     "tracked",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Return the zoo, which is imported only when `bayeslayers.zoo` is first asked for."""
+    if name == "zoo":
+        import bayeslayers.zoo as zoo
+
+        return zoo
+    raise AttributeError(f"module 'bayeslayers' has no attribute {name!r}")
