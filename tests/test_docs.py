@@ -1,0 +1,86 @@
+"""The documentation keeps up with the source: the map of the rooms, the pages, the names, the files for newcomers."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import bayeslayers as bl
+import zoo
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+@pytest.fixture(scope="module")
+def rooms():
+    spec = importlib.util.spec_from_file_location("rooms", DOCS / "rooms.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_map_of_the_rooms_is_that_of_the_source(rooms):
+    page = (DOCS / "architecture.md").read_text()
+    assert page == rooms.redrawn(page), "run python docs/rooms.py"
+    assert max(map(len, rooms.drawing().splitlines())) <= 100
+
+
+def test_packages_and_rooms_point_downwards(rooms):
+    assert rooms.packages() == {"recipes": {"zoo", "bayeslayers"}, "zoo": {"bayeslayers"}, "bayeslayers": set()}
+    floors = rooms.floors(rooms.rooms("recipes"))
+    assert floors[0] == ["data"] and floors[-1] == ["cli"]
+    with pytest.raises(ValueError, match=r"circle, got \['a', 'b'\]"):
+        rooms.floors({"a": {"b"}, "b": {"a"}, "c": set()})
+
+
+def test_the_map_shows_another_import(rooms, monkeypatch):
+    page = (DOCS / "architecture.md").read_text()
+    real = rooms.rooms
+
+    def changed(package):
+        return real(package) | ({"plots": set()} if package == "bayeslayers" else {})
+
+    monkeypatch.setattr(rooms, "rooms", changed)
+    assert page != rooms.redrawn(page)
+
+
+def test_every_page_is_in_one_section():
+    index = (DOCS / "index.md").read_text()
+    assert re.findall(r":caption: (.*)", index) == ["Start", "Guides", "Concepts", "Reference", "Results"]
+    listed = [line for block in re.findall(r"```\{toctree\}\n(.*?)```", index, re.S) for line in block.split()]
+    pages = [word for word in listed if (DOCS / f"{word}.md").is_file()]
+    assert sorted(pages) == sorted(path.stem for path in DOCS.glob("*.md") if path.stem != "index")
+
+
+@pytest.mark.parametrize("module", [bl, zoo], ids=["bayeslayers", "zoo"])
+def test_the_reference_has_every_public_name(module):
+    words = set(re.findall(r"\w+", (DOCS / "api.md").read_text()))
+    assert sorted(set(module.__all__) - words - {"plots"}) == []
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *DOCS.glob("*.md")], ids=lambda path: path.name)
+def test_links_to_files_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+        assert (path.parent / link).exists(), f"{path.name} links to {link}"
+
+
+def test_files_that_the_guide_for_contributors_names_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = [word for word in re.findall(r"`([\w/.-]+/[\w.-]*)`", text) if not re.search("[A-Z]{3}", word)]
+    assert len(named) > 10 and [word for word in named if not (ROOT / word).exists()] == []
+
+
+def test_newcomers_find_what_they_look_for():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and citation["version"] == bl.__version__ and citation["authors"]
+    for name in ("LICENSE", "SECURITY.md", "CHANGELOG.md", ".github/pull_request_template.md"):
+        assert (ROOT / name).stat().st_size > 200
+    for package in ("bayeslayers", "zoo", "recipes"):
+        assert (ROOT / package / "py.typed").is_file()
+    for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.md"):
+        assert {"name", "about"} <= yaml.safe_load(path.read_text().split("---\n")[1]).keys()
