@@ -16,6 +16,7 @@ from bayeslayers.optim.adam import adam_direction
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.guard import adam_ratio, magnitudes
+from bayeslayers.optim.options import Options
 from bayeslayers.sampling import Sampler
 
 _RULES = {"lr": non_negative, "beta1": fraction, "beta2": fraction, "temperature": positive}
@@ -88,21 +89,11 @@ class BBB(VariationalOptimizer):
         how: Estimator | None = None,
     ):
         self.estimator: Estimator = estimator if how is None else how
-        super().__init__(
-            model,
-            dataset_size,
-            _RULES,
-            {"lr": lr, "beta1": beta1, "beta2": beta2, "temperature": temperature},
-            groups=groups,
-            prior_precision=prior_precision,
-            init_precision=init_precision,
-            num_samples=num_samples,
-            generator=generator,
-            sync=sync,
-        )
+        arguments = locals()
+        super().__init__(model, dataset_size, _RULES, arguments, Options.among(arguments))
 
-    def _bind(self) -> None:
-        super()._bind()
+    def _prepare(self) -> None:
+        super()._prepare()
         self._sampler = Sampler(
             list(self._sites.values()), self._generator, estimator=self.estimator, differentiable=True
         )
@@ -124,7 +115,7 @@ class BBB(VariationalOptimizer):
             if leaf is not None and leaf.grad is not None:
                 gradients[parameter] = leaf.grad * leaf.detach()  # a leaf is proportional to sigma
             elif parameter.grad is not None:
-                raise self._past_its_layer(site)
+                raise self._without_its_layer(site)
         return Recorded(gradients)
 
     def _posterior_reach(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> float:

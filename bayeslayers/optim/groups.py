@@ -14,6 +14,7 @@ from bayeslayers.convert.conversion import to_bayesian
 from bayeslayers.convert.in_place import unchanged_on_error, warn_of_deterministic
 from bayeslayers.convert.report import ConversionReport, report_of
 from bayeslayers.layers import BayesianLayer
+from bayeslayers.optim.options import Options
 from bayeslayers.sampling import Sampler, Site, posterior, sites_of
 
 Rules = Mapping[str, Callable[[str, Any], Any]]  # per hyperparameter the check that returns its value
@@ -30,53 +31,38 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
     Args:
         model: Model on its device already. One without any posterior becomes Bayesian in place.
         dataset_size: Number of training examples N.
-        rules: The check of each hyperparameter of a group.
-        defaults: Their values, `lr` among them.
-        groups: Groups with hyperparameters of their own, each a dict with `params`. Parameters in none
-            of them form the default groups.
-        deterministic_lr: Learning rate of the default group of deterministic parameters; None for `lr`.
-        prior_precision: Set as every site's prior precision; None keeps what the layers carry.
-        init_precision: Set as every site's precision; None keeps what the layers carry.
-        generator: Source of the draws; torch's default one if None.
+        rules: The check of each hyperparameter of a group, `lr` among them.
+        values: Their values, among others.
+        options: What else the user has chosen.
     """
 
     _adam_lr: float | None = None  # of deterministic parameters in groups without an lr; None for that of the others
 
-    def __init__(
-        self,
-        model: nn.Module,
-        dataset_size: int,
-        rules: Rules,
-        defaults: Mapping[str, Any],
-        *,
-        groups: Sequence[Mapping[str, Any]] | None,
-        deterministic_lr: float | None,
-        prior_precision: float | None,
-        init_precision: float | None,
-        generator: torch.Generator | None,
-    ):
+    def __init__(self, model: nn.Module, dataset_size: int, rules: Rules, values: Mapping[str, Any], options: Options):
         network("model", model)
         self.model = model
         self.dataset_size = size("dataset_size", dataset_size)
         self._rules = {**rules, "prior_precision": positive}
-        for name, value in (("prior_precision", prior_precision), ("init_precision", init_precision)):
-            if value is not None:
-                positive(name, value)
-        checked = {name: rule(name, defaults[name]) for name, rule in rules.items()}
-        if deterministic_lr is not None:
-            rules["lr"]("deterministic_lr", deterministic_lr)
-        self._generator = generator
+        checked = {name: rule(name, values[name]) for name, rule in rules.items()}
+        if options.deterministic_lr is not None:
+            rules["lr"]("deterministic_lr", options.deterministic_lr)
+        self._generator = options.generator
         with unchanged_on_error(model):
             self._converted = self._make_bayesian()
-            self._bind()
-            super().__init__(self._all_groups(groups or (), deterministic_lr), {"beta2": 0.999, **checked})
+            self._prepare()
+            groups = self._all_groups(options.groups or (), options.deterministic_lr)
+            super().__init__(groups, {"beta2": 0.999, **checked})
             if self._converted is not None:
                 warn_of_deterministic(self._converted)
+        self._fill(options.prior_precision, options.init_precision)
+
+    def _fill(self, prior_precision: float | None, init_precision: float | str | None) -> None:
+        """Write the precisions that the user has given to the layers, but for priors of groups of their own."""
         for site in self._sites.values():
             if prior_precision is not None and not self._has_own_prior(site):
                 site.prior_precision.fill_(prior_precision)
             if init_precision is not None:
-                site.precision.fill_(init_precision)
+                site.precision.fill_(positive("init_precision", init_precision))  # pyright: ignore[reportArgumentType]
         if init_precision is not None:
             self._drop_roots()
 
@@ -89,8 +75,8 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
         """Convert a model without any posterior in place, and report; leave any other as it is."""
         return None if any(True for _ in posterior(self.model)) else to_bayesian(self.model, inplace=True)[1]
 
-    def _bind(self) -> None:
-        """Find the uncertain tensors of the model, and all its parameters."""
+    def _prepare(self) -> None:
+        """Find the uncertain tensors of the model and all its parameters, at the start and when it has changed."""
         sites = sites_of(self.model)
         devices = sorted({str(tensor.device) for tensor in self.model.parameters()})
         if len(devices) > 1:
@@ -142,7 +128,7 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
         for name in self._rules.keys() & group.keys():
             self._rules[name](name, group[name])
         if any(parameter not in self._names for parameter in parameters):
-            self._bind()
+            self._prepare()
         if strange := [tuple(p.shape) for p in parameters if p not in self._names]:
             raise ValueError(f"params must be parameters of the model, got one of shape {strange[0]} that is none.")
         for kind in ("bayesian", "deterministic"):
@@ -157,22 +143,6 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
     def _ess(self, group: Mapping[str, Any]) -> float:
         """Return the effective sample size, N / T."""
         return self.dataset_size / group["temperature"]
-
-
-def first_precision(init_precision: float | str | None) -> tuple[float | None, bool]:
-    """Return the precision that sites are set to, and whether it comes from the first batches instead.
-
-    Args:
-        init_precision: A number, None, or "curvature".
-
-    Raises:
-        ValueError: If it is another word.
-    """
-    if not isinstance(init_precision, str):
-        return init_precision, False
-    if init_precision != "curvature":
-        raise ValueError(f"init_precision must be a number > 0, None or 'curvature', got {init_precision!r}.")
-    return None, True
 
 
 def listed(params: Any) -> list[Any]:

@@ -70,6 +70,30 @@ def is_harmless(reach: float, parameters: Iterable[Tensor]) -> bool:
     return reach < min(torch.finfo(dtype).max for dtype in dtypes) / _HEADROOM
 
 
+def refuse_not_finite(quantities: Mapping[str, Mapping[Any, Tensor]], names: Mapping[Any, str], ess: float) -> None:
+    """Raise if a tensor that a step is made of is not finite, or would not be where it enters the precision.
+
+    Args:
+        quantities: For each quantity, as "gradient", its tensors by parameter or name.
+        names: Names of the parameters.
+        ess: What they are multiplied by in the step.
+
+    Raises:
+        FloatingPointError: If so.
+    """
+    # A sum is finite only if every entry is: one reduction each, one look at the result.
+    sums = [tensor.sum() for tensors in quantities.values() for tensor in tensors.values()]
+    if (torch.stack(sums) * ess).isfinite().all():
+        return
+    for quantity, tensors in quantities.items():
+        for key, tensor in tensors.items():
+            if bad := int((~(tensor * ess).isfinite()).sum()):
+                raise FloatingPointError(
+                    f"the {quantity} of '{names.get(key, key)}' must be finite, got {bad} of {tensor.numel()} entries "
+                    "that are not: the step is refused, the posterior is as it was. Lower lr, or look at the batch."
+                )
+
+
 class Snapshot:
     """What a step changes, as it was before.
 

@@ -19,6 +19,7 @@ from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.defaults import LARGEST_MOVE, start_hessian, with_plain_steps
 from bayeslayers.optim.groups import listed
 from bayeslayers.optim.guard import natural_reach
+from bayeslayers.optim.options import Options
 from bayeslayers.sampling import posterior
 
 Estimator = Literal["price", "gradsq"]
@@ -121,6 +122,7 @@ class IVON(VariationalOptimizer):
         keep_posterior: bool = False,
         sync: bool = False,
     ):
+        arguments = locals()
         if estimator not in ("price", "gradsq"):
             raise ValueError(f"estimator must be 'price' or 'gradsq', got {estimator!r}.")
         self.estimator: Estimator = estimator
@@ -135,34 +137,24 @@ class IVON(VariationalOptimizer):
             clip_radius = LARGEST_MOVE / (LR * (hess_init + weight_decay)) if chooses else math.inf
         self._sites = {}
         self._new: set[nn.Parameter] = set()  # whose precision and prior no group has set yet
-        super().__init__(
-            model,
-            dataset_size,
-            _RULES,
-            {
-                "lr": lr,
-                "beta1": beta1,
-                "beta2": beta2 if beta2 is not None else BETA2 if chooses else 0.99999,
-                "hess_init": hess_init,
-                "weight_decay": weight_decay,
-                "clip_radius": clip_radius,
-                "temperature": temperature,
-            },
-            num_samples=num_samples,
-            generator=generator,
-            groups=with_plain_steps(groups or ()) if chooses else groups,
-            sync=sync,
-        )
+        chosen = {
+            "lr": lr,
+            "beta2": beta2 if beta2 is not None else BETA2 if chooses else 0.99999,
+            "hess_init": hess_init,
+            "clip_radius": clip_radius,
+        }
+        options = Options.among(arguments, groups=with_plain_steps(groups or ()) if chooses else groups)
+        super().__init__(model, dataset_size, _RULES, arguments | chosen, options)
 
     def _make_bayesian(self) -> None:
         """Convert nothing: parameters of any module get a posterior."""
 
-    def _bind(self) -> None:
+    def _prepare(self) -> None:
         if not self._sites:
             self._attach(self.model.parameters())
         if not any(True for _ in posterior(self.model)):
             raise ValueError("model must have a parameter that requires a gradient, got none. Unfreeze what to train.")
-        super()._bind()
+        super()._prepare()
 
     def _attach(self, parameters: Iterable[nn.Parameter]) -> None:
         """Give those parameters a posterior that require a gradient and have none; their group will set it."""
@@ -190,7 +182,7 @@ class IVON(VariationalOptimizer):
         """
         parameters = listed(param_group["params"])
         self._attach(parameters)
-        self._bind()
+        self._prepare()
         before = len(self.param_groups)
         super().add_param_group({**param_group, "params": parameters})
         for group in self.param_groups[before:]:
@@ -226,8 +218,8 @@ class IVON(VariationalOptimizer):
         noise, factor = self._sampler.noise[self._sites[parameter].name]
         return noise * grad if factor == 1 else (noise * grad).mul_(factor)
 
-    def _refuse_bad_step(self) -> None:
-        super()._refuse_bad_step()
+    def _plan(self) -> None:
+        """Compute the new precisions, which must be finite in all groups."""
         statistics = self._averages.statistics
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -237,7 +229,6 @@ class IVON(VariationalOptimizer):
             return
         for parameter, precision in statistics.items():
             if bad := int((~precision.isfinite()).sum()):
-                self._forget()
                 raise FloatingPointError(
                     f"the precision of '{self._names[parameter]}' must be finite, got {bad} of {precision.numel()} "
                     "entries that would not be: the step is refused, the posterior is as it was. Lower lr, or look at "

@@ -10,6 +10,7 @@ from torch import nn
 
 from bayeslayers.likelihoods import Likelihood
 from bayeslayers.optim.kronecker import Fisher, KroneckerFactored, Schedule
+from bayeslayers.optim.options import Options
 
 
 class NoisyKFAC(KroneckerFactored):
@@ -104,22 +105,16 @@ class NoisyKFAC(KroneckerFactored):
         sync: bool = False,
         elements_per_example: float | None = None,
     ):
+        arguments = locals()
         super().__init__(
             model,
             dataset_size,
-            {"lr": lr, "beta1": beta1, "factor_lr": factor_lr, "damping": damping, "temperature": temperature},
-            prior_precision=prior_precision,
-            init_precision=init_precision,
+            arguments,
+            Options.among(arguments),
             update_every=update_every,
             inverse_every=inverse_every,
             fisher=fisher,
             likelihood=likelihood,
-            num_samples=num_samples,
-            generator=generator,
-            groups=groups,
-            deterministic_lr=deterministic_lr,
-            sync=sync,
-            elements_per_example=elements_per_example,
         )
 
 
@@ -159,7 +154,7 @@ class KFAC(KroneckerFactored):
         TypeError: If labels cannot be drawn from the likelihood.
     """
 
-    _drawing_twin = "NoisyKFAC"
+    _sampling_counterpart = "NoisyKFAC"
 
     def __init__(
         self,
@@ -181,19 +176,14 @@ class KFAC(KroneckerFactored):
         sync: bool = False,
         elements_per_example: float | None = None,
     ):
+        arguments = locals()
         super().__init__(
             model,
             dataset_size,
-            {"lr": lr, "beta1": beta1, "factor_lr": factor_lr, "damping": damping, "temperature": temperature},
-            init_precision="curvature",
-            prior_precision=prior_precision,
+            arguments,
+            Options.among(arguments, init_precision="curvature"),
             update_every=update_every,
             inverse_every=inverse_every,
             fisher=fisher,
             likelihood=likelihood,
-            generator=generator,
-            groups=groups,
-            deterministic_lr=deterministic_lr,
-            sync=sync,
-            elements_per_example=elements_per_example,
         )

@@ -27,7 +27,8 @@ from bayeslayers.likelihoods import Likelihood, check_likelihood, likelihood_of,
 from bayeslayers.optim.adam import corrected_weight, momentum_average
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
-from bayeslayers.optim.groups import first_precision, listed
+from bayeslayers.optim.groups import listed
+from bayeslayers.optim.options import Options
 from bayeslayers.sampling import Site, Tracker, layers_with_curvature
 
 Fisher = Literal["sampled", "empirical"]
@@ -52,14 +53,13 @@ class KroneckerFactored(VariationalOptimizer):
         self,
         model: nn.Module,
         dataset_size: int,
-        defaults: Mapping[str, Any],
+        values: Mapping[str, Any],
+        options: Options,
         *,
-        init_precision: float | Literal["curvature"] | None,
         update_every: int,
         inverse_every: int | Schedule,
         fisher: Fisher,
         likelihood: Likelihood | None,
-        **options: Any,
     ):
         if fisher not in ("sampled", "empirical"):
             raise ValueError(f"fisher must be 'sampled' or 'empirical', got {fisher!r}.")
@@ -71,11 +71,11 @@ class KroneckerFactored(VariationalOptimizer):
         self.fisher, self.likelihood = fisher, likelihood or likelihood_of(model)
         if fisher == "sampled":
             check_likelihood(self.likelihood)
-        value, self._from_curvature = first_precision(init_precision)
-        super().__init__(model, dataset_size, _RULES, defaults, init_precision=value, **options)
+        options, self._from_curvature = options.with_precision_from_curvature()
+        super().__init__(model, dataset_size, _RULES, values, options)
 
-    def _bind(self) -> None:
-        super()._bind()
+    def _prepare(self) -> None:
+        super()._prepare()
         self._tracker = Tracker(layers_with_curvature(self._sites.values()), kronecker=True, model=self.model)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -158,7 +158,7 @@ class KroneckerFactored(VariationalOptimizer):
             unit = examples * self._elements(examples).number  # squares of a mean's gradients are this much smaller
         for parameter, site in self._sites.items():
             if parameter.grad is not None and not {site.name, self._weight_name(site) + _INPUT} & sums.keys():
-                raise self._past_its_layer(site)
+                raise self._without_its_layer(site)
         scales = {name: (1 if name.endswith(_INPUT) else unit) / examples for name in sums}
         return Recorded({name: value * scales[name] for name, value in sums.items()})
 
@@ -168,7 +168,6 @@ class KroneckerFactored(VariationalOptimizer):
 
     def _rescale(self, loss_scale: float) -> None:
         """Take the loss scale out of what is squared from gradients of the user's loss."""
-        self._loss_scale = loss_scale
         if self.fisher == "empirical":
             statistics = self._averages.statistics
             for name, value in statistics.items():
@@ -177,19 +176,15 @@ class KroneckerFactored(VariationalOptimizer):
 
     # The step.
 
-    def _refuse_bad_step(self) -> None:
-        super()._refuse_bad_step()
-        try:
-            self._curvatures = {
-                parameter: self._curvature(self._sites[parameter], group)
-                for group in self.param_groups
-                if group["kind"] == "bayesian"
-                for parameter in group["params"]
-                if parameter.grad is not None and self._is_weight_with_factors(parameter)
-            }
-        except FloatingPointError:
-            self._forget()
-            raise
+    def _plan(self) -> None:
+        """Compute inverses and roots of all layers: a factor may have none."""
+        self._curvatures = {
+            parameter: self._curvature(self._sites[parameter], group)
+            for group in self.param_groups
+            if group["kind"] == "bayesian"
+            for parameter in group["params"]
+            if parameter.grad is not None and self._is_weight_with_factors(parameter)
+        }
 
     def _is_weight_with_factors(self, parameter: nn.Parameter) -> bool:
         return self._sites[parameter].key == "weight" and self._has_factors(self._sites[parameter])

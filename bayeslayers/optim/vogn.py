@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
-from bayeslayers.checks import fraction, non_negative, positive, radius
+from bayeslayers.checks import radius
 from bayeslayers.curvature.counts import Reduction
-from bayeslayers.distributions.gaussian import natural_gradient_step_
-from bayeslayers.optim.adam import corrected_weight, momentum_average
-from bayeslayers.optim.averages import Recorded
-from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.defaults import (
     ADAM_LR,
     LARGEST_MOVE,
@@ -27,141 +20,12 @@ from bayeslayers.optim.defaults import (
     warn_of_prior,
     with_plain_steps,
 )
-from bayeslayers.optim.groups import Rules, first_precision, listed
-from bayeslayers.optim.guard import natural_reach
-from bayeslayers.sampling import Tracker, layers_with_curvature
-from bayeslayers.sampling.placement import placed
-
-_RULES = {
-    "lr": non_negative,
-    "beta1": fraction,
-    "precision_lr": partial(fraction, one=True),
-    "temperature": positive,
-    "damping": non_negative,
-}
+from bayeslayers.optim.gauss_newton import RULES, GaussNewton
+from bayeslayers.optim.groups import listed
+from bayeslayers.optim.options import Options
 
 
-class _GaussNewton(VariationalOptimizer):
-    """The step that VOGN and OGN share."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        dataset_size: int,
-        defaults: Mapping[str, Any],
-        *,
-        init_precision: float | Literal["curvature"] | None,
-        curvature_fraction: float,
-        loss_reduction: Reduction,
-        vectorise: bool = False,
-        rules: Rules = _RULES,
-        **options: Any,
-    ):
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}.")
-        self.loss_reduction = loss_reduction
-        self.curvature_fraction = fraction("curvature_fraction", curvature_fraction, one=True)
-        self.vectorise, self._at_once = vectorise, 1
-        value, self._from_curvature = first_precision(init_precision)
-        super().__init__(model, dataset_size, rules, defaults, init_precision=value, **options)
-
-    def _bind(self) -> None:
-        super()._bind()
-        self._tracker = Tracker(layers_with_curvature(self._sites.values()), model=self.model)
-
-    @contextmanager
-    def _scope(self, noise: Mapping[str, Tensor] | None) -> Iterator[None]:
-        with self._draw(noise), self._track():
-            yield
-
-    def _track(self) -> AbstractContextManager[Tracker]:
-        return self._tracker.track(self.curvature_fraction, self._generator)
-
-    def _clear_record(self) -> None:
-        self._tracker.clear()
-
-    def _record(self) -> Recorded | None:
-        examples = self._tracker.examples
-        if examples == 0:
-            return None
-        squares: dict[nn.Parameter, Tensor] = {}
-        for parameter, site in self._sites.items():
-            leaf = self._tracker.leaves.get(site.name)
-            if leaf is not None and leaf.grad is not None:
-                squares[parameter] = leaf.grad
-            elif parameter.grad is not None:
-                raise self._past_its_layer(site)
-        # What makes sums over examples and draws, in the units of the loss, means over them.
-        seen = self._elements(examples)
-        if self.loss_reduction == "sum":
-            mean = 1 / (seen.examples * self._at_once)
-            return Recorded(squares, mean * seen.number / seen.examples, mean)
-        return Recorded(squares, seen.number / self._at_once, 1 / self._at_once)
-
-    def _run_draws(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
-        if not self.vectorise or self.num_samples == 1:
-            return super()._run_draws(closure)
-        self._at_once, self._losses.batched = self.num_samples, True
-        try:
-            with torch.enable_grad(), self._recording(self._track):
-                losses, outputs = self._run_at_once(closure)
-        finally:
-            self._at_once, self._losses.batched = 1, False
-        return losses.mean(), None if outputs is None else outputs.detach().mean(0)
-
-    def _run_at_once(self, closure: Callable[[], Any]) -> tuple[Tensor, Tensor | None]:
-        """Run the closure under all draws by `vmap`, and go backward; return losses and outputs, draws first."""
-        if any(isinstance(m, _BatchNorm) and m.training and m.track_running_stats for m in self.model.modules()):
-            raise RuntimeError(
-                "vectorise must be off for a network whose BatchNorm keeps running statistics, got it on."
-            )
-        sites = list(self._sites.values())
-
-        def run(*drawn: Tensor) -> tuple[Tensor, ...]:
-            with placed(sites, {site.name: value for site, value in zip(sites, drawn, strict=True)}):
-                result = closure()
-            return result if isinstance(result, tuple) else (result,)
-
-        draws = []
-        for _ in range(self.num_samples):
-            with self._sampler.draw():
-                draws.append([site.value for site in sites])
-        stacked = [torch.stack(values) for values in zip(*draws, strict=True)]
-        losses, *outputs = torch.func.vmap(run, randomness="different")(*stacked)
-        self._refuse_bad_loss(losses)
-        losses.sum().backward()
-        return losses.detach(), outputs[0] if outputs else None
-
-    def _posterior_reach(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> float:
-        sites = [self._sites[p] for p in parameters]
-        # The new precision is a mean of the old one and of the prior's, and more.
-        least = [precision for site in sites for precision in (site.precision, site.prior_precision)]
-        return natural_reach(sites, self._momenta(parameters), least, self._ess(group), group["lr"])
-
-    def _update(self, group: dict[str, Any]) -> None:
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            site, state = self._sites[parameter], self.state[parameter]
-            state["step"] = state.get("step", 0) + 1
-            precision_lr = group["precision_lr"]
-            natural_gradient_step_(
-                site.mean,
-                site.precision,
-                momentum_average(state, parameter.grad, group["beta1"]),
-                self._averages.statistics[parameter],
-                prior_mean=site.prior_mean,
-                prior_precision=site.prior_precision,
-                ess=self._ess(group),
-                lr=group["lr"],
-                precision_lr=corrected_weight(precision_lr, state["step"]) if self._from_curvature else precision_lr,
-                damping=group["damping"],
-                curvature_scale=self._averages.scale,
-                clip_radius=group.get("clip_radius", math.inf),
-            )
-
-
-class VOGN(_GaussNewton):
+class VOGN(GaussNewton):
     """Natural-gradient variational inference with a diagonal Gaussian posterior.
 
     Each step draws weights w from the posterior, takes the mean over examples of the gradient and
@@ -241,35 +105,26 @@ class VOGN(_GaussNewton):
         elements_per_example: float | None = None,
         clip_radius: float | None = None,
     ):
-        chooses = lr is None
+        arguments, chooses = locals(), lr is None
         bound = LARGEST_MOVE / LR if chooses else math.inf
         groups = [{**group, "params": listed(group["params"])} for group in with_plain_steps(groups or ())]
         plain = {parameter for group in groups if "lr" in group for parameter in group["params"]}
         if chooses:
             self._adam_lr = ADAM_LR if deterministic_lr is None else deterministic_lr
+        chosen = {
+            "lr": LR if lr is None else lr,
+            "precision_lr": precision_lr if precision_lr is not None else PRECISION_LR if chooses else 2e-3,
+            "clip_radius": bound if clip_radius is None else clip_radius,
+        }
         super().__init__(
             model,
             dataset_size,
-            {
-                "lr": LR if lr is None else lr,
-                "beta1": beta1,
-                "precision_lr": precision_lr if precision_lr is not None else PRECISION_LR if chooses else 2e-3,
-                "temperature": temperature,
-                "damping": damping,
-                "clip_radius": bound if clip_radius is None else clip_radius,
-            },
-            rules={**_RULES, "clip_radius": radius},
-            vectorise=vectorise,
-            prior_precision=prior_precision,
-            init_precision=init_precision,
-            num_samples=num_samples,
-            generator=generator,
-            loss_reduction=loss_reduction,
-            elements_per_example=elements_per_example,
+            {**RULES, "clip_radius": radius},
+            arguments | chosen,
+            Options.among(arguments, groups=groups),
             curvature_fraction=curvature_fraction,
-            groups=groups,
-            deterministic_lr=deterministic_lr,
-            sync=sync,
+            loss_reduction=loss_reduction,
+            vectorise=vectorise,
         )
         # Until the first step, for a configuration is tried on one example. Who gives an lr has chosen both.
         self._unchecked_prior = prior_precision if chooses else None
@@ -301,7 +156,7 @@ class VOGN(_GaussNewton):
                 group["clip_radius"] = LARGEST_MOVE / (LR * hessian)
 
 
-class OGN(_GaussNewton):
+class OGN(GaussNewton):
     """VOGN without draws: gradient and curvature at the mean, the posterior's precision beside it.
 
     The paper's ablation and its first step of tuning: match a tuned Adam with it, then turn on the
@@ -332,7 +187,7 @@ class OGN(_GaussNewton):
         ValueError: If an argument breaks its rule, or the model has no Bayesian layer.
     """
 
-    _drawing_twin = "VOGN"
+    _sampling_counterpart = "VOGN"
 
     def __init__(
         self,
@@ -353,23 +208,13 @@ class OGN(_GaussNewton):
         sync: bool = False,
         elements_per_example: float | None = None,
     ):
+        arguments = locals()
         super().__init__(
             model,
             dataset_size,
-            {
-                "lr": lr,
-                "beta1": beta1,
-                "precision_lr": precision_lr,
-                "temperature": temperature,
-                "damping": damping,
-            },
-            prior_precision=prior_precision,
-            init_precision=init_precision,
-            generator=generator,
-            loss_reduction=loss_reduction,
-            elements_per_example=elements_per_example,
+            RULES,
+            arguments,
+            Options.among(arguments),
             curvature_fraction=curvature_fraction,
-            groups=groups,
-            deterministic_lr=deterministic_lr,
-            sync=sync,
+            loss_reduction=loss_reduction,
         )

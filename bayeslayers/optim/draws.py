@@ -1,0 +1,197 @@
+"""The recording half of an optimiser's life: scopes and closures, and the means over what they leave behind."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bayeslayers.checks import at_least_one
+from bayeslayers.curvature.elements import Elements, LossFunctions
+from bayeslayers.optim.amp import LossScale
+from bayeslayers.optim.averages import Averages, Recorded
+from bayeslayers.optim.groups import PosteriorGroups, Rules
+from bayeslayers.optim.options import Options
+from bayeslayers.optim.ranks import process_group
+from bayeslayers.sampling import Site
+from bayeslayers.sampling.sharing import in_use
+
+
+class AveragedDraws(PosteriorGroups):
+    """Base of optimisers that average gradients and statistics over draws of the weights.
+
+    After a `sampled()` scope each parameter's `.grad` holds the mean over the draws since the last
+    step, so gradient clipping between scope and step works as usual.
+
+    Args:
+        model: This and the following as for `PosteriorGroups`.
+        dataset_size: Number of training examples N.
+        rules: The check of each hyperparameter of a group.
+        values: Their values.
+        options: What else the user has chosen.
+    """
+
+    _sampling_counterpart: ClassVar[str | None] = None  # the method that draws weights, for one that computes at means
+    _keeps_roots: ClassVar[bool] = False  # moves matrix-variate posteriors as such
+
+    def __init__(self, model: nn.Module, dataset_size: int, rules: Rules, values: Mapping[str, Any], options: Options):
+        self.elements_per_example = options.elements_per_example
+        self.num_samples = at_least_one("num_samples", options.num_samples)
+        self.sync = options.sync
+        self._inside = False  # an open scope
+        self._losses = LossFunctions()
+        self._forget()
+        if self.sync:
+            process_group()  # raises before the model changes
+        super().__init__(model, dataset_size, rules, values, options)
+
+    @abc.abstractmethod
+    def _scope(self, noise: Mapping[str, Tensor] | None) -> AbstractContextManager[Any]:
+        """Return the scope of one draw, in which what the method needs is recorded."""
+
+    @abc.abstractmethod
+    def _record(self) -> Recorded | None:
+        """Return what the last scope left, or None if nothing went backward in it."""
+
+    def _clear_record(self) -> None:
+        """Drop what the open scope has recorded so far."""
+
+    def _draw(self, noise: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
+        """Return the scope of a draw of the weights; of the means, for a method that draws none."""
+        if self._sampling_counterpart is None:
+            return self._sampler.draw(noise)
+        if noise is not None:
+            raise ValueError(
+                f"noise must be None without draws, got values for weights. Use {self._sampling_counterpart}."
+            )
+        return nullcontext()
+
+    @staticmethod
+    def _without_its_layer(site: Site) -> RuntimeError:
+        """Return the error for a gradient without a statistic."""
+        return RuntimeError(
+            f"parameter '{site.name}' must get its gradient through its own layer, but was used without calling it. "
+            "Read it by calling the layer, or use an ordinary parameter."
+        )
+
+    @contextmanager
+    def sampled(self, noise: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Draw weights for the scope, and add its gradient and statistics to the running average.
+
+        Several backward passes inside one scope are parts of one batch (accumulation): with a mean
+        loss, divide each by their number. Several scopes before a step are draws, and averaged here.
+
+        Args:
+            noise: Standard normal values by parameter name, in place of drawn ones.
+        """
+        with self._recording(lambda: self._scope(noise)):
+            yield
+
+    @contextmanager
+    def _recording(self, scope: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        """Run a scope, and fold what it recorded into the averages; undo everything if it raises."""
+        if self._inside:
+            raise RuntimeError("sampled() must not be nested in itself; leave one scope before the next.")
+        if not self._keeps_roots:
+            self._drop_roots()
+        earlier = {p: p.grad for p in self._names}
+        if all(grad is None for grad in earlier.values()):  # cleared past the optimizer: no draw to average with
+            self._forget()
+        self._restore(dict.fromkeys(self._names))
+        self._losses.clear()
+        try:
+            with in_use(self.model, trains=True), scope(), self._losses:
+                self._inside = True
+                yield
+            self._collect(earlier)
+        except BaseException:
+            self._restore(earlier)
+            raise
+        finally:
+            self._inside = False
+
+    @torch.no_grad()
+    def _collect(self, earlier: Mapping[nn.Parameter, Tensor | None]) -> None:
+        """Fold the scope's gradients and statistics into the means over draws."""
+        recorded = self._record()
+        if recorded is None:
+            self._restore(earlier)
+        else:
+            self._averages.add(recorded, earlier)
+
+    def _forget(self) -> None:
+        """Drop the draws since the last step."""
+        self._averages = Averages()
+        self._seen: Elements | None = None
+        self._loss_scale = LossScale()
+
+    def _elements(self, examples: int) -> Elements:
+        """Return what the losses of the last scope are means over."""
+        self._seen = self._losses.elements(examples, self.elements_per_example)
+        return self._seen
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients; inside a scope those of this draw alone, outside one those of every draw."""
+        super().zero_grad(set_to_none)
+        if self._inside:
+            self._losses.clear()
+            self._clear_record()
+        else:
+            self._forget()
+
+    def _run(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
+        """Run the closure under all draws; return the means of loss and output.
+
+        A closure that does nothing and returns None, as Lightning passes one in manual optimisation,
+        stands for no closure.
+        """
+        earlier, averages = {p: p.grad for p in self._names}, self._averages
+        self._forget()
+        try:
+            loss, output = self._run_draws(closure)
+        except BaseException:
+            self._restore(earlier)
+            self._averages = averages
+            raise
+        if loss is None:
+            self._averages = averages
+        return loss, output
+
+    def _run_draws(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
+        """Run the closure in `num_samples` scopes, one after the other; return the means of loss and output."""
+        results = [first := self._run_once(closure)]
+        if first[0] is None:
+            return first
+        results += [self._run_once(closure) for _ in range(self.num_samples - 1)]
+        losses, outputs = [loss for loss, _ in results], [output for _, output in results]
+        averages = isinstance(outputs[0], Tensor) and len(outputs) > 1
+        return torch.stack(losses).mean(), torch.stack(outputs).mean(0) if averages else outputs[-1]
+
+    def _run_once(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
+        with torch.enable_grad(), self.sampled():
+            result = closure()
+            if result is None and all(p.grad is None for p in self._names):
+                return None, None
+            loss, output = result if isinstance(result, tuple) else (result, None)
+            if loss is None:
+                raise TypeError("closure must return the loss, or (loss, output), got None.")
+            loss = torch.as_tensor(loss).detach()
+            self._refuse_bad_loss(loss)
+        return loss, output.detach() if isinstance(output, Tensor) else output
+
+    def _refuse_bad_loss(self, loss: Tensor) -> None:
+        # Under sync the ranks refuse a step together, once the gradients have met.
+        if not self.sync and not loss.isfinite().all():
+            raise FloatingPointError(
+                f"the loss must be finite, got {loss.tolist()}: the step is refused, the posterior is as it was. "
+                "Lower lr, or look at the batch."
+            )
+
+    @staticmethod
+    def _restore(grads: Mapping[nn.Parameter, Tensor | None]) -> None:
+        for parameter, grad in grads.items():
+            parameter.grad = grad
