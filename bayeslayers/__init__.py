@@ -28,7 +28,7 @@ from bayeslayers.layers import (
 )
 from bayeslayers.likelihoods import Bernoulli, Categorical, Gaussian
 from bayeslayers.merge import merge
-from bayeslayers.optim import BBB, IVON, KFAC, OGN, VOGN, NoisyKFAC
+from bayeslayers.optim import BBB, IVON, KFAC, OGN, SWAG, VOGN, NoisyKFAC
 from bayeslayers.prediction import Prediction, predict
 from bayeslayers.prediction.linearised import linearised_moments, linearised_outputs
 from bayeslayers.recalibrate import Recalibration, recalibrate
@@ -67,6 +67,7 @@ __all__ = [
     "PosteriorError",
     "Prediction",
     "Recalibration",
+    "SWAG",
     "VOGN",
     "attach_posterior",
     "evaluate",

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+POINT_PRECISION = 2.0**46  # of a weight known up to rounding: a deviation of 2^-23, float32's rounding of a weight of 1
+
 
 def kl_divergence(mean: Tensor, precision: Tensor, prior_mean: Tensor, prior_precision: Tensor) -> Tensor:
     """Return KL(N(mean, 1/precision) || N(prior_mean, 1/prior_precision)), summed, in nats.

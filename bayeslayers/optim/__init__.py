@@ -4,6 +4,18 @@ from bayeslayers.optim.bbb import BBB
 from bayeslayers.optim.ivon import IVON
 from bayeslayers.optim.kfac import KFAC, NoisyKFAC
 from bayeslayers.optim.schedules import TemperatureSchedule, TemperatureWarmup, lr_warmup
+from bayeslayers.optim.swag import SWAG
 from bayeslayers.optim.vogn import OGN, VOGN
 
-__all__ = ["BBB", "IVON", "KFAC", "OGN", "NoisyKFAC", "VOGN", "TemperatureSchedule", "TemperatureWarmup", "lr_warmup"]
+__all__ = [
+    "BBB",
+    "IVON",
+    "KFAC",
+    "OGN",
+    "NoisyKFAC",
+    "SWAG",
+    "VOGN",
+    "TemperatureSchedule",
+    "TemperatureWarmup",
+    "lr_warmup",
+]

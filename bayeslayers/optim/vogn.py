@@ -69,6 +69,8 @@ class VOGN(GaussNewton):
         sync: Average over the ranks of torch.distributed's default group before each step.
         vectorise: Run the draws of `step(closure)` at once, by `torch.func.vmap`. The closure leaves
             `backward` to the optimizer then. Faster for small networks and batches alone.
+        clip_radius: Bound on each entry of the mean's step before `lr`, > 0; None for no bound with an `lr` of
+            yours, and one that no entry moves by more than 0.003 without.
 
     Raises:
         ValueError: If an argument breaks its rule, or the model has no Bayesian layer.

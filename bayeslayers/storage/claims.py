@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from bayeslayers.distributions.gaussian import POINT_PRECISION
 from bayeslayers.layers import ROOTS
 from bayeslayers.sampling import Site, posterior
 from bayeslayers.storage.card import Card, likelihood_fields, likelihood_in
@@ -45,10 +46,11 @@ def chosen_likelihood(network: nn.Module, fields: Mapping[str, Any]) -> dict[str
 
 
 def refuse_unwritten(network: nn.Module, card: Card) -> None:
-    """Raise if a card has metrics that were sampled from precisions which no method has written.
+    """Raise if a card has metrics that were sampled from precisions which no method has written, or training is not finished.
 
     Gradients reveal a network that was trained in this process. For any other network, metrics are accepted unless
-    they name a number of samples.
+    they name a number of samples. The precisions of a point estimate reveal an optimizer that writes its posterior in
+    `finalize`.
 
     Raises:
         ValueError: If all precisions still equal the initial value of `attach_posterior`.
@@ -56,9 +58,15 @@ def refuse_unwritten(network: nn.Module, card: Card) -> None:
     claims = (card.metrics, card.verification)
     sampled = any(metrics.get("num_samples", 1) > 1 for metrics in claims)
     trained = any(claims) and any(parameter.grad is not None for parameter in network.parameters())
-    if card.method in _WITHOUT_PRECISIONS or not (sampled or trained):
+    if card.method in _WITHOUT_PRECISIONS:
         return
-    if (value := _untouched([*posterior(network)])) is not None:
+    value = _untouched([*posterior(network)])
+    if value == POINT_PRECISION:
+        raise ValueError(
+            "posterior must be written before it is saved, got precisions of a point estimate. Call "
+            "optimizer.finalize() at the end of training, or save the means with method='mean'."
+        )
+    if value is not None and (sampled or trained):
         raise ValueError(
             f"posterior must be trained before it is evaluated, got precisions that are all {value:g}, the initial "
             "value. Train with an optimizer that writes them, such as bl.VOGN or bl.IVON, or call bl.laplace; or "

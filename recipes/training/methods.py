@@ -39,8 +39,10 @@ def _options(kind: Callable[..., torch.optim.Optimizer]) -> tuple[str, ...]:
 
 
 def _posterior(kind: Callable[..., torch.optim.Optimizer], predict: str = "sample") -> Method:
+    draws = "generator" in inspect.signature(kind).parameters
+
     def make(model: nn.Module, size: int, generator: torch.Generator, options: Mapping[str, Any]):
-        return kind(model, size, generator=generator, **options)
+        return kind(model, size, **({"generator": generator} if draws else {}), **options)
 
     return Method(make, predict, _options(kind))
 
@@ -77,6 +79,7 @@ METHODS = {
     "ivon": _posterior(bl.IVON),
     "bbb": _posterior(bl.BBB),
     "noisykfac": _posterior(bl.NoisyKFAC),
+    "swag": _posterior(bl.SWAG),
     "kfac": _posterior(bl.KFAC, "mean"),
     "adam": _point(torch.optim.Adam),
     "adamw": _point(torch.optim.AdamW),

@@ -37,9 +37,11 @@ MAKERS = {
     "bbb": lambda net, **own: bl.BBB(net, N, lr=0.01, generator=seeded(), **own),
     "bbb local": lambda net, **own: bl.BBB(net, N, lr=0.01, estimator="local", generator=seeded(), **own),
     "bbb flipout": lambda net, **own: bl.BBB(net, N, lr=0.01, estimator="flipout", generator=seeded(), **own),
+    "swag": lambda net, **own: bl.SWAG(net, N, start_step=2, **own),
     "kfac": lambda net, **own: bl.KFAC(net, N, lr=0.01, inverse_every=2, generator=seeded(), **own),
     "noisykfac": lambda net, **own: bl.NoisyKFAC(net, N, factor_lr=0.1, inverse_every=2, generator=seeded(), **own),
 }
+AT_THE_MEAN = ("ogn", "kfac", "swag")  # which draw no weights
 each = pytest.mark.parametrize("name", MAKERS)
 
 
@@ -89,6 +91,7 @@ def test_it_learns_what_the_posterior_then_predicts(name):
     optimizer = MAKERS[name](net)
     before = F.cross_entropy(net(make_batch(99, 64)[0]), make_batch(99, 64)[1]).item()
     train(net, optimizer, range(150), n=16)
+    optimizer.finalize()
     x, y = make_batch(99, 64)
     prediction = bl.predict(net, x, 16, generator=seeded())
     loss = -prediction.probs.gather(1, y[:, None]).log().mean().item()
@@ -159,7 +162,9 @@ def test_resume_in_a_new_process_is_exact(tmp_path):
 @each
 def test_saved_posterior_predicts_the_same(name, tmp_path):
     net = make_net()
-    train(net, MAKERS[name](net), range(4))
+    optimizer = MAKERS[name](net)
+    train(net, optimizer, range(4))
+    optimizer.finalize()
     bl.save_posterior(net, tmp_path / "posterior")
     loaded = make_net()
     bl.load_posterior(tmp_path / "posterior", loaded)
@@ -300,7 +305,7 @@ def test_learning_rate_schedules_reach_it(name):
 @each
 def test_a_closure_that_raises_loses_nothing(name):
     net = make_net()
-    optimizer = MAKERS[name](net, num_samples=2) if name not in ("ogn", "kfac") else MAKERS[name](net)
+    optimizer = MAKERS[name](net, num_samples=2) if name not in AT_THE_MEAN else MAKERS[name](net)
     train(net, optimizer, range(2))
     before, x = state_of(net, optimizer), make_batch(5)[0]
     output = net(x)
@@ -310,7 +315,7 @@ def test_a_closure_that_raises_loses_nothing(name):
         optimizer.zero_grad()
         loss = F.cross_entropy(net(x), make_batch(5)[1])
         loss.backward()
-        if next(calls) == (1 if name not in ("ogn", "kfac") else 0):
+        if next(calls) == (1 if name not in AT_THE_MEAN else 0):
             raise KeyError("boom")
         return loss
 
