@@ -20,11 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import update_bn
 
 from bayeslayers.files import write_atomically
 from bayeslayers.likelihoods import Likelihood
 from bayeslayers.metrics.calibration import CalibrationBins
 from bayeslayers.optim import TemperatureWarmup
+from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.storage.training_state import load_checkpoint, save_checkpoint
 from bayeslayers.storage.weight_file import Weights
 from recipes.data.augmentation import Augmentation
@@ -101,6 +103,11 @@ class Training:
             TimeRemainingColumn(),
         )
         per_epoch = num_batches(self.data, self.batch_size)
+        if not self._writes_posterior(self.epochs):
+            raise ValueError(
+                f"optimizer must have a posterior to write after {self.epochs} epochs of {per_epoch} steps, got one "
+                f"that needs {steps_to_posterior(self.optimizer)} steps. Train longer, or lower optimizer.start_step."
+            )
         done = self.epoch * per_epoch + self.step
         bar = _Progress(*columns, console=Console(stderr=True))
         began = time.monotonic()
@@ -188,8 +195,13 @@ class Training:
         """Measure the epoch, save it and record it; return whether no signal stopped the measurement."""
         seconds = {"epoch": self.epoch + 1, "seconds": self.sums["seconds"]}
         train = {f"train_{key}": value for key, value in self._means().items()}
+        if finalizes := isinstance(self.optimizer, VariationalOptimizer) and self._writes_posterior(self.epoch + 1):
+            self.optimizer.finalize()  # the next step takes training up from before
         try:
             with interruption(at_once=True):
+                if finalizes and steps_to_posterior(self.optimizer):  # averages, whose batch statistics none has seen
+                    images = batches(self.data, self.batch_size, self.seed, self.epoch, augmentation=self.augmentation)
+                    update_bn(images, self.model, self._device)
                 metrics = self.measure()
         except KeyboardInterrupt:
             self.save()
@@ -204,10 +216,15 @@ class Training:
     def _record(self, write: Callable[[dict[str, float]], None]) -> None:
         """Write the log of the epochs done, and what the last of them leaves."""
         write_atomically(self.folder / LOG, log_text(self.rows).encode())
-        values = [row[self.chosen_by] for row in self.rows if not math.isnan(row[self.chosen_by])]
-        if self.rows[-1][self.chosen_by] <= min(values, default=-math.inf):
+        rows = [row for row in self.rows if self._writes_posterior(row["epoch"])]
+        values = [row[self.chosen_by] for row in rows if not math.isnan(row[self.chosen_by])]
+        if rows and rows[-1][self.chosen_by] <= min(values, default=-math.inf):
             self.on_best(self.rows[-1])
         write(self.rows[-1])
+
+    def _writes_posterior(self, epochs: float) -> bool:
+        """Whether there is something to save after so many epochs, which is not before a method's first posterior."""
+        return epochs * num_batches(self.data, self.batch_size) >= steps_to_posterior(self.optimizer)
 
     def _means(self) -> dict[str, float]:
         """Return the metrics of this epoch's steps so far, measured while the weights moved."""
@@ -289,6 +306,11 @@ class Training:
             yield write
         finally:
             writer.close()
+
+
+def steps_to_posterior(optimizer: torch.optim.Optimizer) -> int:
+    """Return after how many steps an optimizer has a posterior to write; torch's own leave the means alone at once."""
+    return optimizer.steps_to_posterior if isinstance(optimizer, VariationalOptimizer) else 0
 
 
 class _Progress(Progress):

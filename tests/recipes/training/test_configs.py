@@ -38,7 +38,7 @@ SETS = {  # folder: data, shape of an input, classes
 }
 WANTED = {
     "mnist/mlp": "adam vogn ivon",
-    "mnist/lenet5": "adam sgd vogn ogn ivon bbb kfac noisykfac laplace mcdropout",
+    "mnist/lenet5": "adam sgd vogn ogn ivon bbb swag kfac noisykfac laplace mcdropout",
     "fashion/mlp": "adam vogn ivon",
     "fashion/lenet5": "adam vogn ivon",
     "cifar10/lenet5": "adam adam_paper kfac noisykfac vogn ivon bbb mcdropout",
@@ -47,7 +47,7 @@ WANTED = {
     "cifar10/alexnet": "adam sgd kfac noisykfac vogn ivon adam_20 vogn_20 ivon_20",
     "cifar10/vgg19": "adam vogn ivon",
     "cifar10/resnet18": "adam sgd vogn ivon",
-    "cifar10/resnet20": "sgd vogn ivon sgd_ivon",
+    "cifar10/resnet20": "sgd vogn ivon sgd_ivon sgd_swag",
     "cifar10/wrn28_10": "sgd vogn ivon",
     "cifar100/alexnet": "adam sgd vogn ivon",
     "cifar100/resnet18": "adam sgd vogn ivon",
@@ -121,6 +121,8 @@ def take_two_steps(name, data, folder, monkeypatch):
     if config.start is not None:  # a run that is not there
         bl.save_posterior(model, folder.with_name("start"))
         options += f" --start {folder.with_name('start')}"
+    if config.optimizer["name"] == "swag":  # which averages from a step on that two do not reach
+        options += " --optimizer.start_step 1 --optimizer.average_every 1"
     measure = "--evaluation.num_samples 2 --evaluation.epoch_samples 1 --evaluation.ood [] --evaluation.batch_size 4"
     assert main(["train", name, *options.split(), *measure.split()]) == 0
     state = load_checkpoint(folder / "checkpoint.safetensors")
