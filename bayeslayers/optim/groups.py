@@ -44,6 +44,9 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
         self.dataset_size = size("dataset_size", dataset_size)
         self._rules = {**rules, "prior_precision": positive}
         checked = {name: rule(name, values[name]) for name, rule in rules.items()}
+        init_precision: Any = options.init_precision
+        if init_precision is not None:
+            positive("init_precision", init_precision)
         if options.deterministic_lr is not None:
             rules["lr"]("deterministic_lr", options.deterministic_lr)
         self._generator = options.generator
@@ -54,15 +57,15 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
             super().__init__(groups, {"beta2": 0.999, **checked})
             if self._converted is not None:
                 warn_of_deterministic(self._converted)
-        self._fill(options.prior_precision, options.init_precision)
+        self._fill(options.prior_precision, init_precision)
 
-    def _fill(self, prior_precision: float | None, init_precision: float | str | None) -> None:
+    def _fill(self, prior_precision: float | None, init_precision: float | None) -> None:
         """Write the precisions that the user has given to the layers, but for priors of groups of their own."""
         for site in self._sites.values():
             if prior_precision is not None and not self._has_own_prior(site):
                 site.prior_precision.fill_(prior_precision)
             if init_precision is not None:
-                site.precision.fill_(positive("init_precision", init_precision))  # pyright: ignore[reportArgumentType]
+                site.precision.fill_(init_precision)
         if init_precision is not None:
             self._drop_roots()
 

@@ -47,8 +47,6 @@ class Options:
         for name in ("elements_per_example", "prior_precision"):
             if (value := getattr(self, name)) is not None:
                 positive(name, value)
-        if self.init_precision is not None and not isinstance(self.init_precision, str):
-            positive("init_precision", self.init_precision)
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any], **changes: Any) -> Options:

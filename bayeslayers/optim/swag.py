@@ -52,7 +52,8 @@ class SWAG(VariationalOptimizer):
     Source: Maddox et al. 2019 (arXiv 1902.02476), section 3.2, SWAG-Diagonal.
 
     Args:
-        model: Model with Bayesian layers, on its device already. Their precisions are overwritten.
+        model: Model on its device already. One without any posterior becomes Bayesian in place; precisions are
+            overwritten by the first step.
         dataset_size: Number of training examples N.
         lr: Step size of all parameters: SGD's own, times 1 / (1 - momentum) where torch's SGD has momentum.
         beta1: Momentum, the weight of the past in the average of gradients, in [0, 1).
@@ -102,7 +103,7 @@ class SWAG(VariationalOptimizer):
         self.start_step = at_least_one("start_step", start_step)
         self.average_every = at_least_one("average_every", average_every)
         self.variance_scale = positive("variance_scale", variance_scale)
-        self._sites = {}
+        self._points: set[Tensor] = set()  # whose precision says that they are the iterate
         super().__init__(model, dataset_size, _RULES, arguments, Options.among(arguments))
 
     @property
@@ -110,15 +111,8 @@ class SWAG(VariationalOptimizer):
         """The number of steps after which there is a posterior to write: a variance takes two averages."""
         return self.start_step + self.average_every
 
-    def _prepare(self) -> None:
-        known = self._sites
-        super()._prepare()
-        for parameter, site in self._sites.items():
-            if parameter not in known and parameter.requires_grad:
-                site.precision.fill_(POINT_PRECISION)
-
     def _scope(self, noise: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
-        self._leave_posterior()
+        self._train_on()
         return self._draw(noise)
 
     def _record(self) -> Recorded | None:
@@ -166,7 +160,9 @@ class SWAG(VariationalOptimizer):
         Raises:
             RuntimeError: If there were fewer than two averages so far.
         """
-        found = {p: state for p, state in self.state.items() if state.get("averages", 0) >= 2}
+        found: dict[Any, dict[str, Any]] = {
+            p: state for p, state in self.state.items() if state.get("averages", 0) >= 2
+        }
         if not found:
             steps = max((state.get("step", 0) for state in self.state.values()), default=0)
             raise RuntimeError(
@@ -183,10 +179,13 @@ class SWAG(VariationalOptimizer):
                     site.precision.copy_(1 / (self.variance_scale * state["variance"] + 1 / POINT_PRECISION))
 
     @torch.no_grad()
-    def _leave_posterior(self) -> None:
-        """Take training up where `finalize` found it, with precisions that say so."""
+    def _train_on(self) -> None:
+        """Take training up where `finalize` found it, with the precisions of a point estimate."""
         for parameter, state in self.state.items():
             if "iterate" in state:
                 parameter.copy_(state.pop("iterate"))
-                if site := self._sites.get(parameter):
-                    site.precision.fill_(POINT_PRECISION)
+                self._points.discard(parameter)
+        for parameter, site in self._sites.items():
+            if parameter.requires_grad and parameter not in self._points:
+                site.precision.fill_(POINT_PRECISION)
+                self._points.add(parameter)

@@ -195,11 +195,10 @@ class Training:
         """Measure the epoch, save it and record it; return whether no signal stopped the measurement."""
         seconds = {"epoch": self.epoch + 1, "seconds": self.sums["seconds"]}
         train = {f"train_{key}": value for key, value in self._means().items()}
-        if finalizes := isinstance(self.optimizer, VariationalOptimizer) and self._writes_posterior(self.epoch + 1):
-            self.optimizer.finalize()  # the next step takes training up from before
+        averaged = self._finalize()
         try:
             with interruption(at_once=True):
-                if finalizes and steps_to_posterior(self.optimizer):  # averages, whose batch statistics none has seen
+                if averaged:  # weights whose batch statistics no step has seen
                     images = batches(self.data, self.batch_size, self.seed, self.epoch, augmentation=self.augmentation)
                     update_bn(images, self.model, self._device)
                 metrics = self.measure()
@@ -221,6 +220,16 @@ class Training:
         if rows and rows[-1][self.chosen_by] <= min(values, default=-math.inf):
             self.on_best(self.rows[-1])
         write(self.rows[-1])
+
+    def _finalize(self) -> bool:
+        """Let the optimizer write its posterior, if it has one yet; return whether it is of averaged weights.
+
+        The next step takes training up from before.
+        """
+        if not isinstance(self.optimizer, VariationalOptimizer) or not self._writes_posterior(self.epoch + 1):
+            return False
+        self.optimizer.finalize()
+        return self.optimizer.steps_to_posterior > 0
 
     def _writes_posterior(self, epochs: float) -> bool:
         """Whether there is something to save after so many epochs, which is not before a method's first posterior."""

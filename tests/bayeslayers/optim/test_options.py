@@ -70,10 +70,17 @@ def test_options_are_keywords_that_do_not_change():
     [
         ({"num_samples": 0}, "num_samples must be an integer >= 1, got 0"),
         ({"prior_precision": 0.0}, "prior_precision must be a finite number > 0, got 0.0"),
-        ({"init_precision": -1.0}, "init_precision must be a finite number > 0, got -1.0"),
         ({"elements_per_example": float("inf")}, "elements_per_example must be a finite number > 0, got inf"),
     ],
 )
 def test_a_bad_option_is_one_sentence(options, message):
     with pytest.raises(ValueError, match=message):
         Options(**options)
+
+
+@pytest.mark.parametrize(("value", "error"), [("curvature", TypeError), (-1.0, ValueError)])
+def test_a_bad_first_precision_raises_before_the_model_changes(value, error):
+    net = nn.Linear(2, 2)
+    with pytest.raises(error, match=r"init_precision must be a .*number.*, got "):
+        bl.BBB(net, 10, init_precision=value)
+    assert list(net.state_dict()) == ["weight", "bias"]

@@ -141,13 +141,14 @@ def test_resume_is_exact(finalized):
 
 def test_until_then_it_predicts_as_the_point_estimate_and_cannot_be_saved(tmp_path):
     net, (x, _) = make_net(dtype=torch.float32), batch(99, torch.float32)
+    before = copy.deepcopy(net.state_dict())
     optimizer = make_swag(net)
+    assert_close(net.state_dict(), before, **SAME)
     message = r"posterior must be written before it is saved, got precisions of a point estimate. Call optimizer.final"
-    for steps in (range(0), range(6)):
-        train(net, optimizer, steps, torch.float32)
-        assert_close(bl.predict(net, x, 4).probs, net(x).softmax(1), rtol=1e-4, atol=1e-5)
-        with pytest.raises(ValueError, match=message):
-            bl.save_posterior(net, tmp_path / "posterior", name="net")
+    train(net, optimizer, range(6), torch.float32)
+    assert_close(bl.predict(net, x, 4).probs, net(x).softmax(1), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=message):
+        bl.save_posterior(net, tmp_path / "posterior", name="net")
     bl.save_posterior(net, tmp_path / "means", name="net", method="mean")
     optimizer.finalize()
     assert float(bl.predict(net, x, 4).epistemic.max()) > 1e-4
@@ -198,6 +199,18 @@ def test_a_step_beyond_the_range_changes_nothing():
         assert_close(state_of(net, optimizer), before, **SAME)
         group["lr"] = lr
     train(net, optimizer, range(2, 6), torch.float32)
+
+
+def test_an_ordinary_model_becomes_bayesian_in_place():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    weight = net[0].weight
+    optimizer = make_swag(net)
+    train(net, optimizer, range(6))
+    optimizer.finalize()
+    assert net[0].weight is weight
+    assert {site.name for site in bl.posterior(net)} == set(dict(net.named_parameters()))
+    assert all(bool((0 < site.precision).all() and (site.precision < 1e12).all()) for site in bl.posterior(net))
 
 
 @pytest.mark.parametrize(
