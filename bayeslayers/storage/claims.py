@@ -46,7 +46,7 @@ def chosen_likelihood(network: nn.Module, fields: Mapping[str, Any]) -> dict[str
 
 
 def refuse_unwritten(network: nn.Module, card: Card) -> None:
-    """Raise if a card has metrics that were sampled from precisions which no method has written, or training is not finished.
+    """Raise if metrics were sampled from precisions which no method has written, or if training is not finalized.
 
     Gradients reveal a network that was trained in this process. For any other network, metrics are accepted unless
     they name a number of samples. The precisions of a point estimate reveal an optimizer that writes its posterior in
