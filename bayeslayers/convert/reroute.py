@@ -22,12 +22,10 @@ from torch.overrides import TorchFunctionMode
 
 from bayeslayers import curvature
 from bayeslayers.curvature.accumulate import Leaves, tally
-from bayeslayers.curvature.kronecker import KroneckerLeaves
+from bayeslayers.curvature.rule import CurvatureRule
 from bayeslayers.curvature.settings import Settings
 from bayeslayers.layers import BayesianLayer
-from bayeslayers.layers.scope import Scope, opened
-
-_KEYS = ("weight", "bias")
+from bayeslayers.layers.scope import OUTSIDE, Scope, opened, scope_for
 
 
 class CurvatureError(RuntimeError):
@@ -49,6 +47,7 @@ def bayesian_subclass(ordinary: type[nn.Module], base: type[nn.Module], bayesian
     members = {
         "ordinary": ordinary,
         "origin": (ordinary, base, bayesian),
+        "rule": bayesian.rule,
         "prior_means": bayesian.prior_means,
         "__reduce_ex__": _reduce,
         "__module__": __name__,
@@ -75,7 +74,7 @@ class ReroutedLayer(BayesianLayer):
     ordinary: ClassVar[type[nn.Module]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.drawn and self.active_leaves() is None:
+        if scope_for(self) is OUTSIDE:
             return super().forward(*args, **kwargs)
         with _Reroute(self):
             return super().forward(*args, **kwargs)
@@ -91,10 +90,10 @@ class _Reroute(TorchFunctionMode):
     def __init__(self, layer: BayesianLayer):
         super().__init__()
         self.name = type(layer).__name__.removeprefix("Bayes")
-        means = {key: getattr(layer, key, None) for key in _KEYS}
-        self.values = {key: layer.drawn.get(key, means[key]) for key in _KEYS}
-        self.drawn = {id(means[key]): self.values[key] for key in _KEYS if means[key] is not None}
-        self.leaves = layer.active_leaves()
+        means = {key: getattr(layer, key) for key in layer.rule.tensors}
+        tensors, self.leaves, _ = layer.operands()
+        self.values = dict(zip(means, tensors, strict=True))
+        self.drawn = {id(mean): self.values[key] for key, mean in means.items() if mean is not None}
         self.examples: list[int] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -128,16 +127,41 @@ class _Reroute(TorchFunctionMode):
                     f"the forward of {self.name} uses its {key} in {name!r}, for which there is no curvature rule"
                 )
 
-    def leaves_of(self, examples: int, weight: Tensor | None, bias: Tensor | None) -> Any:
-        """Return the leaves that an op with this weight and bias fills, None if they are not the layer's."""
-        if self.leaves is None or weight is None or weight is not self.values["weight"]:
+    def computed(
+        self,
+        rule: CurvatureRule,
+        input: Tensor,
+        *tensors: Tensor | None,
+        settings: Any = (),
+        prepare: Callable[[Tensor], Tensor] | None = None,
+    ) -> Any:
+        """Return the output of an op by its rule, NotImplemented if the tensors are not the layer's.
+
+        Args:
+            rule: Rule of the op.
+            input: The op's input.
+            *tensors: What the op has in the places of the rule's tensors.
+            settings: As the rule takes them.
+            prepare: What is done to the input first, if the tensors are the layer's.
+        """
+        leaves = self.leaves_of(rule, len(input), *tensors)
+        if leaves is None:
+            return NotImplemented
+        return rule((input if prepare is None else prepare(input),), tensors, leaves, settings)
+
+    def leaves_of(self, rule: CurvatureRule, examples: int, *tensors: Tensor | None) -> Leaves | None:
+        """Return the leaves that an op of these tensors fills, by the op's names; None if they are not the layer's."""
+        given = {key: x for key, x in zip(rule.tensors, tensors, strict=True) if x is not None}
+        names = {key: own for key, x in given.items() for own, value in self.values.items() if x is value}
+        if self.leaves is None or not given or names.keys() != given.keys() or rule.tensors[0] not in given:
             return None
-        if bias is not None and bias is not self.values["bias"]:
+        if self.leaves.kind == "factors" and any(key != own for key, own in names.items()):
             return None
         self.examples.append(examples)
-        if bias is not None or isinstance(self.leaves, KroneckerLeaves):
+        if self.leaves.kind == "factors":
             return self.leaves
-        return self.leaves._replace(bias=None)
+        leaves = self.leaves.tensors
+        return self.leaves._replace(tensors={key: leaves[own] for key, own in names.items() if own in leaves})
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -152,61 +176,54 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _linear(own: _Reroute, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    leaves = own.leaves_of(len(input), weight, bias)
-    return NotImplemented if leaves is None else curvature.linear(input, weight, bias, leaves)
+    return own.computed(curvature.LINEAR, input, weight, bias)
 
 
 def _convolution(own, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    leaves = own.leaves_of(len(input), weight, bias)
-    if leaves is None:
-        return NotImplemented
     each = _ntuple(weight.dim() - 2)
     if padding == "same":
         totals = [d * (k - 1) for d, k in zip(each(dilation), weight.shape[2:], strict=True)]
         input = F.pad(input, [side for total in reversed(totals) for side in (total // 2, total - total // 2)])
     numbers = each(0 if isinstance(padding, str) else padding)
     settings = Settings(each(stride), numbers, each(dilation), False, each(0), groups)
-    return curvature.convolution(input, weight, bias, leaves, settings)
+    return own.computed(curvature.CONVOLUTION, input, weight, bias, settings=settings)
 
 
 def _transposed(own, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
-    leaves = own.leaves_of(len(input), weight, bias)
-    if leaves is None:
-        return NotImplemented
     each = _ntuple(weight.dim() - 2)
     settings = Settings(each(stride), each(padding), each(dilation), True, each(output_padding), groups)
-    return curvature.convolution(input, weight, bias, leaves, settings)
+    return own.computed(curvature.CONVOLUTION, input, weight, bias, settings=settings)
 
 
 def _batch_norm(own, input, running_mean, running_var, weight=None, bias=None, *args, **kwargs):
-    def normalise() -> Tensor:
+    def normalise(input: Tensor) -> Tensor:
         return F.batch_norm(input, running_mean, running_var, None, None, *args, **kwargs)
 
-    return _affine(own, normalise, input, weight, bias, range(2, input.dim()))
+    positions = tuple(range(2, input.dim()))
+    return own.computed(curvature.AFFINE, input, weight, bias, settings=positions, prepare=normalise)
 
 
 def _group_norm(own, input, num_groups, weight=None, bias=None, eps=1e-5):
-    normalise = functools.partial(F.group_norm, input, num_groups, None, None, eps)
-    return _affine(own, normalise, input, weight, bias, range(2, input.dim()))
+    def normalise(input: Tensor) -> Tensor:
+        return F.group_norm(input, num_groups, None, None, eps)
+
+    positions = tuple(range(2, input.dim()))
+    return own.computed(curvature.AFFINE, input, weight, bias, settings=positions, prepare=normalise)
 
 
 def _layer_norm(own, input, normalized_shape, weight=None, bias=None, eps=1e-5):
     if input.dim() == len(normalized_shape):  # a single example, without its dimension
         return NotImplemented
-    normalise = functools.partial(F.layer_norm, input, normalized_shape, None, None, eps)
-    return _affine(own, normalise, input, weight, bias, range(1, input.dim() - len(normalized_shape)))
 
+    def normalise(input: Tensor) -> Tensor:
+        return F.layer_norm(input, normalized_shape, None, None, eps)
 
-def _affine(own: _Reroute, normalise: Callable[[], Tensor], input: Tensor, weight: Any, bias: Any, positions: range):
-    leaves = own.leaves_of(len(input), weight, bias)
-    if leaves is None:
-        return NotImplemented
-    return curvature.affine(normalise(), weight, bias, leaves, tuple(positions))
+    positions = tuple(range(1, input.dim() - len(normalized_shape)))
+    return own.computed(curvature.AFFINE, input, weight, bias, settings=positions, prepare=normalise)
 
 
 def _embedding(own, input, weight, padding_idx=None, *args, **kwargs):
-    leaves = own.leaves_of(len(input), weight, None)
-    return NotImplemented if leaves is None else curvature.embedding(input, weight, padding_idx, leaves)
+    return own.computed(curvature.EMBEDDING, input, weight, settings=padding_idx)
 
 
 _RULES: dict[Any, Callable[..., Any]] = {
@@ -257,7 +274,7 @@ def _examples_of_ops(layer: nn.Module, kind: Any, x: Tensor) -> list[int]:
     twin: Any = kind.__new__(kind)
     vars(twin).update(vars(layer), **registered)
     twin.eval()
-    leaves = Leaves(twin.weight, getattr(twin, "bias", None), tally(0))
+    leaves = Leaves({key: getattr(twin, key) for key in kind.rule.tensors}, tally(0))
     with opened(Scope(leaves={twin: leaves})), torch.device("cpu"), torch.enable_grad(), (own := _Reroute(twin)):
         kind.ordinary.forward(twin, x)
     return own.examples

@@ -1,18 +1,20 @@
 """Sums of squared per-example gradients, computed by autograd as the gradient of a leaf of their own.
 
-Each rule is a `torch.autograd.Function` that takes an op's operands and one extra leaf per
-parameter. The leaf plays no part in the forward; the backward returns as its "gradient" the sum
-over examples of the squared per-example gradients, in the units of the loss that was
-back-propagated. So autograd adds up several backward passes, and no hook keeps inputs alive.
+A `CurvatureRule` is one object for each kind of op: it names the op's parameters, computes its output, its squares and,
+where it has them, its Kronecker factors. All rules run in one `torch.autograd.Function`, which takes an op's operands
+and one extra leaf per parameter. The leaf plays no part in the forward; the backward returns as its "gradient" the sum
+over examples of the squared per-example gradients, in the units of the loss that was back-propagated. So autograd adds
+up several backward passes, and no hook keeps inputs alive.
 
 Dimension 0 of every operand runs over examples. A further leaf, the tally, receives
-`[examples, 1]` per use of the op: that is how a module used twice in one pass, or one that sees
+`[examples, 1, backward pass]` per use of the op: that is how a module used twice in one pass, or one that sees
 another number of examples than its neighbours, is found out instead of giving a wrong number.
 """
 
-from bayeslayers.curvature.affine import affine
-from bayeslayers.curvature.conv import convolution
-from bayeslayers.curvature.embedding import embedding
-from bayeslayers.curvature.linear import linear
+from bayeslayers.curvature.affine import AFFINE
+from bayeslayers.curvature.conv import CONVOLUTION
+from bayeslayers.curvature.embedding import EMBEDDING
+from bayeslayers.curvature.linear import LINEAR
+from bayeslayers.curvature.rule import CurvatureRule, FactoredRule, Use
 
-__all__ = ["affine", "convolution", "embedding", "linear"]
+__all__ = ["AFFINE", "CONVOLUTION", "EMBEDDING", "LINEAR", "CurvatureRule", "FactoredRule", "Use"]

@@ -7,52 +7,46 @@ of the paper (Osawa et al. 2019). The per-example gradient sums over positions *
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import Any, cast
+
 from torch import Tensor
 
-from bayeslayers.curvature.accumulate import Leaves, owned, sum_of_squares, tally
+from bayeslayers.curvature.accumulate import sum_of_squares
+from bayeslayers.curvature.rule import CurvatureRule, Use
 
 
-def affine(x_hat: Tensor, scale: Tensor, shift: Tensor | None, leaves: Leaves, positions: tuple[int, ...]) -> Tensor:
-    """Return `x_hat * scale + shift` and let the leaves receive squared per-example gradients.
+class _Affine(CurvatureRule):
+    """`x_hat * scale + shift` of the normalised input `x_hat` `(n, ...)`.
 
-    Args:
-        x_hat: Normalised input `(n, ...)`.
-        scale: Scale, whose shape is that of one example of `x_hat` without its positions.
-        shift: Shift, the shape of `scale`, or None.
-        leaves: Where the sums of squares go.
-        positions: The dimensions of `x_hat`, beside dimension 0, over which the parameters are shared.
+    The settings are the dimensions of `x_hat`, beside dimension 0, over which the parameters are shared. Scale and
+    shift have the shape of one example of `x_hat` without these; the shift may be absent.
     """
-    return _Affine.apply(x_hat, scale, shift, *leaves, positions)
 
+    tensors = ("weight", "bias")
+    casts = False
 
-class _Affine(torch.autograd.Function):
-    generate_vmap_rule = True
+    def forward(self, inputs: tuple[Tensor, ...], tensors: Any, settings: tuple[int, ...]) -> Tensor:
+        (x_hat,), (scale, shift) = inputs, tensors
+        y = x_hat * _broadcast(scale, x_hat, settings)
+        return y if shift is None else y + _broadcast(shift, x_hat, settings)
 
-    @staticmethod
-    def forward(x_hat, scale, shift, scale_leaf, shift_leaf, tally_leaf, part, positions):
-        y = x_hat * _broadcast(scale, x_hat, positions)
-        return owned(y if shift is None else y + _broadcast(shift, x_hat, positions))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x_hat, scale, *_, ctx.positions = inputs
-        ctx.save_for_backward(x_hat, scale)
-
-    @staticmethod
-    def backward(ctx, g):
-        x_hat, scale = ctx.saved_tensors
-        need_x, need_scale, need_shift, *_ = ctx.needs_input_grad
+    def squares(self, use: Use, g: Tensor) -> Sequence[Tensor | None]:
+        (x_hat,), (scale, _), positions = use.inputs, cast(Any, use.tensors), use.settings
+        need_x, need_scale, need_shift, need_scale_squares, need_shift_squares = use.needs
         grad_x = grad_scale = grad_shift = squares_scale = squares_shift = None
         if need_x:
-            grad_x = g * _broadcast(scale, g, ctx.positions)
-        if need_scale:
-            per_example = _sum_positions(g * x_hat, ctx.positions)
+            grad_x = g * _broadcast(scale, g, positions)
+        if need_scale or need_scale_squares:
+            per_example = _sum_positions(g * x_hat, positions)
             grad_scale, squares_scale = per_example.sum(0), sum_of_squares(per_example)
-        if need_shift:
-            per_example = _sum_positions(g, ctx.positions)
+        if need_shift or need_shift_squares:
+            per_example = _sum_positions(g, positions)
             grad_shift, squares_shift = per_example.sum(0), sum_of_squares(per_example)
-        return grad_x, grad_scale, grad_shift, squares_scale, squares_shift, tally(len(g)), None, None
+        return grad_x, grad_scale, grad_shift, squares_scale, squares_shift
+
+
+AFFINE = _Affine()
 
 
 def _broadcast(parameter: Tensor, x: Tensor, positions: tuple[int, ...]) -> Tensor:

@@ -2,69 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayeslayers.curvature import kronecker
-from bayeslayers.curvature.accumulate import Leaves, chunks, owned, sum_of_squares, tally
-from bayeslayers.curvature.kronecker import KroneckerLeaves
-from bayeslayers.dtypes import at_least_float32, autocast_operand, full_precision
+from bayeslayers.curvature.accumulate import chunks, sum_of_squares
+from bayeslayers.curvature.kronecker import column_products
+from bayeslayers.curvature.rule import FactoredRule, Tensors, Use
+from bayeslayers.dtypes import at_least_float32, full_precision
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Up to here the pairs of positions cost less than per-example gradients that are written and read again.
 GRAM_POSITIONS = 4
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: Leaves | KroneckerLeaves) -> Tensor:
-    """Return `F.linear(x, weight, bias)` and let the leaves receive squared per-example gradients or factors.
+class _Linear(FactoredRule):
+    """`F.linear` of an input `(n, *, i)`, or `(i,)` for a single example, with weight `(o, i)` and bias `(o,)`."""
 
-    Args:
-        x: Input `(n, *, i)`, or `(i,)` for a single example.
-        weight: `(o, i)`.
-        bias: `(o,)` or None.
-        leaves: Where the sums of squares go, or those of the factors.
-    """
-    x, weight = autocast_operand(x), autocast_operand(weight)
-    bias = None if bias is None else autocast_operand(bias)
-    if x.dim() == 1:
-        return linear(x.unsqueeze(0), weight, bias, leaves).squeeze(0)
-    if isinstance(leaves, KroneckerLeaves):
-        return kronecker.linear(x, weight, bias, leaves)
-    return _Linear.apply(x, weight, bias, *leaves)
+    def forward(self, inputs: tuple[Tensor, ...], tensors: Any, settings: Any) -> Tensor:
+        return F.linear(inputs[0], *tensors)
 
+    def has_examples(self, inputs: tuple[Tensor, ...], tensors: Tensors) -> bool:
+        return inputs[0].dim() > 1
 
-class _Linear(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, weight, bias, weight_leaf, bias_leaf, tally_leaf, part):
-        return owned(F.linear(x, weight, bias))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, *_, ctx.part = inputs
-        ctx.save_for_backward(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        (x, weight), part = ctx.saved_tensors, ctx.part
+    def squares(self, use: Use, g: Tensor) -> Sequence[Tensor | None]:
+        (x,), (weight, _), part = use.inputs, use.tensors, use.part
         grad_x = grad_weight = grad_bias = squares_weight = squares_bias = None
-        need_x, need_weight, need_bias, need_weight_squares, *_ = ctx.needs_input_grad
+        need_x, need_weight, need_bias, need_weight_squares, need_bias_squares = use.needs
         with full_precision(x.device.type):
             if need_x:
-                grad_x = grad_output @ weight
+                grad_x = g @ weight
             if need_weight:
-                folded_x, folded_g = x.flatten(0, -2), grad_output.flatten(0, -2)
-                grad_weight = folded_g.t() @ folded_x
+                grad_weight = g.flatten(0, -2).t() @ x.flatten(0, -2)
             if need_weight_squares and part is None:
-                squares_weight = outer_product_squares(grad_output, x)
+                squares_weight = outer_product_squares(g, x)
             elif need_weight_squares:
-                factor, (part_g, part_x) = part.select(grad_output, x)
+                factor, (part_g, part_x) = part.select(g, x)
                 squares_weight = outer_product_squares(part_g, part_x) * factor
-            if need_bias:
-                per_example = grad_output.flatten(1, -2).sum(1) if grad_output.dim() > 2 else grad_output
+            if need_bias or need_bias_squares:
+                per_example = g.flatten(1, -2).sum(1) if g.dim() > 2 else g
                 grad_bias, squares_bias = per_example.sum(0), sum_of_squares(per_example)
-        return grad_x, grad_weight, grad_bias, squares_weight, squares_bias, tally(len(x)), None
+        return grad_x, grad_weight, grad_bias, squares_weight, squares_bias
+
+    def factor_sizes(self, layer: nn.Module) -> tuple[int, int] | None:
+        weight = layer.get_parameter("weight")
+        return weight.shape[1], len(weight)
+
+    def factors(self, use: Use, g: Tensor, size: int) -> Sequence[Tensor | None]:
+        (x,), (weight, _) = use.inputs, use.tensors
+        grad_x = grad_weight = grad_bias = input_factor = output_factor = None
+        need_x, need_weight, need_bias, *need_factors = use.needs
+        with full_precision(x.device.type):
+            rows_x, rows_g = x.flatten(0, -2), g.flatten(0, -2)
+            if need_x:
+                grad_x = g @ weight
+            if need_weight:
+                grad_weight = rows_g.t() @ rows_x
+            if need_bias:
+                grad_bias = rows_g.sum(0)
+            if any(need_factors):
+                wide_g = at_least_float32(rows_g)
+                output_factor = wide_g.t() @ wide_g / max(x.shape[1:-1].numel(), 1)
+                input_factor = column_products(at_least_float32(rows_x).t(), size)
+        return grad_x, grad_weight, grad_bias, input_factor, output_factor
+
+
+LINEAR = _Linear()
 
 
 def outer_product_squares(g: Tensor, x: Tensor) -> Tensor:

@@ -7,12 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from bayeslayers.checks import positive
 from bayeslayers.curvature.accumulate import Leaves
-from bayeslayers.curvature.kronecker import KroneckerLeaves
-from bayeslayers.layers.perturbation import Op, Perturbation
+from bayeslayers.curvature.rule import CurvatureRule, rule_of
+from bayeslayers.layers.perturbation import Perturbation
 from bayeslayers.layers.scope import NOTHING, OUTSIDE, scope_for
 
 DEFAULT_PRIOR_PRECISION = 50.0  # a standard deviation of 0.14, the usual initial one of a unit with 50 inputs
@@ -70,8 +69,8 @@ class BayesianLayer(nn.Module):
     Other arguments are those of the torch.nn layer.
     """
 
+    rule: ClassVar[CurvatureRule]  # of the layer's op, whose tensors are the layer's parameters
     prior_means: ClassVar[Mapping[str, float]] = {}
-    recomputed_in: int = -1  # the backward pass that ran the last forward, to recompute it; -1 if none did
 
     def __init__(
         self,
@@ -81,6 +80,7 @@ class BayesianLayer(nn.Module):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        rule_of(type(self))
         positive("prior_precision", prior_precision)
         positive("init_precision", init_precision)
         self.attach_posterior(prior_precision, init_precision)
@@ -101,7 +101,7 @@ class BayesianLayer(nn.Module):
         return scope_for(self).perturbations.get(self)
 
     @property
-    def leaves(self) -> Leaves | KroneckerLeaves | None:
+    def leaves(self) -> Leaves | None:
         """Where the calling thread's scope puts the layer's curvature."""
         return scope_for(self).leaves.get(self)
 
@@ -110,24 +110,31 @@ class BayesianLayer(nn.Module):
         draw = self.drawn.get(name)
         return getattr(self, name) if draw is None else draw
 
-    def operands(self) -> tuple[Any, Any, Any, Perturbation | None]:
-        """Return what a forward of weight and bias computes with, by one look at the scope.
+    def operands(self) -> tuple[Any, Leaves | None, Perturbation | None]:
+        """Return what a forward computes with, by one look at the scope.
 
         Returns:
-            Weight, bias, `active_leaves()` and `perturbation`.
+            The tensors of the layer's rule in its order, the leaves to fill where a gradient may flow, and how the
+            scope draws the output.
         """
-        weight, bias, scope = self.weight, self.bias, scope_for(self)
+        own, scope = self._parameters, scope_for(self)
+        # As getattr, which costs three times as much: what a wrapper has made an attribute is not in `_parameters`.
+        means = {name: own[name] if name in own else getattr(self, name) for name in self.rule.tensors}
         if scope is OUTSIDE:
-            return weight, bias, None, None
+            return tuple(means.values()), None, None
         drawn = scope.drawn.get(self, NOTHING)
-        return drawn.get("weight", weight), drawn.get("bias", bias), self.active_leaves(), scope.perturbations.get(self)
+        tensors = tuple([drawn.get(name, mean) for name, mean in means.items()])
+        return tensors, scope.leaves.get(self) if torch.is_grad_enabled() else None, scope.perturbations.get(self)
 
-    def active_leaves(self) -> Any:
-        """Return the leaves to fill, of a kind that the layer's rule takes, or None where no gradient will flow."""
-        if not torch.is_grad_enabled() or (leaves := self.leaves) is None:
-            return None
-        self.recomputed_in = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
-        return leaves
+    def compute(self, *inputs: Tensor, settings: Any = ()) -> Tensor:
+        """Return the output of the layer's rule, which is all that most layers' forward has to do.
+
+        Args:
+            *inputs: Inputs of the op, with the examples in dimension 0.
+            settings: What the rule's op takes besides.
+        """
+        tensors, leaves, _ = self.operands()
+        return self.rule(inputs, tensors, leaves, settings)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BayesianLayer:
         """Apply what moves and casts a module, as `half()`; the posterior's buffers stay in at least float32."""
@@ -140,21 +147,9 @@ class BayesianLayer(nn.Module):
                 self._buffers[key] = old.to(new.device, torch.promote_types(old.dtype, torch.float32))
         return self
 
-    def _perturbed(self, perturbation: Perturbation, op: Op, input: Tensor) -> Tensor:
-        """Return a drawn output of the layer, whose op is given."""
-        if self.active_leaves() is not None:
-            raise RuntimeError(
-                f"curvature must be tracked under estimator='weights', got {perturbation.estimator!r}: it squares "
-                "per-example gradients at one draw of the weights."
-            )
-        return perturbation(op, input, self.value("weight"), self.value("bias"))  # the means: no weight is drawn
-
     def factor_sizes(self) -> tuple[int, int] | None:
         """Return the sizes (i, o) of the Kronecker factors of the weight's curvature, None if it has no such form."""
-        layer: Any = self
-        if isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and not layer.transposed and layer.groups == 1):
-            return layer.weight.shape[1:].numel(), len(layer.weight)
-        return None
+        return self.rule.factor_sizes(self)
 
     def root_shapes(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """Return the shapes that the roots of a matrix-variate posterior may have, those with the bias first."""

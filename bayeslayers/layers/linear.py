@@ -10,34 +10,40 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bayeslayers import curvature
+from bayeslayers.curvature.accumulate import Leaves
 from bayeslayers.curvature.settings import Settings
 from bayeslayers.layers.base import BayesianLayer
+from bayeslayers.layers.perturbation import Op, Perturbation
 
 
 class BayesLinear(BayesianLayer, nn.Linear):
     """`nn.Linear` with a Gaussian posterior; takes `(*, in_features)`, dimension 0 running over examples."""
 
+    rule = curvature.LINEAR
+
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias, leaves, perturbation = self.operands()
+        tensors, leaves, perturbation = self.operands()
         if perturbation is not None:
-            return self._perturbed(perturbation, F.linear, input)
+            return _drawn_output(perturbation, F.linear, input, tensors, leaves)
         if leaves is None:
-            return F.linear(input, weight, bias)
-        return curvature.linear(input, weight, bias, leaves)
+            return F.linear(input, *tensors)
+        return self.rule((input,), tensors, leaves)
 
 
 class _BayesConv(BayesianLayer, _ConvNd):
     """A convolution: the op itself is torch's, with the drawn weight in place of the mean."""
 
+    rule = curvature.CONVOLUTION
+
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias, leaves, perturbation = self.operands()
+        tensors, leaves, perturbation = self.operands()
         if perturbation is not None:
-            return self._perturbed(perturbation, self._conv_forward, input)
+            return _drawn_output(perturbation, self._conv_forward, input, tensors, leaves)
         if leaves is None:
-            return self._conv_forward(input, weight, bias)
+            return self._conv_forward(input, *tensors)
         input, padding = self._zero_padded(input)
         settings = Settings(self.stride, padding, self.dilation, False, (0,) * len(padding), self.groups)
-        return curvature.convolution(input, weight, bias, leaves, settings)
+        return self.rule((input,), tensors, leaves, settings)
 
     def _zero_padded(self, input: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Return the input and the symmetric zero padding still to do, having done any other padding."""
@@ -65,18 +71,19 @@ class BayesConv3d(_BayesConv, nn.Conv3d):
 
 
 class _BayesConvTranspose(BayesianLayer, _ConvTransposeNd):
+    rule = curvature.CONVOLUTION
     padding: tuple[int, ...]  # never a string here
     function: ClassVar[Callable[..., Tensor]]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        weight, bias, leaves, perturbation = self.operands()
+        tensors, leaves, perturbation = self.operands()
         extra = self._output_padding(
             input,
             output_size,
             list(self.stride),
             list(self.padding),
             list(self.kernel_size),
-            weight.dim() - 2,
+            len(self.kernel_size),
             list(self.dilation),
         )
 
@@ -84,11 +91,11 @@ class _BayesConvTranspose(BayesianLayer, _ConvTransposeNd):
             return self.function(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
 
         if perturbation is not None:
-            return self._perturbed(perturbation, op, input)
+            return _drawn_output(perturbation, op, input, tensors, leaves)
         if leaves is None:
-            return op(input, weight, bias)
+            return op(input, *tensors)
         settings = Settings(self.stride, self.padding, self.dilation, True, tuple(extra), self.groups)
-        return curvature.convolution(input, weight, bias, leaves, settings)
+        return self.rule((input,), tensors, leaves, settings)
 
 
 class BayesConvTranspose1d(_BayesConvTranspose, nn.ConvTranspose1d):
@@ -117,6 +124,8 @@ class BayesEmbedding(BayesianLayer, nn.Embedding):
             gradient in ways that no posterior has a meaning for.
     """
 
+    rule = curvature.EMBEDDING
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
@@ -124,10 +133,19 @@ class BayesEmbedding(BayesianLayer, nn.Embedding):
                 raise ValueError(f"{option} must be off in BayesEmbedding, got {getattr(self, option)}.")
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, leaves = self.value("weight"), self.active_leaves()
-        if leaves is None:
-            return F.embedding(input, weight, self.padding_idx)
-        return curvature.embedding(input, weight, self.padding_idx, leaves)
+        return self.compute(input, settings=self.padding_idx)
+
+
+def _drawn_output(
+    perturbation: Perturbation, op: Op, input: Tensor, means: tuple[Any, Any], leaves: Leaves | None
+) -> Tensor:
+    """Return a drawn output of a layer, whose op and means are given: no weight of it is drawn."""
+    if leaves is not None:
+        raise RuntimeError(
+            f"curvature must be tracked under estimator='weights', got {perturbation.estimator!r}: it squares "
+            "per-example gradients at one draw of the weights."
+        )
+    return perturbation(op, input, *means)
 
 
 # A subclass with a forward of its own may do something else with its weight, which is therefore drawn.

@@ -19,14 +19,15 @@ from bayeslayers.layers.base import BayesianLayer
 class _BayesNorm(BayesianLayer):
     """A normalisation layer, whose scale has prior mean 1: `_normalise` is its op without the affine part."""
 
+    rule = curvature.AFFINE
     prior_means: ClassVar[Mapping[str, float]] = {"weight": 1.0}
     _normalise: Callable[..., Tensor]  # (input, weight=None, bias=None), each kind of norm has its own
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias, leaves, _ = self.operands()
-        if leaves is None or weight is None:
-            return self._normalise(input, weight, bias)
-        return curvature.affine(self._normalise(input), weight, bias, leaves, self._positions(input))
+        tensors, leaves, _ = self.operands()
+        if leaves is None or tensors[0] is None:
+            return self._normalise(input, *tensors)
+        return self.rule((self._normalise(input),), tensors, leaves, self._positions(input))
 
     def _positions(self, input: Tensor) -> tuple[int, ...]:
         return tuple(range(2, input.dim()))

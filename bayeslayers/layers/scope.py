@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.curvature.accumulate import Leaves
-from bayeslayers.curvature.kronecker import KroneckerLeaves
 from bayeslayers.layers.perturbation import Perturbation
 
 
@@ -31,7 +30,7 @@ class Scope:
 
     drawn: Mapping[nn.Module, Mapping[str, Tensor]] = field(default_factory=dict)
     perturbations: Mapping[nn.Module, Perturbation] = field(default_factory=dict)
-    leaves: Mapping[nn.Module, Leaves | KroneckerLeaves] = field(default_factory=dict)
+    leaves: Mapping[nn.Module, Leaves] = field(default_factory=dict)
 
     def __contains__(self, module: nn.Module) -> bool:
         """Return whether the scope has something for a module."""

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 
-from bayeslayers.curvature.accumulate import Leaves, Part
-from bayeslayers.curvature.kronecker import Backward, KroneckerLeaves
+from bayeslayers.curvature.accumulate import FACTORS, Leaves, Part, Passes
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.layers.scope import current, opened
 from bayeslayers.sampling.provenance import refuse_other_rows
@@ -37,7 +36,8 @@ def layers_with_curvature(sites: Iterable[Site]) -> dict[str, BayesianLayer]:
     """Return the layers of some sites by name, each of which has a curvature rule for what it owns.
 
     Raises:
-        ValueError: If a parameter is not a Bayesian layer's, or several modules hold it.
+        ValueError: If a parameter is not a Bayesian layer's, several modules hold it, or the layer's rule does not
+            cover it.
     """
     layers: dict[str, BayesianLayer] = {}
     for site in sites:
@@ -46,6 +46,11 @@ def layers_with_curvature(sites: Iterable[Site]) -> dict[str, BayesianLayer]:
             raise ValueError(
                 f"parameter '{site.name}' must belong to one Bayesian layer, which has a curvature rule, got {found}. "
                 "Use IVON."
+            )
+        if site.key not in site.module.rule.tensors:
+            raise ValueError(
+                f"parameter '{site.name}' must be covered by its layer's curvature rule, got a "
+                f"{type(site.module).__name__}, whose rule covers {', '.join(site.module.rule.tensors)}. Use IVON."
             )
         layers[site.name.rpartition(".")[0]] = site.module
     return layers
@@ -72,8 +77,8 @@ class Tracker:
         self.leaves: dict[str, Tensor] = {}
         self._tallies: dict[str, Tensor] = {}
         self._part: Part | None = None
-        self._kronecker, self._backward = kronecker, Backward()
-        self._passes: dict[int, tuple[str, int]] = {}  # per backward pass, a layer and how many examples it saw
+        self._kronecker, self._switches = kronecker, Passes()
+        self._seen: dict[int, tuple[str, int]] = {}  # per backward pass, a layer and how many examples it saw
         self._uses: dict[tuple[str, int], int] = {}  # per layer and backward pass
 
     @property
@@ -86,7 +91,7 @@ class Tracker:
         """Forget the sums."""
         for leaf in (*self.leaves.values(), *self._tallies.values()):
             leaf.grad = None
-        self._passes.clear()
+        self._seen.clear()
         self._uses.clear()
 
     @contextmanager
@@ -100,7 +105,7 @@ class Tracker:
         """
         self.clear()
         self._part = None
-        self._backward.gradients = self._backward.factors = True
+        self._switches.gradients = self._switches.curvature = True
         if fraction < 1:
             device = None if generator is None else generator.device
             self._part = Part(fraction, float(torch.rand((), generator=generator, device=device)))
@@ -135,37 +140,42 @@ class Tracker:
         alone, and that pass spends no time on factors.
         """
         leaves = {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
-        self._backward.gradients, self._backward.factors = False, True
+        self._switches.gradients, self._switches.curvature = False, True
         try:
             grads = torch.autograd.grad(
                 loss, [*leaves.values(), *self._tallies.values()], retain_graph=True, allow_unused=True
             )
         finally:
-            self._backward.gradients, self._backward.factors = True, False
+            self._switches.gradients, self._switches.curvature = True, False
         counts = [int(tally[0]) for tally in grads[len(leaves) :] if tally is not None]
         sums = {name: grad for name, grad in zip(leaves, grads, strict=False) if grad is not None}
         return sums, max(counts, default=0)
 
-    def _leaves_of(self, name: str, layer: BayesianLayer) -> Leaves | KroneckerLeaves:
-        """Return the leaves of one layer, those of its frozen parameters None."""
+    def _leaves_of(self, name: str, layer: BayesianLayer) -> Leaves:
+        """Return the leaves of one layer; its frozen parameters have none."""
         if name not in self._tallies:
-            tally = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-            tally.register_hook(partial(self._check, name or type(layer).__name__, layer))
+            tally = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+            tally.register_hook(partial(self._check, name or type(layer).__name__))
             self._tallies[name] = tally
         prefix, tally = f"{name}." if name else "", self._tallies[name]
-        weight, bias = (layer._parameters.get(key) for key in ("weight", "bias"))
-        sizes = layer.factor_sizes() if self._kronecker else None
-        if sizes is None or weight is None or not weight.requires_grad:
-            return Leaves(self._leaf(f"{prefix}weight", weight), self._leaf(f"{prefix}bias", bias), tally, self._part)
-        joint = bias is not None and bias.requires_grad
-        inputs, outputs = sizes[0] + joint, sizes[1]
-        like = weight.detach()[:0].to(torch.promote_types(weight.dtype, torch.float32))
-        return KroneckerLeaves(
-            self._zeros(f"{prefix}weight_input_factor", like, torch.Size((inputs, inputs))),
-            self._zeros(f"{prefix}weight_output_factor", like, torch.Size((outputs, outputs))),
-            tally,
-            self._backward,
-        )
+        if self._kronecker and (factors := self._factors_of(prefix, layer)) is not None:
+            return Leaves(factors, tally, "factors", passes=self._switches)
+        squares = {key: self._leaf(prefix + key, layer._parameters.get(key)) for key in layer.rule.tensors}
+        return Leaves({key: leaf for key, leaf in squares.items() if leaf is not None}, tally, part=self._part)
+
+    def _factors_of(self, prefix: str, layer: BayesianLayer) -> dict[str, Tensor] | None:
+        """Return the leaves of a layer's Kronecker factors, None if it has none or its matrix is frozen."""
+        if (sizes := layer.factor_sizes()) is None:
+            return None
+        matrix, column = (layer._parameters.get(key) for key in layer.rule.tensors)
+        if matrix is None or not matrix.requires_grad:
+            return None
+        joint = column is not None and column.requires_grad
+        like = matrix.detach()[:0].to(torch.promote_types(matrix.dtype, torch.float32))
+        return {
+            key: self._zeros(f"{prefix}{layer.rule.tensors[0]}_{key}_factor", like, torch.Size((size, size)))
+            for key, size in zip(FACTORS, (sizes[0] + joint, sizes[1]), strict=True)
+        }
 
     def _leaf(self, name: str, parameter: Tensor | None) -> Tensor | None:
         """Return a leaf with the parameter's shape, None if that is absent or frozen."""
@@ -182,14 +192,14 @@ class Tracker:
             leaf = self.leaves[name] = zero.expand(shape).requires_grad_()
         return leaf
 
-    def _check(self, name: str, layer: BayesianLayer, tally: Tensor) -> None:
+    def _check(self, name: str, tally: Tensor) -> None:
         """Refuse a backward pass whose per-example gradients are not those of one batch of examples.
 
         A reentrant checkpoint runs a backward pass of its own inside the outer one, to which its
         uses belong: it is the pass in which the forward was recomputed.
         """
-        examples, uses = (int(x) for x in tally.tolist())
-        current = torch._C._current_graph_task_id() if layer.recomputed_in == -1 else layer.recomputed_in
+        examples, uses, recomputed_in = (int(x) for x in tally.tolist())
+        current = torch._C._current_graph_task_id() if recomputed_in == -1 else recomputed_in
         uses = self._uses[name, current] = self._uses.get((name, current), 0) + uses
         if uses > 1:
             raise RuntimeError(
@@ -197,7 +207,7 @@ class Tracker:
                 "of a reused layer add up before they are squared. Call backward after each forward, or "
                 "exclude the layer from the Bayesian ones."
             )
-        first, expected = self._passes.setdefault(current, (name, examples))
+        first, expected = self._seen.setdefault(current, (name, examples))
         if examples != expected:
             raise RuntimeError(
                 f"dimension 0 of the input of layer '{name}' must run over the examples, got {examples} there "

@@ -1,0 +1,277 @@
+"""What a curvature rule is: one object per kind of op, and the autograd function in which all rules run."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bayeslayers.curvature.accumulate import FACTORS, Kind, Leaves, Part, Passes, chunks, owned, sum_of_squares, tally
+from bayeslayers.dtypes import at_least_float32, autocast_operand, full_precision
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Tensors: TypeAlias = tuple[Tensor | None, ...]
+
+
+class Use(NamedTuple):
+    """One use of an op, as its backward pass finds it.
+
+    Attributes:
+        inputs: The op's inputs, with the examples in dimension 0.
+        tensors: Its parameters, in the order of the rule's `tensors`; None for an absent one.
+        settings: What the op takes besides, as a convolution's stride.
+        needs: What is asked for: a flag for the gradient of each input, that of each tensor, and each sum of curvature.
+        part: The part of the batch that sums of squares may be estimated from; None for all of it.
+    """
+
+    inputs: tuple[Tensor, ...]
+    tensors: Tensors
+    settings: Any
+    needs: tuple[bool, ...]
+    part: Part | None = None
+
+
+Backward: TypeAlias = Callable[[Use, Tensor], Sequence[Tensor | None]]
+
+
+class CurvatureRule(abc.ABC):
+    """The curvature of one kind of op: one object, without state, that all layers of that kind name as their `rule`.
+
+    A rule names its tensors and computes its op. `per_example` and `squares` follow from the op by autograd, for any op
+    that treats all examples alike; a rule overrides them where it knows a faster form.
+
+    `squares` is a function of one use and the gradient of its output, and `per_example` is additive over uses: the
+    per-example gradient of a layer that runs several times is the sum over its runs, before it is squared.
+
+    Attributes:
+        tensors: Names of the parameters that the op takes, in the order in which `forward` gets them.
+        casts: Whether autocast applies to the op.
+        kernels: By type of device ("cuda"), what computes there in place of `squares`; see `curvature.kernels`.
+    """
+
+    tensors: ClassVar[tuple[str, ...]]
+    casts: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self.kernels: dict[str, Backward] = {}
+
+    @abc.abstractmethod
+    def forward(self, inputs: tuple[Tensor, ...], tensors: Tensors, settings: Any) -> Tensor:
+        """Return the op's output.
+
+        Args:
+            inputs: As the layer gets them, with the examples in dimension 0.
+            tensors: Values of the parameters, in the order of the rule's `tensors`; None for an absent one.
+            settings: What the op takes besides.
+        """
+
+    def has_examples(self, inputs: tuple[Tensor, ...], tensors: Tensors) -> bool:
+        """Return whether the inputs have the dimension of the examples; a single example may come without.
+
+        Args:
+            inputs: As for `forward`.
+            tensors: Likewise.
+        """
+        return True
+
+    def per_example(self, use: Use, g: Tensor) -> Tensors:
+        """Return the per-example gradients `(n, *shape)` of the tensors that `use.needs` asks for, None for others.
+
+        This one runs the op on each example by itself, by `vmap`.
+
+        Args:
+            use: The use of the op.
+            g: Gradient of the output.
+        """
+        count = len(self.tensors)
+        wanted = [i for i, tensor in enumerate(use.tensors) if tensor is not None and _needed(use, i, count)]
+
+        def gradients(g_row: Tensor, *row: Tensor) -> tuple[Tensor, ...]:
+            def op(*own: Tensor) -> Tensor:
+                tensors = list(use.tensors)
+                for i, value in zip(wanted, own, strict=True):
+                    tensors[i] = value
+                return self.forward(tuple(x[None] for x in row), tuple(tensors), use.settings)[0]
+
+            return torch.func.vjp(op, *[use.tensors[i] for i in wanted])[1](g_row)
+
+        found = dict(zip(wanted, torch.func.vmap(gradients)(g, *use.inputs), strict=True)) if wanted else {}
+        return tuple(found.get(i) for i in range(count))
+
+    def squares(self, use: Use, g: Tensor) -> Sequence[Tensor | None]:
+        """Return the gradients of the inputs, those of the tensors, and sums over examples of squared gradients.
+
+        This one squares what `per_example` returns, in chunks of examples.
+
+        Args:
+            use: The use of the op.
+            g: Gradient of the output.
+
+        Returns:
+            One value for each of `use.needs`; what is not needed may be None.
+        """
+        count = len(self.tensors)
+        with full_precision(g.device.type):
+            grads = [None if tensor is None else torch.zeros_like(tensor) for tensor in use.tensors]
+            sums = [None if grad is None else torch.zeros_like(at_least_float32(grad)) for grad in grads]
+            elements = sum(tensor.numel() for tensor in use.tensors if tensor is not None)
+            for chunk in chunks(len(g), elements, g) if any(use.needs[-2 * count :]) else ():
+                rows = self.per_example(use._replace(inputs=tuple(x[chunk] for x in use.inputs)), g[chunk])
+                for i, per_example in enumerate(rows):
+                    if per_example is not None:
+                        grads[i] = grads[i] + per_example.sum(0)
+                        sums[i] = sums[i] + sum_of_squares(per_example)
+            return (*self._input_gradients(use, g), *grads, *sums)
+
+    def _input_gradients(self, use: Use, g: Tensor) -> list[Tensor | None]:
+        wanted = [i for i in range(len(use.inputs)) if use.needs[i]]
+
+        def op(*own: Tensor) -> Tensor:
+            inputs = list(use.inputs)
+            for i, value in zip(wanted, own, strict=True):
+                inputs[i] = value
+            return self.forward(tuple(inputs), use.tensors, use.settings)
+
+        found = torch.func.vjp(op, *[use.inputs[i] for i in wanted])[1](g) if wanted else ()
+        grads: list[Tensor | None] = [None] * len(use.inputs)
+        for i, grad in zip(wanted, found, strict=True):
+            grads[i] = grad
+        return grads
+
+    def factor_sizes(self, layer: nn.Module) -> tuple[int, int] | None:
+        """Return the sizes (i, o) of the Kronecker factors of a layer's curvature, None if it has no such form.
+
+        Args:
+            layer: Layer with this rule.
+        """
+        return None
+
+    def __call__(
+        self, inputs: tuple[Tensor, ...], tensors: Tensors, leaves: Leaves | None, settings: Any = ()
+    ) -> Tensor:
+        """Return the op's output, and let the leaves receive the curvature in a backward pass.
+
+        Args:
+            inputs: As for `forward`.
+            tensors: Likewise.
+            leaves: Where the curvature goes; None for nowhere. Those of absent tensors get none.
+            settings: As for `forward`.
+        """
+        if leaves is None:
+            return self.forward(inputs, tensors, settings)
+        if self.casts:
+            inputs = tuple([autocast_operand(x) for x in inputs])
+            tensors = tuple([None if x is None else autocast_operand(x) for x in tensors])
+        if not self.has_examples(inputs, tensors):
+            return self(tuple([x.unsqueeze(0) for x in inputs]), tensors, leaves, settings).squeeze(0)
+        if leaves.kind == "squares":
+            found = [
+                None if x is None else leaves.tensors.get(key) for key, x in zip(self.tensors, tensors, strict=True)
+            ]
+        else:
+            found = [leaves.tensors[key] for key in FACTORS]
+        plan = _Plan(self, len(inputs), settings, leaves.kind, leaves.part, leaves.passes)
+        return _Op.apply(plan, *inputs, *tensors, *found, leaves.tally)
+
+
+class FactoredRule(CurvatureRule):
+    """A rule of an op whose curvature also has the form of Kronecker factors, see `curvature.kronecker`.
+
+    Its tensors are the weight and the bias, which is the last column of their matrix.
+    """
+
+    tensors = ("weight", "bias")
+
+    @abc.abstractmethod
+    def factors(self, use: Use, g: Tensor, size: int) -> Sequence[Tensor | None]:
+        """Return the gradients of the inputs, those of the tensors, and the sums over examples of A and G.
+
+        Args:
+            use: The use of the op.
+            g: Gradient of the output.
+            size: Rows of A: one more than a row of the weight has entries, where the bias is in it.
+
+        Returns:
+            One value for each of `use.needs`; what is not needed may be None.
+        """
+
+
+def rule_of(kind: type) -> CurvatureRule:
+    """Return the curvature rule that a class of layers names, once it is known to be one.
+
+    Args:
+        kind: Class of layers, with the class attribute `rule`.
+
+    Raises:
+        TypeError: If it names none, or one whose `tensors` are no names.
+    """
+    rule = getattr(kind, "rule", None)
+    if not isinstance(rule, CurvatureRule):
+        raise TypeError(
+            f"{kind.__name__}.rule must be a CurvatureRule, got {rule!r}. Name that of the layer's op in the class, as "
+            "`rule = curvature.LINEAR`."
+        )
+    names: Any = getattr(rule, "tensors", None)
+    if not isinstance(names, tuple) or not names or not all(isinstance(name, str) for name in names):
+        rules = "a tuple of the names of the op's parameters"
+    elif len(set(names)) < len(names):
+        rules = "names that differ"
+    elif isinstance(rule, FactoredRule) and names != FactoredRule.tensors:
+        rules = f"{FactoredRule.tensors} in a rule with Kronecker factors"
+    else:
+        return rule
+    raise TypeError(f"{type(rule).__name__}.tensors must be {rules}, got {names!r}: rule of {kind.__name__}.")
+
+
+class _Plan(NamedTuple):
+    rule: CurvatureRule
+    inputs: int
+    settings: Any
+    kind: Kind
+    part: Part | None
+    passes: Passes | None
+
+
+class _Op(torch.autograd.Function):
+    """An op whose backward pass returns its curvature, as the gradients of leaves that play no part in the forward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(plan, *operands):
+        first, end = plan.inputs, plan.inputs + len(plan.rule.tensors)
+        return owned(plan.rule.forward(operands[:first], operands[first:end], plan.settings))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.plan, *operands = inputs
+        ctx.recomputed_in = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+        ctx.size = 0 if ctx.plan.kind == "squares" else len(operands[-3])  # of the first factor
+        ctx.save_for_backward(*operands[: ctx.plan.inputs + len(ctx.plan.rule.tensors)])
+
+    @staticmethod
+    def backward(ctx, g):
+        plan, saved, needs = ctx.plan, ctx.saved_tensors, ctx.needs_input_grad[1:-1]
+        rule, first = plan.rule, plan.inputs
+        if plan.passes is not None:
+            middle = len(saved) - first
+            gradients, curvature = plan.passes.gradients, plan.passes.curvature
+            switches = [True] * first + [gradients] * middle + [curvature] * (len(needs) - first - middle)
+            needs = tuple([need and on for need, on in zip(needs, switches, strict=True)])
+        use = Use(saved[:first], saved[first:], plan.settings, needs, plan.part)
+        if plan.kind == "squares":
+            found = rule.kernels.get(g.device.type, rule.squares)(use, g)
+        else:
+            found = rule.factors(use, g, ctx.size)
+        grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
+        return (None, *grads, tally(len(g), ctx.recomputed_in))
+
+
+def _needed(use: Use, i: int, count: int) -> bool:
+    """Return whether the gradient or the squares of the tensor at a place are needed."""
+    return use.needs[i - 2 * count] or use.needs[i - count]
