@@ -16,6 +16,7 @@ from bayeslayers.convert.readers import readers_of, turn_off_fast_paths
 from bayeslayers.convert.report import ConversionReport, Status, entry_of
 from bayeslayers.convert.reroute import bayesian_subclass, obstacle
 from bayeslayers.convert.selection import Selectors, select
+from bayeslayers.curvature.rule import rule_of
 from bayeslayers.layers import DEFAULT_INIT_PRECISION, DEFAULT_PRIOR_PRECISION, POSTERIOR_SUFFIXES, ROOTS, BayesianLayer
 from bayeslayers.sampling import posterior
 from bayeslayers.unwrap import unwrapped
@@ -37,6 +38,7 @@ _RULES: dict[type[nn.Module], type[BayesianLayer]] = {
     nn.LayerNorm: layers.BayesLayerNorm,
     layers.FilterResponseNorm2d: layers.BayesFilterResponseNorm2d,
     nn.Embedding: layers.BayesEmbedding,
+    nn.Bilinear: layers.BayesBilinear,
 }
 
 # Modules that compute with their parameters in one fused op, for which there is no curvature rule.
@@ -48,15 +50,26 @@ def register_rule(ordinary: type[nn.Module], bayesian: type[BayesianLayer]) -> N
 
     Args:
         ordinary: Class of the ordinary layer.
-        bayesian: A `BayesianLayer` derived from it, with the same parameters `weight` and `bias`.
+        bayesian: A `BayesianLayer` derived from it, whose `rule` (a `CurvatureRule`) names the layer's parameters, and
+            whose forward computes with the drawn ones, as `BayesianLayer.compute` gives them.
 
     Raises:
-        TypeError: If `bayesian` is not derived from both `BayesianLayer` and `ordinary`.
+        TypeError: If one of them is no class of layers, `bayesian` is not derived from both `BayesianLayer` and
+            `ordinary`, names no curvature rule, or has the forward of `ordinary`.
     """
+    for argument, kind in (("ordinary", ordinary), ("bayesian", bayesian)):
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise TypeError(f"{argument} must be a class of layers, got {kind!r}.")
     if not (issubclass(bayesian, BayesianLayer) and issubclass(bayesian, ordinary)):
         raise TypeError(
             f"bayesian must be a BayesianLayer derived from {ordinary.__name__}, got {bayesian.__name__}: a converted "
             "layer keeps its attributes and changes its class."
+        )
+    rule_of(bayesian)
+    if bayesian.forward is ordinary.forward:
+        raise TypeError(
+            f"bayesian must compute with the drawn parameters, got {bayesian.__name__} with the forward of "
+            f"{ordinary.__name__}. Give it a forward of its own, as `return self.compute(input)`."
         )
     _RULES[ordinary] = bayesian
 
@@ -151,8 +164,6 @@ def to_deterministic(net: Network) -> Network:
         for key in list(layer._buffers):
             if key.endswith(POSTERIOR_SUFFIXES) or key in ROOTS:
                 delattr(layer, key)
-        for key in BayesianLayer.__annotations__:  # what a Bayesian layer has besides
-            vars(layer).pop(key, None)
         layer.__class__ = kind
     return counterpart
 
@@ -180,7 +191,7 @@ def _convert_network(
     return report
 
 
-def _bayesian_class(kind: type[nn.Module]) -> type | None:
+def _bayesian_class(kind: type[nn.Module]) -> type[BayesianLayer] | None:
     """Return the Bayesian version of a class of layers, None if it or its bases have no rule."""
     if issubclass(kind, BayesianLayer):
         return None
@@ -232,9 +243,10 @@ def _obstacle(module: nn.Module) -> str | None:
         return f"{kind} computes with it in a fused op, for which there is no curvature rule"
     if bayesian is None:
         return f"a parameter of {kind} itself, for which there is no Bayesian layer"
-    if "weight" not in own:
-        return f"the weight of this {kind} is computed from other tensors"
-    if extra := own - {"weight", "bias"}:
+    for name in bayesian.rule.tensors:
+        if name not in module._parameters and getattr(module, name, None) is not None:
+            return f"the {name} of this {kind} is computed from other tensors"
+    if extra := own - set(bayesian.rule.tensors):
         return f"this {kind} has a parameter '{min(extra)}' too, for which there is no curvature rule"
     if "forward" in vars(module):
         return f"the forward of this {kind} was replaced"

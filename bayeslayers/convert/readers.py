@@ -25,7 +25,7 @@ _METADATA = ("dtype", "device", "shape", "size", "dim", "ndim", "numel", "requir
 
 
 def readers_of(net: nn.Module) -> dict[nn.Module, str]:
-    """Return the modules whose weight or bias another module's forward reads, with the class of that.
+    """Return the modules of which another module's forward reads a parameter, with the class of that.
 
     The source of each class is searched for reads as `self.qkv.weight`, in its forward and what that
     calls of it. A read by other means is found by the optimiser, which refuses a gradient that comes
@@ -35,8 +35,8 @@ def readers_of(net: nn.Module) -> dict[nn.Module, str]:
     for parent in net.modules():
         if any(isinstance(parent, kind) and type(parent).forward is kind.forward for kind in _FAST_PATHS):
             continue
-        for name in _children_read(type(parent)):
-            if (child := parent._modules.get(name)) is not None:
+        for name, key in _children_read(type(parent)):
+            if (child := parent._modules.get(name)) is not None and key in child._parameters:
                 readers[child] = type(parent).__name__
     return readers
 
@@ -50,8 +50,8 @@ def turn_off_fast_paths(net: nn.Module) -> None:
 
 
 @functools.cache
-def _children_read(kind: type[nn.Module]) -> frozenset[str]:
-    """Return the names of the children whose weight or bias the forward of a class reads."""
+def _children_read(kind: type[nn.Module]) -> frozenset[tuple[str, str]]:
+    """Return the names of children of which the forward of a class reads an attribute, each with that attribute."""
     found, seen, methods = set(), set(), ["forward"]
     while methods:
         method = getattr(kind, methods.pop(), None)
@@ -63,8 +63,8 @@ def _children_read(kind: type[nn.Module]) -> frozenset[str]:
         metadata = {id(n.value) for n in nodes if isinstance(n, ast.Attribute) and n.attr in _METADATA}
         for node in nodes:
             match node:
-                case ast.Attribute(ast.Attribute(ast.Name("self"), child), "weight" | "bias"):
-                    found |= set() if id(node) in metadata else {child}
+                case ast.Attribute(ast.Attribute(ast.Name("self"), child), key):
+                    found |= set() if id(node) in metadata else {(child, key)}
                 case ast.Attribute(ast.Name("self"), called):
                     methods.append(called)
     return frozenset(found)

@@ -33,7 +33,9 @@ class CurvatureError(RuntimeError):
 
 
 @functools.cache
-def bayesian_subclass(ordinary: type[nn.Module], base: type[nn.Module], bayesian: type[BayesianLayer]) -> type:
+def bayesian_subclass(
+    ordinary: type[nn.Module], base: type[nn.Module], bayesian: type[BayesianLayer]
+) -> type[BayesianLayer]:
     """Return the Bayesian version of a subclass of a layer, the same class each time.
 
     Args:

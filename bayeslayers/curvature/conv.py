@@ -32,7 +32,8 @@ class _Convolution(FactoredRule):
     """
 
     def forward(self, inputs: tuple[Tensor, ...], tensors: Any, settings: Settings) -> Tensor:
-        return torch.convolution(inputs[0], *tensors, *settings)
+        weight, bias = tensors
+        return torch.convolution(inputs[0], weight, bias, *settings)
 
     def has_examples(self, inputs: tuple[Tensor, ...], tensors: Any) -> bool:
         return inputs[0].dim() == tensors[0].dim()

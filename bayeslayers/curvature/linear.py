@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ class _Linear(FactoredRule):
         return inputs[0].dim() > 1
 
     def squares(self, use: Use, g: Tensor) -> Sequence[Tensor | None]:
-        (x,), (weight, _), part = use.inputs, use.tensors, use.part
+        (x,), weight, part = use.inputs, cast(Tensor, use.tensors[0]), use.part
         grad_x = grad_weight = grad_bias = squares_weight = squares_bias = None
         need_x, need_weight, need_bias, need_weight_squares, need_bias_squares = use.needs
         with full_precision(x.device.type):
@@ -41,7 +41,7 @@ class _Linear(FactoredRule):
                 grad_weight = g.flatten(0, -2).t() @ x.flatten(0, -2)
             if need_weight_squares and part is None:
                 squares_weight = outer_product_squares(g, x)
-            elif need_weight_squares:
+            elif need_weight_squares and part is not None:
                 factor, (part_g, part_x) = part.select(g, x)
                 squares_weight = outer_product_squares(part_g, part_x) * factor
             if need_bias or need_bias_squares:
@@ -54,7 +54,7 @@ class _Linear(FactoredRule):
         return weight.shape[1], len(weight)
 
     def factors(self, use: Use, g: Tensor, size: int) -> Sequence[Tensor | None]:
-        (x,), (weight, _) = use.inputs, use.tensors
+        (x,), weight = use.inputs, cast(Tensor, use.tensors[0])
         grad_x = grad_weight = grad_bias = input_factor = output_factor = None
         need_x, need_weight, need_bias, *need_factors = use.needs
         with full_precision(x.device.type):

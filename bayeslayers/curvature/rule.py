@@ -40,7 +40,7 @@ Backward: TypeAlias = Callable[[Use, Tensor], Sequence[Tensor | None]]
 
 
 class CurvatureRule(abc.ABC):
-    """The curvature of one kind of op: one object, without state, that all layers of that kind name as their `rule`.
+    """The curvature of one kind of op: one object that all layers of that kind name as their `rule`.
 
     A rule names its tensors and computes its op. `per_example` and `squares` follow from the op by autograd, for any op
     that treats all examples alike; a rule overrides them where it knows a faster form.
@@ -80,9 +80,9 @@ class CurvatureRule(abc.ABC):
         return True
 
     def per_example(self, use: Use, g: Tensor) -> Tensors:
-        """Return the per-example gradients `(n, *shape)` of the tensors that `use.needs` asks for, None for others.
+        """Return the per-example gradients `(n, *shape)` of the tensors, in their order.
 
-        This one runs the op on each example by itself, by `vmap`.
+        Those that `use.needs` does not ask for may be None. This one runs the op on each example by itself, by `vmap`.
 
         Args:
             use: The use of the op.
@@ -117,16 +117,25 @@ class CurvatureRule(abc.ABC):
         """
         count = len(self.tensors)
         with full_precision(g.device.type):
-            grads = [None if tensor is None else torch.zeros_like(tensor) for tensor in use.tensors]
-            sums = [None if grad is None else torch.zeros_like(at_least_float32(grad)) for grad in grads]
-            elements = sum(tensor.numel() for tensor in use.tensors if tensor is not None)
+            grads = {i: torch.zeros_like(x) for i, x in enumerate(use.tensors) if x is not None}
+            sums = {i: torch.zeros_like(at_least_float32(x)) for i, x in grads.items()}
+            elements = sum(x.numel() for x in grads.values())
             for chunk in chunks(len(g), elements, g) if any(use.needs[-2 * count :]) else ():
                 rows = self.per_example(use._replace(inputs=tuple(x[chunk] for x in use.inputs)), g[chunk])
                 for i, per_example in enumerate(rows):
                     if per_example is not None:
                         grads[i] = grads[i] + per_example.sum(0)
                         sums[i] = sums[i] + sum_of_squares(per_example)
-            return (*self._input_gradients(use, g), *grads, *sums)
+            of_inputs = self._input_gradients(use, g)
+        return (*of_inputs, *(grads.get(i) for i in range(count)), *(sums.get(i) for i in range(count)))
+
+    def kernel_for(self, device: str) -> Backward:
+        """Return what computes the squares on a type of device: a kernel registered for it, or else `squares`.
+
+        Args:
+            device: Type of device, as "cuda".
+        """
+        return self.kernels.get(device, self.squares)
 
     def _input_gradients(self, use: Use, g: Tensor) -> list[Tensor | None]:
         wanted = [i for i in range(len(use.inputs)) if use.needs[i]]
@@ -265,7 +274,7 @@ class _Op(torch.autograd.Function):
             needs = tuple([need and on for need, on in zip(needs, switches, strict=True)])
         use = Use(saved[:first], saved[first:], plan.settings, needs, plan.part)
         if plan.kind == "squares":
-            found = rule.kernels.get(g.device.type, rule.squares)(use, g)
+            found = rule.kernel_for(g.device.type)(use, g)
         else:
             found = rule.factors(use, g, ctx.size)
         grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]

@@ -12,6 +12,7 @@ from bayeslayers.layers.base import (
     BayesianLayer,
     attach_posterior,
 )
+from bayeslayers.layers.bilinear import BayesBilinear
 from bayeslayers.layers.linear import (
     BayesConv1d,
     BayesConv2d,
@@ -37,6 +38,7 @@ __all__ = [
     "BayesBatchNorm1d",
     "BayesBatchNorm2d",
     "BayesBatchNorm3d",
+    "BayesBilinear",
     "BayesConv1d",
     "BayesConv2d",
     "BayesConv3d",

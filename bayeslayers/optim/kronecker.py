@@ -304,9 +304,11 @@ class KroneckerFactored(VariationalOptimizer):
             site.precision.copy_(ess * state["curvature"] + site.prior_precision + rest)
         elif "updates" not in state:
             return
-        layer, columns = site.module, site.module.get_parameter("weight").shape[1:].numel()
-        if isinstance(layer, BayesianLayer) and layer.roots is not None and len(layer.roots[0]) > columns:
-            layer.set_roots(leading_root(layer.roots[0], columns), layer.roots[1])
+        layer = site.module
+        if isinstance(layer, BayesianLayer) and layer.roots is not None:
+            columns = layer.get_parameter("weight").shape[1:].numel()
+            if len(layer.roots[0]) > columns:
+                layer.set_roots(leading_root(layer.roots[0], columns), layer.roots[1])
         state["step"] = state.get("step", 0) + 1
         natural_gradient_step_(
             site.mean,

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.testing import assert_close
 
 import bayeslayers as bl
+from bayeslayers import curvature
 from bayeslayers.convert import conversion as convert
 from bayeslayers.layers import POSTERIOR_SUFFIXES, FilterResponseNorm2d
 
@@ -112,7 +113,7 @@ REFUSED = [
     (nn.Embedding(5, 3, max_norm=1.0), "max_norm is on"),
     (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "computed from other tensors"),
     (nn.LSTM(3, 3), "LSTM computes with it in a fused op"),
-    (nn.Bilinear(3, 3, 3), "a parameter of Bilinear itself"),
+    (nn.EmbeddingBag(3, 3), "a parameter of EmbeddingBag itself"),
 ]
 
 
@@ -282,6 +283,20 @@ def test_a_rule_can_be_added_and_leads_back(monkeypatch):
     assert type(bl.to_deterministic(net)[0]) is Doubled
     with pytest.raises(TypeError, match="BayesianLayer derived from Linear, got Doubled"):
         bl.register_rule(nn.Linear, Doubled)
+
+
+def test_a_rule_for_what_cannot_be_converted_is_rejected(monkeypatch):
+    class Forgetful(bl.BayesianLayer, nn.Linear):
+        rule = curvature.LINEAR
+
+    monkeypatch.setattr(convert, "_RULES", dict(convert._RULES))
+    with pytest.raises(TypeError, match=r"with the forward of Linear\. Give it a forward of its own, as `return"):
+        bl.register_rule(nn.Linear, Forgetful)
+    with pytest.raises(TypeError, match="ordinary must be a class of layers, got Linear"):
+        bl.register_rule(nn.Linear(2, 2), bl.BayesLinear)
+    with pytest.raises(TypeError, match="bayesian must be a class of layers, got <class 'int'>"):
+        bl.register_rule(nn.Linear, int)
+    assert convert._RULES[nn.Linear] is bl.BayesLinear
 
 
 def test_twin_of_a_layer_without_a_rule_is_refused():

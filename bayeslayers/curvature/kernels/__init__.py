@@ -1,0 +1,36 @@
+"""Kernels that compute a rule's squares on one type of device, in place of the rule's own torch ops.
+
+A kernel has the signature of `CurvatureRule.squares` and must give its values. `register_kernel` makes the rule use it;
+all layers of the rule follow.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bayeslayers.curvature.rule import Backward, CurvatureRule
+
+
+def register_kernel(rule: CurvatureRule, device: str, kernel: Backward) -> None:
+    """Let a rule compute its squares by a kernel, on one type of device.
+
+    Args:
+        rule: The rule, as `curvature.LINEAR`.
+        device: Type of device, as "cuda".
+        kernel: Takes a `Use` and the gradient of its output, returns what `CurvatureRule.squares` does.
+
+    Raises:
+        TypeError: If the rule is none, or the kernel is no function.
+        ValueError: If torch knows no such type of device.
+    """
+    if not isinstance(rule, CurvatureRule):
+        raise TypeError(f"rule must be a CurvatureRule, got {rule!r}.")
+    if not callable(kernel):
+        raise TypeError(f"kernel must be a function of a use and a gradient, got {kernel!r}.")
+    try:
+        known = torch.device(device)
+    except RuntimeError:
+        known = None
+    if known is None or known.index is not None:
+        raise ValueError(f"device must be a type of device, as 'cuda', got {device!r}.")
+    rule.kernels[known.type] = kernel
