@@ -14,9 +14,9 @@ from bayeslayers.curvature.counts import Reduction
 from bayeslayers.optim.defaults import (
     ADAM_LR,
     LARGEST_MOVE,
-    LR,
     PRECISION_LR,
     fill_untrained,
+    step_size,
     warn_of_prior,
     with_plain_steps,
 )
@@ -108,13 +108,13 @@ class VOGN(GaussNewton):
         clip_radius: float | None = None,
     ):
         arguments, chooses = locals(), lr is None
-        bound = LARGEST_MOVE / LR if chooses else math.inf
+        bound = LARGEST_MOVE if chooses else math.inf  # of the move; `_scale_steps` makes it one of the step
         groups = [{**group, "params": listed(group["params"])} for group in with_plain_steps(groups or ())]
         plain = {parameter for group in groups if "lr" in group for parameter in group["params"]}
         if chooses:
             self._adam_lr = ADAM_LR if deterministic_lr is None else deterministic_lr
         chosen = {
-            "lr": LR if lr is None else lr,
+            "lr": 1.0 if lr is None else lr,
             "precision_lr": precision_lr if precision_lr is not None else PRECISION_LR if chooses else 2e-3,
             "clip_radius": bound if clip_radius is None else clip_radius,
         }
@@ -149,13 +149,14 @@ class VOGN(GaussNewton):
         super()._update(group)
 
     def _scale_steps(self, hessian: float, plain: set[nn.Parameter], clip_radius: float | None) -> None:
-        """Multiply `lr` by the precision over ess, and divide the bound on the step, where neither was given."""
+        """Choose `lr` and the bound on the step, from the precision over ess, where neither was given."""
+        factor, largest = step_size(site.mean for site in self._sites.values())
         for group in [*self.param_groups, self.defaults]:
             if group.get("kind") == "deterministic" or plain.intersection(group.get("params", ())):
                 continue
-            group["lr"] *= hessian
+            group["lr"] = factor * hessian
             if clip_radius is None and group["clip_radius"] == self.defaults["clip_radius"]:
-                group["clip_radius"] = LARGEST_MOVE / (LR * hessian)
+                group["clip_radius"] = largest / group["lr"]
 
 
 class OGN(GaussNewton):
