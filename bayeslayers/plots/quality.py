@@ -123,7 +123,7 @@ def risk_coverage_curve(evaluations: Evaluation | Mapping[str, Evaluation], path
         greatest = max(greatest, float(risk.max()))
     axis.set(xlim=(0, 1), ylim=(0, 1.08 * greatest or 0.01))
     axis.grid(alpha=0.3)
-    label(axis, "Errors among the kept predictions", "coverage (share of predictions kept)", "risk (error rate)")
+    label(axis, "Errors among the predictions that are kept", "coverage (share that is kept)", "risk (error rate)")
     if any(handle.get_label() for handle in handles):
         legend_below(figure, handles)
     return finish(figure, path)
@@ -163,6 +163,6 @@ def score_histograms(evaluation: Evaluation, score: str = "entropy", path: str |
     axes[0].set(ylim=(0, 1), yticks=[0, 0.1, 0.5, 1])
     axes[0].set_yticks([0, 0.1, 0.5, 1], ["0", "0.1", "0.5", "1"])
     unit = "" if score == "confidence" else " (nats)"
-    axes[-1].set_xlabel(f"{score}{unit}; dashed: median")
+    axes[-1].set_xlabel(f"{score}{unit}; dashed: the median")
     figure.supylabel("share of examples", fontsize=10)
     return finish(figure, path)

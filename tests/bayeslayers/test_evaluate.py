@@ -353,7 +353,7 @@ def test_the_likelihood_of_one_draw_is_the_loss():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_strangers_are_told_apart_as_by_sklearn(kind):
+def test_ood_detection_is_that_of_sklearn(kind):
     model, x, y = case_of(kind)
     far = 4 * x[: len(x) // 2]
     found = bl.evaluate(model, (x, y), ood={"far": far, "same": x}, num_samples=6, generator=generator(1))

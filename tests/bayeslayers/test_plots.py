@@ -158,7 +158,7 @@ def test_figures_of_an_evaluation_without_them_are_refused():
         plots.risk_coverage_curve({})
     with pytest.raises(ValueError, match=r"score must be one of .*, got 'entropie'\. Did you mean 'entropy'"):
         plots.score_histograms(an_evaluation(), "entropie")
-    with pytest.raises(ValueError, match="got 'correct'"):  # strangers have no label
+    with pytest.raises(ValueError, match="got 'correct'"):  # OOD examples have no label
         plots.score_histograms(an_evaluation(), "correct")
 
 
@@ -198,7 +198,7 @@ def test_the_boundary_of_a_linear_network_is_its_line():
     figure = plots.decision_boundary(
         Line(), x, y, draws=3, baseline=Line(), likelihood=bl.Bernoulli(), num_samples=2, generator=generator()
     )
-    for width in (2.2, 2.0):  # the posterior predictive's, the deterministic twin's
+    for width in (2.2, 2.0):  # the posterior predictive's, the baseline's
         points = boundary_of(figure.axes[0], width)
         assert len(points) > 50
         assert_close(points.sum(1), np.full(len(points), 0.5), rtol=0, atol=0.02)
@@ -209,14 +209,14 @@ def test_the_boundary_of_a_linear_network_is_its_line():
 
 
 def test_a_decision_boundary_shows_the_entropy_of_both_networks():
-    x, y, twin = torch.randn(9, 2, generator=generator()), torch.arange(9) % 2, network(2)
-    nn.init.constant_(twin[0].bias, 0.5)  # another network
+    x, y, baseline = torch.randn(9, 2, generator=generator()), torch.arange(9) % 2, network(2)
+    nn.init.constant_(baseline[0].bias, 0.5)  # another network
     figure = plots.decision_boundary(
         network(2),
         x,
         y,
         draws=2,
-        baseline=twin,
+        baseline=baseline,
         num_samples=3,
         names=("VOGN", "Adam"),
         title="epoch 3",
@@ -228,7 +228,7 @@ def test_a_decision_boundary_shows_the_entropy_of_both_networks():
     assert figure.get_suptitle() == "epoch 3" and {"VOGN", "Adam"} <= set(words(figure))
     west, east, south, north = other.images[0].get_extent()
     points = torch.cartesian_prod(torch.linspace(west, east, 12), torch.linspace(south, north, 12))
-    expected = torch.special.entr(twin(points).softmax(1)).sum(1).view(12, 12).T.detach().double()
+    expected = torch.special.entr(baseline(points).softmax(1)).sum(1).view(12, 12).T.detach().double()
     assert_close(torch.as_tensor(other.images[0].get_array()), expected, rtol=1e-5, atol=1e-6)
     assert not np.allclose(ours.images[0].get_array(), other.images[0].get_array())
     assert decisions.get_shared_x_axes().joined(decisions, other)
@@ -401,8 +401,8 @@ def test_training_curves_compare_runs_and_show_a_single_epoch():
     rows = [row | {"train_accuracy": row["test_accuracy"]} for row in ROWS]
     figure = plots.training_curves({"long": rows, "one epoch": ROWS[:1], "gap": [ROWS[0] | {"test_nll": ""}, ROWS[1]]})
     accuracy = next(axis for axis in figure.axes if axis.get_ylabel() == "accuracy")
-    long, twin = accuracy.lines[:2]
-    assert long.get_color() == twin.get_color() and {long.get_linestyle(), twin.get_linestyle()} == {"-", "--"}
+    long, other = accuracy.lines[:2]
+    assert long.get_color() == other.get_color() and {long.get_linestyle(), other.get_linestyle()} == {"-", "--"}
     single = next(line for line in accuracy.lines if len(line.get_xdata()) == 1)
     assert single.get_marker() == "o" and single.get_color() != long.get_color()
     nll = next(axis for axis in figure.axes if axis.get_ylabel() == "NLL (nats)")

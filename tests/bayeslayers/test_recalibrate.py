@@ -149,7 +149,7 @@ def test_applied_it_is_the_distribution_to_a_power(kind, temperature):
         for name in ("mean", "total", "aleatoric", "epistemic"):
             assert_close(getattr(found, name), getattr(prediction, name), rtol=1e-4, atol=1e-6)
     if kind == "real":
-        # N(m, v)^(1 / t) is N(m, t v), normalised anew.
+        # N(m, v)^(1 / t) is N(m, t v), renormalised.
         assert_close(found.mean, prediction.mean)
         assert_close(found.total, temperature * prediction.total)
         assert_close(found.standard_error, prediction.standard_error)

@@ -121,24 +121,24 @@ def test_parameters_are_as_many_as_published(name, kwargs, count):
 def test_names_and_shapes_are_torchvisions(name):
     models = pytest.importorskip("torchvision.models")
     with torch.device("meta"):
-        twin = models.get_model(name)
+        counterpart = models.get_model(name)
     net = create_on_meta(name)
     own = {key: tensor.shape for key, tensor in net.state_dict().items()}
-    assert own.items() >= {key: tensor.shape for key, tensor in twin.state_dict().items()}.items()
-    assert num_parameters(net) == num_parameters(twin)
+    assert own.items() >= {key: tensor.shape for key, tensor in counterpart.state_dict().items()}.items()
+    assert num_parameters(net) == num_parameters(counterpart)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_torchvision_checkpoint_loads_as_means(name):
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
-    twin = models.get_model(name, weights=None, num_classes=5).eval()
+    counterpart = models.get_model(name, weights=None, num_classes=5).eval()
     net = zoo.create(name, num_classes=5, input_size=(3, 64, 64)).eval()
     precision = net.conv1.weight_precision.clone()
-    net.load_state_dict(twin.state_dict(), strict=True)
+    net.load_state_dict(counterpart.state_dict(), strict=True)
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        assert_close(net(x), twin(x), rtol=1e-5, atol=1e-6)
+        assert_close(net(x), counterpart(x), rtol=1e-5, atol=1e-6)
     assert_close(net.conv1.weight_precision, precision, **SAME)
 
 
@@ -167,9 +167,9 @@ def test_only_batch_norm_mixes_examples(name, norm):
 
 def test_plain_batch_norm_has_no_posterior_and_is_trained():
     net = create("resnet20", norm="plain_batch", input_size=(3, 8, 8))
-    twin = create("resnet20", norm="batch", input_size=(3, 8, 8))
-    norms = {name for name in twin.state_dict() if "bn" in name and "_pr" in name}
-    assert norms and set(twin.state_dict()) - set(net.state_dict()) == norms
+    counterpart = create("resnet20", norm="batch", input_size=(3, 8, 8))
+    norms = {name for name in counterpart.state_dict() if "bn" in name and "_pr" in name}
+    assert norms and set(counterpart.state_dict()) - set(net.state_dict()) == norms
     optimizer = bl.VOGN(net, 4, lr=0.1, deterministic_lr=0.01)
     assert [(g["kind"], g["lr"]) for g in optimizer.param_groups] == [("bayesian", 0.1), ("deterministic", 0.01)]
     before = net.bn1.bias.clone()
@@ -296,17 +296,17 @@ def test_filter_response_norm_curvature_is_that_of_per_example_gradients(shape):
 
 def test_filter_response_norm_is_its_ordinary_twin():
     torch.manual_seed(0)
-    twin, layer = FilterResponseNorm2d(3), bl.BayesFilterResponseNorm2d(3)
+    counterpart, layer = FilterResponseNorm2d(3), bl.BayesFilterResponseNorm2d(3)
     assert isinstance(layer, FilterResponseNorm2d)
-    nn.init.normal_(twin.weight), nn.init.normal_(twin.bias)
-    layer.load_state_dict(twin.state_dict(), strict=True)
+    nn.init.normal_(counterpart.weight), nn.init.normal_(counterpart.bias)
+    layer.load_state_dict(counterpart.state_dict(), strict=True)
     assert_close(layer.weight_prior_mean, torch.tensor(1.0), **SAME)
     x = torch.randn(4, 3, 5, 5)
-    assert_close(layer(x), twin(x), **SAME)
+    assert_close(layer(x), counterpart(x), **SAME)
     draws = {"weight": torch.randn(6, 3), "bias": torch.randn(6, 3)}
     outputs = vmap(lambda weights: functional_call(layer, weights, (x,)))(draws)
     for i, output in enumerate(outputs):
-        assert_close(output, functional_call(twin, {name: draw[i] for name, draw in draws.items()}, (x,)))
+        assert_close(output, functional_call(counterpart, {name: draw[i] for name, draw in draws.items()}, (x,)))
 
 
 def test_filter_response_norm_squares_half_precision_in_float32():

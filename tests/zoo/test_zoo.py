@@ -245,7 +245,7 @@ def test_bundled_posteriors_are_small():
 
 
 @pytest.mark.parametrize("name", ["lenet5-mnist", "mlp-mnist"])
-def test_a_digit_classifier_knows_digits_and_doubts_articles(name):
+def test_a_digit_classifier_is_confident_on_digits_and_uncertain_on_articles(name):
     model = zoo.load(name)
     images = {kind: data[:, None].float() / 255 for kind, data in load_file(ASSETS).items()}
     digits, articles = (

@@ -57,7 +57,7 @@ def test_auroc_equals_torchmetrics():
 
 
 def test_exactly_the_recall_is_enough():
-    # 19 of 20 strangers score above every known example, the last one below all.
+    # 19 of 20 OOD examples score above every known example, the last one below all.
     score = torch.cat([torch.arange(1.0, 11), torch.zeros(1), torch.arange(11.0, 30)])
     levels = Levels.of(score, torch.arange(30) >= 10)
     assert levels.false_positive_rate(0.95) == 0

@@ -40,7 +40,7 @@ def images(n=5):
 
 
 def brute_force(net, x):
-    """Covariance of an example's outputs from the Jacobian of the ordinary twin."""
+    """Covariance of an example's outputs from the Jacobian of the deterministic counterpart."""
     plain, sites = bl.to_deterministic(net).eval(), list(bl.posterior(net))
     parameters = {name: p.detach() for name, p in plain.named_parameters()}
     jacobian = jacrev(lambda p: functional_call(plain, p, x).flatten(1))(parameters)

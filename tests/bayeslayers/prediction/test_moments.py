@@ -99,10 +99,10 @@ def test_a_linear_layer_of_known_inputs_is_exact(case):
 def copy_with(module, weight, bias):
     import copy
 
-    twin = copy.deepcopy(module).requires_grad_(False)
-    twin.weight.copy_(weight)
-    twin.bias.copy_(bias)
-    return twin
+    counterpart = copy.deepcopy(module).requires_grad_(False)
+    counterpart.weight.copy_(weight)
+    counterpart.bias.copy_(bias)
+    return counterpart
 
 
 def by_integration(function, mean, variance):

@@ -128,7 +128,7 @@ def test_abstaining_by_threshold():
 
 
 @pytest.mark.parametrize(("coverage", "kept"), [(1.0, 60), (0.5, 30), (0.01, 1), (1e-9, 0)])
-def test_abstaining_by_coverage_keeps_the_surest(coverage, kept):
+def test_abstaining_by_coverage_keeps_the_most_confident(coverage, kept):
     prediction = classes(10, 4, 2, 3)
     abstains = prediction.abstain(coverage=coverage)
     assert abstains.shape == (10, 2, 3) and int((~abstains).sum()) == kept

@@ -201,7 +201,7 @@ def test_tracked_starts_from_zero_and_ends_with_its_scope():
 @pytest.mark.parametrize("tracking", [False, True])
 def test_gradient_at_the_draw_arrives_in_the_mean(tracking):
     net, x = make_net(), torch.randn(4, 3, dtype=torch.float64)
-    twin = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    counterpart = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
     noise = {site.name: torch.randn_like(site.mean) for site in bl.posterior(net)}
     drawn = {s.name: (s.mean + noise[s.name] / s.precision.sqrt()).detach() for s in bl.posterior(net)}
     with bl.sampled(net, noise=noise):
@@ -213,7 +213,7 @@ def test_gradient_at_the_draw_arrives_in_the_mean(tracking):
             output = net(x)
         output.square().sum().backward()
     leaves = {name: w.requires_grad_() for name, w in drawn.items()}
-    expected = functional_call(twin, leaves, (x,))
+    expected = functional_call(counterpart, leaves, (x,))
     assert_close(output, expected)
     grads = torch.autograd.grad(expected.square().sum(), list(leaves.values()))
     assert_close([p.grad for p in net.parameters()], list(grads))

@@ -164,7 +164,7 @@ def trained(optimizer, steps=20):
     return net, (x, y)
 
 
-def test_figures_sampled_from_a_posterior_that_nothing_has_written_are_refused(tmp_path):
+def test_metrics_sampled_from_an_untrained_posterior_raise(tmp_path):
     net, data = trained(lambda net: torch.optim.Adam(net.parameters()))
     evaluation = bl.evaluate(net, data, num_samples=4)
     message = "posterior must be trained before it is evaluated, got precisions that are all 1000, the initial value"

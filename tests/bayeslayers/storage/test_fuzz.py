@@ -55,7 +55,7 @@ def test_every_mutation_loads_or_is_refused_in_a_sentence(valid, tmp_path, monke
     for path in (folder, sandbox):
         path.mkdir()
     monkeypatch.chdir(sandbox)
-    reference, figures, slowest = zoo.load(valid).state_dict(), Counter(), 0.0
+    reference, outcomes, slowest = zoo.load(valid).state_dict(), Counter(), 0.0
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for seed in range(MUTATIONS):
         kind = KINDS[seed % len(KINDS)]
@@ -70,7 +70,7 @@ def test_every_mutation_loads_or_is_refused_in_a_sentence(valid, tmp_path, monke
             text = str(error)
             assert text.isprintable() and 20 < len(text) < 700, (kind, seed, text)
             assert str(folder) in text, (kind, seed, text)
-            figures[kind.__name__, "refused"] += 1
+            outcomes[kind.__name__, "refused"] += 1
         except BaseException as error:
             raise AssertionError(f"{kind.__name__}, seed {seed}: {type(error).__name__}: {error}") from error
         else:  # what loads is whole, finite and positive
@@ -79,7 +79,7 @@ def test_every_mutation_loads_or_is_refused_in_a_sentence(valid, tmp_path, monke
                 assert_close(model.state_dict()[name], tensor.float(), rtol=0, atol=0)
                 assert tensor.isfinite().all() and ("precision" not in name or (tensor > 0).all()), (kind, seed)
             bl.predict(model, torch.zeros(1, 1, 2, 2), 1)
-            figures[kind.__name__, "loaded"] += 1
+            outcomes[kind.__name__, "loaded"] += 1
         with contextlib.suppress(bl.PosteriorError):
             download(folder)  # which checks the files alone
         slowest = max(slowest, time.perf_counter() - start)
@@ -87,14 +87,14 @@ def test_every_mutation_loads_or_is_refused_in_a_sentence(valid, tmp_path, monke
         assert torch.is_grad_enabled() and torch.get_default_device().type == "cpu", (kind, seed)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / (1024 if sys.platform == "linux" else 2**20)
     with capsys.disabled():
-        print(f"\n{sum(figures.values())} mutations, slowest {slowest:.2f} s, memory grew by {grown:.0f} MB")
+        print(f"\n{sum(outcomes.values())} mutations, slowest {slowest:.2f} s, memory grew by {grown:.0f} MB")
         for kind in KINDS:
-            loaded, refused = figures[kind.__name__, "loaded"], figures[kind.__name__, "refused"]
+            loaded, refused = outcomes[kind.__name__, "loaded"], outcomes[kind.__name__, "refused"]
             print(f"  {kind.__name__}: {loaded} loaded, {refused} refused")
-    assert sum(figures.values()) == MUTATIONS
+    assert sum(outcomes.values()) == MUTATIONS
     assert slowest < 5 and grown < 300
     for kind in KINDS:
-        assert figures[kind.__name__, "refused"] >= 10
+        assert outcomes[kind.__name__, "refused"] >= 10
 
 
 @pytest.mark.parametrize(
