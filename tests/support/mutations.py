@@ -127,7 +127,7 @@ def header_of_tensor(rng, files, folder):
     with_weights(files)
 
 
-def tensors_laid_out_anew(rng, files, folder):
+def tensors_laid_out_again(rng, files, folder):
     """A valid safetensors file of other tensors: left out, added, renamed, of another shape or kind."""
     tensors = {name: [entry["dtype"], entry["shape"]] for name, entry in files.header.items() if name != "__metadata__"}
     name = rng.choice(list(tensors))
@@ -251,6 +251,6 @@ def odd_files(rng, files, folder):
 
 KINDS = [
     bytes_of_weights, bytes_of_weights_rehashed, bytes_of_config, length_of_header, header_of_tensor,
-    tensors_laid_out_anew, header_of_other_json, numbers_of_tensor, value_in_card, field_of_card_gone,
+    tensors_laid_out_again, header_of_other_json, numbers_of_tensor, value_in_card, field_of_card_gone,
     arguments_of_builder, nesting, missing_empty_or_swapped, odd_files,
 ]  # fmt: skip
