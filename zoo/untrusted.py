@@ -63,7 +63,7 @@ def build(card: Card, source: str) -> nn.Module:
         model = rebuild(card)
         size = card_of(model).input_size
         if size != card.input_size:
-            raise ValueError(f"input_size must be its network's, {size}, got {card.input_size}.")
+            raise ValueError(f"input_size must be {size}, that of its network, got {card.input_size}.")
         if card.resize is not None:
             check_resize("resize", card.resize, size)
         return describe(model, card)
