@@ -140,7 +140,7 @@ def upload(contents: dict[str, bytes], name: str, message: str, private: bool = 
         api.create_repo(repository, private=private, exist_ok=True)
         public = private and not api.model_info(repository).private
     if public:
-        raise ValueError(f"repository {repository!r} must be private, got an existing public one.")
+        raise ValueError(f"repository {repository!r} must be private, got a public one that exists already.")
     with _in_a_sentence(repository, branch):
         if branch is not None:
             api.create_branch(repository, branch=branch, exist_ok=True)
