@@ -273,12 +273,12 @@ def _examples_of_ops(layer: nn.Module, kind: Any, x: Tensor) -> list[int]:
     memo: dict[int, Any] = {id(buffer): torch.ones_like(buffer, device="cpu") for buffer in layer.buffers()}
     memo |= {id(p): nn.Parameter(torch.ones_like(p, device="cpu")) for p in layer.parameters()}
     registered = {key: copy.deepcopy(vars(layer)[key], memo) for key in ("_parameters", "_buffers", "_modules")}
-    twin: Any = kind.__new__(kind)
-    vars(twin).update(vars(layer), **registered)
-    twin.eval()
-    leaves = Leaves({key: getattr(twin, key) for key in kind.rule.tensors}, tally(0))
-    with opened(Scope(leaves={twin: leaves})), torch.device("cpu"), torch.enable_grad(), (own := _Reroute(twin)):
-        kind.ordinary.forward(twin, x)
+    trial: Any = kind.__new__(kind)
+    vars(trial).update(vars(layer), **registered)
+    trial.eval()
+    leaves = Leaves({key: getattr(trial, key) for key in kind.rule.tensors}, tally(0))
+    with opened(Scope(leaves={trial: leaves})), torch.device("cpu"), torch.enable_grad(), (own := _Reroute(trial)):
+        kind.ordinary.forward(trial, x)
     return own.examples
 
 

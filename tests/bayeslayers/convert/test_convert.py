@@ -88,13 +88,13 @@ def test_converted_layer_is_the_layer_with_a_posterior_beside_it(layer, shape):
 def test_outputs_are_the_same_bit_for_bit_there_and_back(layer, shape, training):
     layer = copy.deepcopy(layer).train(training)
     net, _ = bl.to_bayesian(layer)
-    twin = bl.to_deterministic(net)
-    assert type(twin) is type(layer)
+    counterpart = bl.to_deterministic(net)
+    assert type(counterpart) is type(layer)
     x = make_input(layer, shape)
     output = layer(x)
-    assert_close((net(x), twin(x)), (output, output), **SAME)
-    assert_close(dict(twin.state_dict()), dict(layer.state_dict()), **SAME)
-    assert vars(twin).keys() == vars(layer).keys()
+    assert_close((net(x), counterpart(x)), (output, output), **SAME)
+    assert_close(dict(counterpart.state_dict()), dict(layer.state_dict()), **SAME)
+    assert vars(counterpart).keys() == vars(layer).keys()
 
 
 @per_layer
@@ -299,7 +299,7 @@ def test_a_rule_for_what_cannot_be_converted_is_rejected(monkeypatch):
     assert convert._RULES[nn.Linear] is bl.BayesLinear
 
 
-def test_twin_of_a_layer_without_a_rule_is_refused():
+def test_counterpart_of_a_layer_without_a_rule_is_refused():
     class Strange(bl.BayesLinear):
         pass
 
@@ -307,7 +307,7 @@ def test_twin_of_a_layer_without_a_rule_is_refused():
         bl.to_deterministic(nn.ModuleDict({"a": Strange(2, 2)}))
 
 
-def test_plain_twin_is_the_ordinary_network_with_the_means():
+def test_deterministic_counterpart_is_the_ordinary_network_with_the_means():
     torch.manual_seed(0)
     net, _ = bl.to_bayesian(make_net())
     optimizer = bl.VOGN(net, dataset_size=10, lr=1.0)
@@ -315,13 +315,13 @@ def test_plain_twin_is_the_ordinary_network_with_the_means():
         net(torch.randn(5, 2, 4, 4)).square().mean().backward()
     optimizer.step()
     net.eval()
-    twin, x = bl.to_deterministic(net), torch.randn(5, 2, 4, 4)
-    assert not any(isinstance(module, bl.BayesianLayer) for module in twin.modules())
-    for module, ordinary in zip(twin.modules(), make_net().modules(), strict=True):
+    counterpart, x = bl.to_deterministic(net), torch.randn(5, 2, 4, 4)
+    assert not any(isinstance(module, bl.BayesianLayer) for module in counterpart.modules())
+    for module, ordinary in zip(counterpart.modules(), make_net().modules(), strict=True):
         assert (type(module), vars(module).keys()) == (type(ordinary), vars(ordinary).keys())
-    assert_close(twin(x), net(x), **SAME)
+    assert_close(counterpart(x), net(x), **SAME)
     with bl.sampled(net):
-        assert_close(bl.to_deterministic(net)(x), twin(x), **SAME)
+        assert_close(bl.to_deterministic(net)(x), counterpart(x), **SAME)
 
 
 def test_a_posterior_of_an_ordinary_layer_is_kept():

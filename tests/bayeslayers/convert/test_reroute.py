@@ -75,6 +75,6 @@ def test_bias_that_plays_no_part_gets_no_curvature():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])
 def test_converted_subclass_can_be_copied_and_pickled(copied):
     net, _ = bl.to_bayesian(nn.Sequential(ChannelNorm(4), NormAct(4), Plain()))
-    twin = copied(net)
-    assert [type(m) for m in twin] == [type(m) for m in net]
-    assert_close(dict(twin.state_dict()), dict(net.state_dict()), **SAME)
+    counterpart = copied(net)
+    assert [type(m) for m in counterpart] == [type(m) for m in net]
+    assert_close(dict(counterpart.state_dict()), dict(net.state_dict()), **SAME)

@@ -90,14 +90,14 @@ def per_case(cases: list[tuple]) -> pytest.MarkDecorator:
 
 
 def make_pair(kind: str, args: tuple, kwargs: dict) -> tuple[bl.BayesianLayer, nn.Module]:
-    """Return a Bayesian layer and its torch.nn twin, in float64, with the same random parameters."""
+    """Return a Bayesian layer and its torch.nn counterpart, in float64, with the same random parameters."""
     torch.manual_seed(0)
-    twin = getattr(nn, kind, FilterResponseNorm2d)(*args, **kwargs)  # the one that torch.nn has not
+    counterpart = getattr(nn, kind, FilterResponseNorm2d)(*args, **kwargs)  # the one that torch.nn has not
     layer = getattr(bl, "Bayes" + kind)(*args, **kwargs)
-    for parameter in twin.parameters():
+    for parameter in counterpart.parameters():
         nn.init.normal_(parameter)
-    layer.load_state_dict(twin.state_dict())
-    return layer.double(), twin.double()
+    layer.load_state_dict(counterpart.state_dict())
+    return layer.double(), counterpart.double()
 
 
 def make_input(kind: str, shape: tuple) -> torch.Tensor:
@@ -120,28 +120,30 @@ def tracked_curvature(net: nn.Module, x: torch.Tensor, n: int, halves: int = 1) 
     return {name: leaf.grad * n for name, leaf in tracker.leaves.items()}
 
 
-def oracle(twin: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+def oracle(counterpart: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the mean of squared per-example gradients by vmap(grad)."""
-    weights = {name: p.detach() for name, p in twin.named_parameters()}
-    per_example = vmap(grad(lambda w, x_i: potential(functional_call(twin, w, x_i[None]))), (None, 0))(weights, x)
+    weights = {name: p.detach() for name, p in counterpart.named_parameters()}
+    per_example = vmap(grad(lambda w, x_i: potential(functional_call(counterpart, w, x_i[None]))), (None, 0))(
+        weights, x
+    )
     return {name: g.square().mean(0) for name, g in per_example.items()}
 
 
 def check(kind: str, args: tuple, kwargs: dict, shape: tuple) -> None:
-    """Assert that a layer's output, gradients and curvature are those of its twin, example by example."""
-    layer, twin = make_pair(kind, args, kwargs)
+    """Assert that a layer's output, gradients and curvature are those of its counterpart, example by example."""
+    layer, counterpart = make_pair(kind, args, kwargs)
     x = make_input(kind, shape)
-    x_twin = x.detach().clone().requires_grad_(x.requires_grad)
-    axes = {"Linear": 2, "LayerNorm": twin.weight.dim() + 1, "Embedding": 1}
-    alone = x.dim() < axes.get(kind, twin.weight.dim())  # a single example without its dimension
+    x_counterpart = x.detach().clone().requires_grad_(x.requires_grad)
+    axes = {"Linear": 2, "LayerNorm": counterpart.weight.dim() + 1, "Embedding": 1}
+    alone = x.dim() < axes.get(kind, counterpart.weight.dim())  # a single example without its dimension
     n = 1 if alone else len(x)
     curvature = tracked_curvature(layer, x, n)
-    (potential(twin(x_twin)) / n).backward()
-    assert_close(layer(x), twin(x_twin), **EXACT)
-    assert_close(x.grad, x_twin.grad, **EXACT)
-    grads = [{name: p.grad for name, p in net.named_parameters()} for net in (layer, twin)]
+    (potential(counterpart(x_counterpart)) / n).backward()
+    assert_close(layer(x), counterpart(x_counterpart), **EXACT)
+    assert_close(x.grad, x_counterpart.grad, **EXACT)
+    grads = [{name: p.grad for name, p in net.named_parameters()} for net in (layer, counterpart)]
     assert_close(*grads, **EXACT)
-    assert_close(curvature, oracle(twin, x.detach()[None] if alone else x.detach()), **EXACT)
+    assert_close(curvature, oracle(counterpart, x.detach()[None] if alone else x.detach()), **EXACT)
 
 
 @per_case([*LINEAR, *CONV, *NORM, *EMBEDDING])
@@ -189,27 +191,31 @@ def test_convolution_routes_agree(stride, padding, dilation, groups):
     ("BatchNorm2d", (3,), {}, (6, 3, 4, 2)), ("BatchNorm3d", (3,), {"momentum": None}, (6, 3, 2, 2, 2)),
 ])  # fmt: skip
 def test_batch_norm_curvature_holds_the_normalised_input_fixed(kind, args, kwargs, shape, training):
-    layer, twin = make_pair(kind, args, kwargs)
-    twin.running_mean.normal_()
-    twin.running_var.uniform_(0.5, 2)
-    layer.load_state_dict(twin.state_dict())
-    layer.train(training), twin.train(training)
+    layer, counterpart = make_pair(kind, args, kwargs)
+    counterpart.running_mean.normal_()
+    counterpart.running_var.uniform_(0.5, 2)
+    layer.load_state_dict(counterpart.state_dict())
+    layer.train(training), counterpart.train(training)
     x = make_input(kind, shape)
-    x_twin = x.detach().clone().requires_grad_()
-    running = (twin.running_mean.clone(), twin.running_var.clone())
-    x_hat = F.batch_norm(x_twin.detach(), *running, training=training, eps=twin.eps)
+    x_counterpart = x.detach().clone().requires_grad_()
+    running = (counterpart.running_mean.clone(), counterpart.running_var.clone())
+    x_hat = F.batch_norm(x_counterpart.detach(), *running, training=training, eps=counterpart.eps)
 
     def loss_of_example(weights, x_hat_i):  # (c, *positions)
         scale, shift = (w.reshape(-1, *[1] * (x_hat_i.dim() - 1)) for w in weights)
         return potential(x_hat_i * scale + shift)
 
-    weights = (twin.weight.detach(), twin.bias.detach())
+    weights = (counterpart.weight.detach(), counterpart.bias.detach())
     expected = [g.square().mean(0) for g in vmap(grad(loss_of_example), (None, 0))(weights, x_hat)]
     curvature = tracked_curvature(layer, x, len(x))
-    (potential(twin(x_twin)) / len(x)).backward()
+    (potential(counterpart(x_counterpart)) / len(x)).backward()
     assert_close([curvature["weight"], curvature["bias"]], expected, **EXACT)
-    assert_close([x.grad, layer.weight.grad, layer.bias.grad], [x_twin.grad, twin.weight.grad, twin.bias.grad], **EXACT)
-    assert_close([layer.running_mean, layer.running_var], [twin.running_mean, twin.running_var], **EXACT)
+    assert_close(
+        [x.grad, layer.weight.grad, layer.bias.grad],
+        [x_counterpart.grad, counterpart.weight.grad, counterpart.bias.grad],
+        **EXACT,
+    )
+    assert_close([layer.running_mean, layer.running_var], [counterpart.running_mean, counterpart.running_var], **EXACT)
 
 
 CHUNKED = [
@@ -222,12 +228,12 @@ CHUNKED = [
 @pytest.mark.parametrize("wide_channels", [0, 1000])
 @per_case(CHUNKED)
 def test_chunks_change_nothing(kind, args, kwargs, shape, wide_channels, budget, monkeypatch):
-    layer, twin = make_pair(kind, args, kwargs)
+    layer, counterpart = make_pair(kind, args, kwargs)
     x = make_input(kind, shape)
     monkeypatch.setattr(conv, "WIDE_CHANNELS", wide_channels)
     monkeypatch.setitem(accumulate.CHUNK_BYTES, "cpu", budget)
     assert len(list(accumulate.chunks(len(x), layer.weight.numel(), x))) > 1
-    assert_close(tracked_curvature(layer, x, len(x)), oracle(twin, x.detach()), **EXACT)
+    assert_close(tracked_curvature(layer, x, len(x)), oracle(counterpart, x.detach()), **EXACT)
 
 
 @per_case([*CHUNKED, ("LayerNorm", (4,), {}, (5, 3, 4)), ("Embedding", (6, 3), {}, (5, 4))])
@@ -240,10 +246,10 @@ def test_parts_of_a_batch_add_up_in_one_scope(kind, args, kwargs, shape):
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
 @per_case([CHUNKED[0], CHUNKED[1], CHUNKED[2], ("GroupNorm", (2, 4), {}, (5, 4, 3))])
 def test_frozen_parameter_gets_no_leaf(kind, args, kwargs, shape, frozen):
-    layer, twin = make_pair(kind, args, kwargs)
+    layer, counterpart = make_pair(kind, args, kwargs)
     layer.get_parameter(frozen).requires_grad_(False)
     x = make_input(kind, shape)
-    expected = oracle(twin, x.detach())
+    expected = oracle(counterpart, x.detach())
     del expected[frozen]
     assert_close(tracked_curvature(layer, x, len(x)), expected, **EXACT)
 
@@ -344,14 +350,14 @@ def test_curvature_is_backpack_sum_grad_squared():
     torch.manual_seed(0)
     shape, classes = (6, 2, 6, 6), torch.randint(3, (6,))
     layers = [nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)]
-    twin, x = nn.Sequential(*layers).double(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    counterpart, x = nn.Sequential(*layers).double(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
     net = nn.Sequential(bl.BayesConv2d(2, 4, 3, stride=2, padding=1), *layers[1:3], bl.BayesLinear(36, 3)).double()
-    net.load_state_dict(twin.state_dict())
+    net.load_state_dict(counterpart.state_dict())
     with bl.tracked(net) as tracker:
         F.cross_entropy(net(x), classes).backward()
-    backpack.extend(twin)
-    loss = backpack.extend(nn.CrossEntropyLoss())(twin(x), classes)
+    backpack.extend(counterpart)
+    loss = backpack.extend(nn.CrossEntropyLoss())(counterpart(x), classes)
     with backpack.backpack(extensions.SumGradSquared()):
         loss.backward()
-    expected = {name: p.sum_grad_squared for name, p in twin.named_parameters()}
+    expected = {name: p.sum_grad_squared for name, p in counterpart.named_parameters()}
     assert_close({name: leaf.grad for name, leaf in tracker.leaves.items()}, expected, **EXACT)

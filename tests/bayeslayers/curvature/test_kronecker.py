@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support.factors import tracked_factors
 from test_curvature import case_id, make_input, make_pair, per_case, potential
 from torch import nn
 from torch.testing import assert_close
@@ -23,7 +24,7 @@ from bayeslayers.distributions.matrix_gaussian import (
     marginal_precision,
 )
 from bayeslayers.likelihoods import sampled_loss
-from bayeslayers.sampling import Sampler, Tracker
+from bayeslayers.sampling import Sampler
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -56,13 +57,13 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def oracle_factors(twin: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def oracle_factors(counterpart: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sums of A and G, the input of one output read off as its gradient in weight and bias."""
-    y = twin(x)
+    y = counterpart(x)
     (g,) = torch.autograd.grad(potential(y), y, retain_graph=True)
-    channel = y.dim() - 1 if isinstance(twin, nn.Linear) else 1
+    channel = y.dim() - 1 if isinstance(counterpart, nn.Linear) else 1
     y, g = (t.movedim(channel, -1).flatten(1, -2) if t.dim() > 2 else t[:, None] for t in (y, g))  # (n, p, o)
-    parameters = list(twin.parameters())
+    parameters = list(counterpart.parameters())
     inputs = torch.stack([
         torch.cat([d[0].flatten() for d in torch.autograd.grad(value, parameters, retain_graph=True)])
         for value in y[..., 0].flatten()
@@ -71,34 +72,31 @@ def oracle_factors(twin: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torc
     return sum(torch.outer(a, a) for a in inputs), sum(torch.outer(r, r) for r in rows) / y.shape[1]
 
 
-def tracked_factors(net: nn.Module, forward) -> dict[str, torch.Tensor]:
-    layers = {name: m for name, m in net.named_modules() if isinstance(m, bl.BayesianLayer)}
-    tracker = Tracker(layers, kronecker=True)
-    with tracker.track():
-        forward()
-    return {name: leaf.grad for name, leaf in tracker.leaves.items()}
-
-
 @per_case(FACTORED)
 def test_factors_are_those_of_each_example_and_position(kind, args, kwargs, shape):
-    layer, twin = make_pair(kind, args, kwargs)
+    layer, counterpart = make_pair(kind, args, kwargs)
     x = make_input(kind, shape)
-    x_twin = x.detach().clone().requires_grad_()
+    x_counterpart = x.detach().clone().requires_grad_()
     found = tracked_factors(layer, lambda: potential(layer(x)).backward())
-    potential(twin(x_twin)).backward()
-    batch = x.detach() if x.dim() >= max(2, twin.weight.dim()) else x.detach()[None]
-    assert_close([x.grad, *[p.grad for p in layer.parameters()]], [x_twin.grad, *[p.grad for p in twin.parameters()]])
-    expected = dict(zip(("weight_input_factor", "weight_output_factor"), oracle_factors(twin, batch), strict=True))
+    potential(counterpart(x_counterpart)).backward()
+    batch = x.detach() if x.dim() >= max(2, counterpart.weight.dim()) else x.detach()[None]
+    assert_close(
+        [x.grad, *[p.grad for p in layer.parameters()]],
+        [x_counterpart.grad, *[p.grad for p in counterpart.parameters()]],
+    )
+    expected = dict(
+        zip(("weight_input_factor", "weight_output_factor"), oracle_factors(counterpart, batch), strict=True)
+    )
     assert_close(found, expected, **EXACT)
 
 
 @pytest.mark.parametrize("budget", [1, 700])
 def test_chunks_and_parts_of_a_batch_add_up(budget, monkeypatch):
-    layer, twin = make_pair("Conv2d", (2, 3, 3), {"padding": 1})
+    layer, counterpart = make_pair("Conv2d", (2, 3, 3), {"padding": 1})
     x = make_input("Conv2d", (5, 2, 4, 4))
     monkeypatch.setitem(accumulate.CHUNK_BYTES, "cpu", budget)
     found = tracked_factors(layer, lambda: [potential(layer(part)).backward() for part in x.chunk(2)])
-    assert_close(tuple(found.values()), oracle_factors(twin, x.detach()), **EXACT)
+    assert_close(tuple(found.values()), oracle_factors(counterpart, x.detach()), **EXACT)
 
 
 @per_case(SQUARED)
@@ -114,9 +112,9 @@ def test_layers_without_factors_keep_their_squares(kind, args, kwargs, shape):
 
 
 def test_frozen_parameters_change_the_factors():
-    layer, twin = make_pair("Linear", (3, 4), {})
+    layer, counterpart = make_pair("Linear", (3, 4), {})
     x = make_input("Linear", (5, 3))
-    whole, _ = oracle_factors(twin, x.detach())
+    whole, _ = oracle_factors(counterpart, x.detach())
     layer.bias.requires_grad_(False)
     found = tracked_factors(layer, lambda: potential(layer(x)).backward())
     assert_close(found["weight_input_factor"], whole[:3, :3], **EXACT)
@@ -125,7 +123,7 @@ def test_frozen_parameters_change_the_factors():
 
 
 def test_factors_of_half_precision_are_summed_in_float32():
-    layer, twin = make_pair("Conv2d", (2, 3, 3), {})
+    layer, counterpart = make_pair("Conv2d", (2, 3, 3), {})
     x = make_input("Conv2d", (4, 2, 6, 6)).detach()
 
     def forward():
@@ -134,7 +132,7 @@ def test_factors_of_half_precision_are_summed_in_float32():
         potential(y.float()).backward()
 
     low = copy.deepcopy(layer).float()
-    for found, exact in zip(tracked_factors(low, forward).values(), oracle_factors(twin, x), strict=True):
+    for found, exact in zip(tracked_factors(low, forward).values(), oracle_factors(counterpart, x), strict=True):
         assert found.dtype == torch.float32
         assert_close(found.double(), exact, rtol=0.05, atol=0.02 * float(exact.abs().max()))
 
@@ -155,11 +153,11 @@ def test_factors_of_a_subclass_with_its_own_forward():
 
     for bias in (True, False):
         torch.manual_seed(0)
-        twin = Doubled(3, 2, bias=bias).double()
-        net, _ = bl.to_bayesian(twin)
+        counterpart = Doubled(3, 2, bias=bias).double()
+        net, _ = bl.to_bayesian(counterpart)
         x = make_input("Linear", (5, 3))
         found = tracked_factors(net, lambda net=net, x=x: potential(net(x)).backward())
-        y = twin(x.detach())
+        y = counterpart(x.detach())
         (g,) = torch.autograd.grad(potential(y), y)
         assert_close(found["weight_output_factor"], 4 * g.T @ g, **EXACT)
         assert len(found["weight_input_factor"]) == 3 + bias
@@ -329,9 +327,9 @@ def test_saved_posterior_predicts_the_same_in_a_fresh_network(tmp_path):
         assert_close(fresh.state_dict(), net.state_dict(), **SAME)
         assert_close(predicted(fresh), predicted(net), **SAME)
     assert not torch.equal(predicted(make_net(roots=False)), predicted(net))
-    twin = make_net(1, roots=False)
-    twin.load_state_dict(net.state_dict())
-    assert_close(predicted(twin), predicted(net), **SAME)
+    counterpart = make_net(1, roots=False)
+    counterpart.load_state_dict(net.state_dict())
+    assert_close(predicted(counterpart), predicted(net), **SAME)
 
 
 def test_diagonal_posterior_takes_the_place_of_a_matrix_variate_one(tmp_path):

@@ -1,4 +1,4 @@
-"""Bayesian layers as torch.nn layers: constructors, names, numbers and state_dicts are the twin's."""
+"""Bayesian layers as torch.nn layers: constructors, names, numbers and state_dicts are the counterpart's."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def bayesian(kind: str, *args, **kwargs) -> bl.BayesianLayer:
     return getattr(bl, "Bayes" + kind)(*args, **kwargs)
 
 
-def make_twins(kind: str, args: tuple, kwargs: dict) -> tuple[bl.BayesianLayer, nn.Module]:
-    """Return a Bayesian layer and its torch.nn twin, initialised from the same seed."""
+def make_counterparts(kind: str, args: tuple, kwargs: dict) -> tuple[bl.BayesianLayer, nn.Module]:
+    """Return a Bayesian layer and its torch.nn counterpart, initialised from the same seed."""
     torch.manual_seed(0)
     layer = bayesian(kind, *args, **kwargs)
     torch.manual_seed(0)
@@ -67,7 +67,7 @@ def make_net() -> nn.Sequential:
     )  # fmt: skip
 
 
-def make_twin_net() -> nn.Sequential:
+def make_ordinary_net() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2))
 
 
@@ -79,19 +79,19 @@ def randomised(net: nn.Module) -> nn.Module:
 
 
 @per_layer
-def test_state_is_the_twins_with_a_posterior_beside_it(kind, args, kwargs, shape):
-    layer, twin = make_twins(kind, args, kwargs)
+def test_state_is_the_counterparts_with_a_posterior_beside_it(kind, args, kwargs, shape):
+    layer, counterpart = make_counterparts(kind, args, kwargs)
     state = layer.state_dict()
-    own = {name + suffix for name, _ in twin.named_parameters() for suffix in POSTERIOR_SUFFIXES}
-    assert set(state) == set(twin.state_dict()) | own
-    assert_close({key: state[key] for key in twin.state_dict()}, dict(twin.state_dict()), **SAME)
-    for name, parameter in twin.named_parameters():
+    own = {name + suffix for name, _ in counterpart.named_parameters() for suffix in POSTERIOR_SUFFIXES}
+    assert set(state) == set(counterpart.state_dict()) | own
+    assert_close({key: state[key] for key in counterpart.state_dict()}, dict(counterpart.state_dict()), **SAME)
+    for name, parameter in counterpart.named_parameters():
         prior_mean = torch.tensor(1.0 if name == "weight" and "Norm" in kind else 0.0)
         precision = torch.full_like(parameter, DEFAULT_INIT_PRECISION)
         values = (precision, prior_mean, torch.tensor(DEFAULT_PRIOR_PRECISION))
         assert_close(tuple(state[name + suffix] for suffix in POSTERIOR_SUFFIXES), values, **SAME)
-    assert layer.extra_repr() == twin.extra_repr()
-    assert isinstance(layer, type(twin))
+    assert layer.extra_repr() == counterpart.extra_repr()
+    assert isinstance(layer, type(counterpart))
 
 
 @per_layer
@@ -103,7 +103,7 @@ def test_constructor_takes_dtype_and_own_arguments(kind, args, kwargs, shape):
 
 
 @per_layer
-def test_constructor_takes_the_twins_arguments_by_position(kind, args, kwargs, shape):
+def test_constructor_takes_the_counterparts_arguments_by_position(kind, args, kwargs, shape):
     parameters = list(inspect.signature(getattr(nn, kind)).parameters.values())[len(args) :]
     rest = [kwargs.get(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     given = [*args, *rest]
@@ -112,22 +112,22 @@ def test_constructor_takes_the_twins_arguments_by_position(kind, args, kwargs, s
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @per_layer
-def test_plain_call_is_the_twins_bit_for_bit(kind, args, kwargs, shape, training):
-    layer, twin = make_twins(kind, args, kwargs)
-    layer.train(training), twin.train(training)
+def test_plain_call_is_the_counterparts_bit_for_bit(kind, args, kwargs, shape, training):
+    layer, counterpart = make_counterparts(kind, args, kwargs)
+    layer.train(training), counterpart.train(training)
     for _ in range(3):
         x = make_input(kind, shape)
-        assert_close(layer(x), twin(x), **SAME)
+        assert_close(layer(x), counterpart(x), **SAME)
     state = layer.state_dict()
-    assert_close({key: state[key] for key in twin.state_dict()}, dict(twin.state_dict()), **SAME)
+    assert_close({key: state[key] for key in counterpart.state_dict()}, dict(counterpart.state_dict()), **SAME)
 
 
 def test_transposed_convolution_takes_an_output_size():
-    layer, twin = make_twins("ConvTranspose2d", (2, 4, 3), {"stride": 2})
+    layer, counterpart = make_counterparts("ConvTranspose2d", (2, 4, 3), {"stride": 2})
     x = torch.randn(5, 2, 4, 4)
-    assert_close(layer(x, output_size=[10, 9]), twin(x, output_size=[10, 9]), **SAME)
+    assert_close(layer(x, output_size=[10, 9]), counterpart(x, output_size=[10, 9]), **SAME)
     with bl.tracked(layer):
-        assert_close(layer(x, output_size=[10, 9]), twin(x, output_size=[10, 9]))
+        assert_close(layer(x, output_size=[10, 9]), counterpart(x, output_size=[10, 9]))
 
 
 @per_layer
@@ -140,10 +140,10 @@ def test_state_survives_a_safetensors_file(kind, args, kwargs, shape, tmp_path):
 
 
 def test_ordinary_checkpoint_loads_as_means_and_keeps_precisions():
-    net, twin = randomised(make_net()), make_twin_net()
+    net, counterpart = randomised(make_net()), make_ordinary_net()
     before = copy.deepcopy(net.state_dict())
-    net.load_state_dict(twin.state_dict(), strict=True)
-    assert_close(dict(net.state_dict()), {**before, **twin.state_dict()}, **SAME)
+    net.load_state_dict(counterpart.state_dict(), strict=True)
+    assert_close(dict(net.state_dict()), {**before, **counterpart.state_dict()}, **SAME)
 
 
 @pytest.mark.parametrize("key", ["0.weight_precision", "1.bias_prior_mean", "4.bias_prior_precision"])
@@ -157,7 +157,7 @@ def test_incomplete_posterior_is_refused(key):
 
 @pytest.mark.parametrize("key", ["0.weight", "1.running_var"])
 def test_incomplete_ordinary_checkpoint_is_refused(key):
-    state = make_twin_net().state_dict()
+    state = make_ordinary_net().state_dict()
     del state[key]
     with pytest.raises(RuntimeError, match=f'Missing key.*"{key}"'):
         make_net().load_state_dict(state)
@@ -183,13 +183,13 @@ def test_prior_of_a_wrong_shape_is_refused():
         net.load_state_dict(state)
 
 
-def test_posterior_loads_into_the_ordinary_twin():
-    net, twin = randomised(make_net()), make_twin_net()
-    report = twin.load_state_dict(net.state_dict(), strict=False)
+def test_posterior_loads_into_the_ordinary_counterpart():
+    net, counterpart = randomised(make_net()), make_ordinary_net()
+    report = counterpart.load_state_dict(net.state_dict(), strict=False)
     assert report.missing_keys == []
     assert all(key.endswith(POSTERIOR_SUFFIXES) for key in report.unexpected_keys)
     x = torch.randn(5, 2, 4, 4)
-    assert_close(net(x), twin(x), **SAME)
+    assert_close(net(x), counterpart(x), **SAME)
 
 
 def test_moving_the_net_moves_its_posterior():
@@ -205,9 +205,9 @@ def test_deepcopy_is_equal_and_independent():
     x = torch.randn(5, 2, 4, 4)
     with bl.sampled(net), bl.tracked(net):
         net(x).sum().backward()
-    twin, before = copy.deepcopy(net), copy.deepcopy(net.state_dict())
-    assert_close(dict(twin.state_dict()), dict(before), **SAME)
-    randomised(twin)
+    counterpart, before = copy.deepcopy(net), copy.deepcopy(net.state_dict())
+    assert_close(dict(counterpart.state_dict()), dict(before), **SAME)
+    randomised(counterpart)
     assert_close(dict(net.state_dict()), dict(before), **SAME)
 
 

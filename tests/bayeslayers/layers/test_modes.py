@@ -167,10 +167,10 @@ def test_other_layers_draw_weights(estimator):
 @pytest.mark.parametrize("estimator", ["local", "flipout"])
 def test_tied_weight_is_drawn_once_for_all_its_places(estimator):
     layer, x = prepared(bl.BayesLinear(3, 3, bias=False), (4, 3))
-    twin = nn.Linear(3, 3, bias=False)
-    twin.weight = layer.weight
-    with bl.sampled(nn.Sequential(layer, twin), seeded(), estimator=estimator):
-        assert_close(layer(x), twin(x), **SAME)
+    counterpart = nn.Linear(3, 3, bias=False)
+    counterpart.weight = layer.weight
+    with bl.sampled(nn.Sequential(layer, counterpart), seeded(), estimator=estimator):
+        assert_close(layer(x), counterpart(x), **SAME)
         assert not torch.equal(layer.value("weight"), layer.weight)
 
 
@@ -214,12 +214,12 @@ def test_scopes_of_different_kinds_nest_and_the_inner_one_holds():
 
 
 @pytest.mark.parametrize("estimator", ["local", "flipout"])
-def test_plain_twin_made_inside_a_scope_is_free_of_it(estimator):
+def test_deterministic_counterpart_made_inside_a_scope_is_free_of_it(estimator):
     layer, x = prepared(bl.BayesLinear(3, 2), (4, 3))
     with bl.sampled(layer, seeded(), estimator=estimator):
-        twin = bl.to_deterministic(layer)
-    assert_close(twin(x), layer(x), **SAME)
-    assert not hasattr(twin, "perturbation")
+        counterpart = bl.to_deterministic(layer)
+    assert_close(counterpart(x), layer(x), **SAME)
+    assert not hasattr(counterpart, "perturbation")
 
 
 @pytest.mark.parametrize("bias", [False, True])

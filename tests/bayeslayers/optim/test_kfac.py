@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kronecker import tracked_factors
+from support.factors import tracked_factors
 from test_vogn import F64, SAME, assert_same_state, make_batch, make_noise, scaled_step, seeded, state_of
 from torch import nn
 from torch.testing import assert_close
