@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from bayeslayers.convert.report import ConversionReport
@@ -22,7 +23,11 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     Args:
         model: Model that the scope converts. Values inside its tensors are not restored.
     """
-    before = [(module, type(module), dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    before = [
+        (module, type(module), dict(vars(module)), dict(module._buffers))
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # has no rule, and no attributes to put back
+    ]
     try:
         yield
     except BaseException:

@@ -36,7 +36,7 @@ class VariationalOptimizer(AveragedDraws):
     `_update_deterministic`, `_reach` (or `_posterior_reach`), and `finalize`. `docs/extend_optimiser.md` shows how.
 
     Args:
-        model: Model with Bayesian layers, on its device already.
+        model: Model on its device already. One without any posterior becomes Bayesian in place.
         dataset_size: Number of training examples N.
         rules: The check of each hyperparameter of a group, `lr` and `beta1` among them.
         values: Their values, among others.

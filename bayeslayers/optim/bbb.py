@@ -38,7 +38,7 @@ class BBB(VariationalOptimizer):
     sigma; Adam: Kingma & Ba 2015 (arXiv 1412.6980).
 
     Args:
-        model: Model with Bayesian layers, on its device already.
+        model: Model on its device already. One without any posterior becomes Bayesian in place.
         dataset_size: Number of training examples N.
         lr: Step size of mean and log sigma, and of parameters that are not Bayesian.
         beta1: Weight of the past in the average of gradients, in [0, 1).
@@ -56,7 +56,7 @@ class BBB(VariationalOptimizer):
         how: The former name of `estimator`, which it replaces if given.
 
     Raises:
-        ValueError: If an argument breaks its rule, or the model has no Bayesian layer.
+        ValueError: If an argument breaks its rule, or no layer of the model can become Bayesian.
 
     Example:
         >>> import torch, bayeslayers as bl

@@ -16,7 +16,7 @@ from bayeslayers.optim.amp import LossScale
 from bayeslayers.optim.averages import Averages, Recorded
 from bayeslayers.optim.groups import PosteriorGroups, Rules
 from bayeslayers.optim.options import Options
-from bayeslayers.optim.ranks import process_group
+from bayeslayers.optim.ranks import process_group, spans_ranks
 from bayeslayers.sampling import Site
 from bayeslayers.sampling.sharing import in_use
 
@@ -36,12 +36,13 @@ class AveragedDraws(PosteriorGroups):
     """
 
     _sampling_counterpart: ClassVar[str | None] = None  # the method that draws weights, for one that computes at means
+    _averages_statistics: ClassVar[bool] = True  # over the ranks of a DistributedDataParallel, too
     _keeps_roots: ClassVar[bool] = False  # moves matrix-variate posteriors as such
 
     def __init__(self, model: nn.Module, dataset_size: int, rules: Rules, values: Mapping[str, Any], options: Options):
         self.elements_per_example = options.elements_per_example
         self.num_samples = at_least_one("num_samples", options.num_samples)
-        self.sync = options.sync
+        self.sync = options.sync or (self._averages_statistics and spans_ranks(model))
         self._inside = False  # an open scope
         self._losses = LossFunctions()
         self._forget()

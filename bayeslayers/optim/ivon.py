@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,8 @@ class IVON(VariationalOptimizer):
         >>> bl.predict(net, x).probs.shape
         torch.Size([8, 3])
     """
+
+    _averages_statistics: ClassVar[bool] = False  # see above: all ranks draw the same weights
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ class NoisyKFAC(KroneckerFactored):
     Martens & Grosse 2015 (arXiv 1503.05671); Grosse & Martens 2016 (arXiv 1602.01407).
 
     Args:
-        model: Model with Bayesian layers, on its device already.
+        model: Model on its device already. One without any posterior becomes Bayesian in place.
         dataset_size: Number of training examples N.
         lr: Step size of the mean, in units of the posterior's natural gradient.
         beta1: Momentum, the weight of the past in the average of gradients, in [0, 1).
@@ -68,7 +68,7 @@ class NoisyKFAC(KroneckerFactored):
     The loss is a mean over the batch's examples. Under `torch.compile` use `fisher="empirical"`.
 
     Raises:
-        ValueError: If an argument breaks its rule, or the model has no Bayesian layer.
+        ValueError: If an argument breaks its rule, or no layer of the model can become Bayesian.
         TypeError: If labels cannot be drawn from the likelihood.
 
     Example:
@@ -131,7 +131,7 @@ class KFAC(KroneckerFactored):
     Approximation for Neural Networks") for the posterior.
 
     Args:
-        model: Model with Bayesian layers, on its device already.
+        model: Model on its device already. One without any posterior becomes Bayesian in place.
         dataset_size: Number of training examples N.
         lr: Step size of the mean; this and the following as for `NoisyKFAC`.
         beta1: Momentum.
@@ -150,7 +150,7 @@ class KFAC(KroneckerFactored):
         elements_per_example: Elements that an example's loss is a mean over.
 
     Raises:
-        ValueError: If an argument breaks its rule, or the model has no Bayesian layer.
+        ValueError: If an argument breaks its rule, or no layer of the model can become Bayesian.
         TypeError: If labels cannot be drawn from the likelihood.
     """
 

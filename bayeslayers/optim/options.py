@@ -25,7 +25,8 @@ class Options:
             from the first batches, where the method has a curvature.
         num_samples: Draws per `step(closure)`.
         generator: Source of the draws; torch's default one if None.
-        sync: Average over the ranks of the default process group before each step.
+        sync: Average over the ranks of the default process group before each step. A model in a
+            `DistributedDataParallel` of several ranks, which averages gradients alone, turns it on, but not for IVON.
         elements_per_example: Elements that an example's loss is a mean over; None for those that are seen.
 
     Raises:

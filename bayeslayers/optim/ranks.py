@@ -1,4 +1,4 @@
-"""Averages over the ranks of a process group, in one message."""
+"""Averages over the ranks of a process group, in one message, and what torch's wrappers for several devices ask for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,35 @@ from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from bayeslayers.unwrap import unwrapping
+
+
+def spans_ranks(model: nn.Module) -> bool:
+    """Return whether a model is in a `DistributedDataParallel` of several ranks.
+
+    That averages gradients alone: with a curvature of its own, each rank would move to another posterior.
+    """
+    return any(isinstance(m, DistributedDataParallel) and m.process_group.size() > 1 for m in unwrapping(model))
+
+
+def refuse_replicas(model: nn.Module) -> None:
+    """Raise if a model is in a `DataParallel` over several devices.
+
+    Its replicas are copies of the layers, and run in threads of their own: they compute with the means.
+
+    Raises:
+        ValueError: If so.
+    """
+    for module in unwrapping(model):
+        if isinstance(module, DataParallel) and len(module.device_ids) > 1:
+            raise ValueError(
+                f"model must be on one device, got DataParallel over {len(module.device_ids)} devices, whose replicas "
+                "do not see the sampled weights. Use DistributedDataParallel."
+            )
 
 
 def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:

@@ -68,7 +68,7 @@ class SWAG(VariationalOptimizer):
         sync: Average gradients over the ranks of torch.distributed's default group before each step.
 
     Raises:
-        ValueError: If an argument breaks its rule, or the model has no Bayesian layer.
+        ValueError: If an argument breaks its rule, or no layer of the model can become Bayesian.
 
     Example:
         >>> import torch, bayeslayers as bl

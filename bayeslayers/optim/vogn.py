@@ -39,7 +39,7 @@ class VOGN(GaussNewton):
     Source: Osawa et al. 2019 (arXiv 1906.02506), Algorithm 1; Khan et al. 2018 (arXiv 1806.04854).
 
     Args:
-        model: Model with Bayesian layers, on its device already.
+        model: Model on its device already. One without any posterior becomes Bayesian in place.
         dataset_size: Number of training examples N. The data-augmentation factor of the paper is
             `temperature = 1 / factor`, not a larger N.
         lr: Step size of the mean, in units of the posterior's natural gradient; None to choose it.
@@ -73,7 +73,7 @@ class VOGN(GaussNewton):
             yours, and one that no entry moves by more than 0.003 without.
 
     Raises:
-        ValueError: If an argument breaks its rule, or the model has no Bayesian layer.
+        ValueError: If an argument breaks its rule, or no layer of the model can become Bayesian.
 
     Example:
         >>> import torch, bayeslayers as bl
@@ -169,7 +169,7 @@ class OGN(GaussNewton):
     Source: Osawa et al. 2019 (arXiv 1906.02506), section 3 and Table 1.
 
     Args:
-        model: Model with Bayesian layers, on its device already.
+        model: Model on its device already. One without any posterior becomes Bayesian in place.
         dataset_size: Number of training examples N.
         lr: Step size of the mean; this and the following as for `VOGN`.
         beta1: Momentum.
@@ -187,7 +187,7 @@ class OGN(GaussNewton):
         sync: Average over ranks before each step.
 
     Raises:
-        ValueError: If an argument breaks its rule, or the model has no Bayesian layer.
+        ValueError: If an argument breaks its rule, or no layer of the model can become Bayesian.
     """
 
     _sampling_counterpart = "VOGN"

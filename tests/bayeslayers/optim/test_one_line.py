@@ -7,6 +7,7 @@ import pickle
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -340,6 +341,36 @@ class Attention(nn.Module):
 DETERMINISTIC = [f"attention.{key}" for key in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")]
 
 
+class TestSeveralDevices:
+    """`DistributedDataParallel` averages gradients alone, and `DataParallel` runs copies of the layers in threads."""
+
+    @pytest.fixture
+    def distributed(self, monkeypatch):
+        model = DistributedDataParallel(mlp())
+        monkeypatch.setattr(model, "process_group", SimpleNamespace(size=lambda: 2))
+        return model
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_curvature_is_averaged_over_the_ranks_of_a_distributed_model(self, method, distributed):
+        assert method(distributed, dataset_size=N).sync
+        assert method(nn.DataParallel(distributed), dataset_size=N).sync
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_one_rank_averages_nothing(self, method):
+        assert not method(DistributedDataParallel(mlp()), dataset_size=N).sync
+
+    def test_ivon_draws_the_same_weights_on_all_ranks(self, distributed):
+        assert not bl.IVON(distributed, dataset_size=N).sync
+
+    @pytest.mark.parametrize("method", [*METHODS, bl.IVON])
+    def test_replicas_do_not_see_samples(self, method):
+        model = nn.DataParallel(mlp())
+        model.device_ids = [0, 1]
+        with pytest.raises(ValueError, match="must be on one device, got DataParallel over 2 devices"):
+            method(model, dataset_size=N)
+        assert type(model.module[0]) is nn.Linear
+
+
 class TestWhatHasNoRule:
     def test_one_warning_names_it_with_reason_and_remedy(self):
         with warnings.catch_warnings(record=True) as found:
@@ -404,6 +435,13 @@ class TestWhatHasNoRule:
         ):
             method(net, dataset_size=N)
         assert not dict(net.named_buffers())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+@pytest.mark.parametrize("freeze", [torch.jit.script, lambda net: torch.jit.trace(net, torch.ones(1, 6))])
+def test_a_scripted_model_raises_the_sentence(freeze):
+    with pytest.raises(ValueError, match="must have a layer that can become Bayesian, got none"):
+        bl.VOGN(freeze(mlp()), dataset_size=N)
 
 
 class TestReport:
