@@ -18,7 +18,8 @@ def spans_ranks(model: nn.Module) -> bool:
 
     That averages gradients alone: with a curvature of its own, each rank would move to another posterior.
     """
-    return any(isinstance(m, DistributedDataParallel) and m.process_group.size() > 1 for m in unwrapping(model))
+    groups = [module.process_group for module in unwrapping(model) if isinstance(module, DistributedDataParallel)]
+    return any(group is not None and group.size() > 1 for group in groups)
 
 
 def refuse_replicas(model: nn.Module) -> None:
