@@ -4,8 +4,9 @@ With N examples at temperature T, ess = N / T:
 
     P = max(ess, 250 fan_in)                    precision of the posterior at the start
     prior_precision = ess / 1000                a weight decay of 1e-3 (VOGN; IVON has its own, 1e-4)
-    lr = 0.5 max(1, fan_in / 600) P / ess       an entry of the mean moves by 0.5 gradients (IVON: 0.3) ...
-    clip_radius = min(0.003, 1.1 / fan_in) / lr ... and by 0.003 at most (IVON: by 0.003 whatever the fan-in)
+    lr = 0.5 w P / ess                          an entry of the mean moves by 0.5 w gradients (IVON: 0.3) ...
+    clip_radius = 0.003 w^-1.4 / lr             ... and by 0.003 w^-1.4 at most (IVON: by 0.003)
+    w = max(1, fan_in / 700)                    how wide the network is
 
 P is one value for all layers, with `fan_in` the mean over their weights. Noise of variance 1/P on the weights of a
 unit with n inputs adds n / P times their mean square to what it sums: at P = ess this swamps wide layers
@@ -15,8 +16,8 @@ fixed point, and its posterior is narrower than that of a long one.
 
 The bound on the step makes it that of Adam's size where gradients are large, whatever the scale of the
 loss, and keeps the step small as the precision leaves its start. What a unit sums moves by at most fan_in times
-the bound, so VOGN's bound falls with the fan-in of wide networks; their gradients are smaller, so its factor
-rises. The prior weighs prior_precision T / N against the data: with 50, what layers are built with, 450
+the bound, so VOGN's bound falls with the width; gradients of wide networks are smaller, so its factor rises.
+Both were chosen on a ResNet-18, whose w is 5. The prior weighs prior_precision T / N against the data: with 50, what layers are built with, 450
 examples do not move the weights far from 0.
 """
 
@@ -34,8 +35,7 @@ from bayeslayers.sampling import Site
 
 LR = 0.5
 LARGEST_MOVE = 3e-3
-LARGEST_MOVE_OF_A_SUM = 1.1
-WIDE = 600.0  # the fan-in from which on gradients are small
+WIDE = 700.0
 PRECISION_LR = 1e-3
 START = 250.0
 PRIOR = 1e-3
@@ -60,8 +60,8 @@ def start_precision(parameters: Iterable[Tensor], ess: float) -> float:
 
 def step_size(parameters: Iterable[Tensor]) -> tuple[float, float]:
     """Return by how many gradients an entry of VOGN's mean moves in a step, and by how much at most."""
-    inputs = max(1.0, mean_fan_in(parameters))
-    return LR * max(1.0, inputs / WIDE), min(LARGEST_MOVE, LARGEST_MOVE_OF_A_SUM / inputs)
+    width = max(1.0, mean_fan_in(parameters) / WIDE)
+    return LR * width, LARGEST_MOVE / width**1.4
 
 
 def start_hessian(model: nn.Module, dataset_size: int, temperature: float) -> float:
