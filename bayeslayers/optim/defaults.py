@@ -17,8 +17,8 @@ fixed point, and its posterior is narrower than that of a long one.
 The bound on the step makes it that of Adam's size where gradients are large, whatever the scale of the
 loss, and keeps the step small as the precision leaves its start. What a unit sums moves by at most fan_in times
 the bound, so VOGN's bound falls with the width; gradients of wide networks are smaller, so its factor rises.
-Both were chosen on a ResNet-18, whose w is 5. The prior weighs prior_precision T / N against the data: with 50, what layers are built with, 450
-examples do not move the weights far from 0.
+Both were chosen on a ResNet-18, whose w is 5. The prior weighs prior_precision T / N against the data: with 50,
+what layers are built with, 450 examples do not move the weights far from 0.
 """
 
 from __future__ import annotations
