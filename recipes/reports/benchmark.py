@@ -31,7 +31,7 @@ LR = 1e-3  # whatever the method: it costs no time, and lets none diverge
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: the median step of an optimiser, and its ratio to that of Adam on the twin."""
+    """One measurement: the median step of an optimiser, and its ratio to that of Adam on the deterministic network."""
 
     model: str
     batch: int
@@ -46,7 +46,7 @@ def benchmark_step(
     optimizers: Sequence[str] = ("vogn",),
     models: Sequence[str] = ("mlp", "lenet5"),
 ) -> list[Row]:
-    """Time a training step (one draw) of optimisers beside one of Adam (foreach) on the deterministic twin.
+    """Time a training step (one sample) of optimisers beside one of Adam (foreach) on the deterministic network.
 
     They take turns of some steps each, so that what is done at every tenth step alone has its share.
 
@@ -169,11 +169,11 @@ def benchmark_predict(
     batches: Sequence[int] = (1, 64, 512),
     num_samples: int = 32,
 ) -> list[PredictRow]:
-    """Time `predict` beside one forward pass of the deterministic twin in eval mode.
+    """Time `predict` beside one forward pass of the deterministic network in eval mode.
 
     Args:
-        rounds: Interleaved runs, after a tenth as many to warm up: of the twin, and a twentieth as many of `predict`,
-            1 at the least.
+        rounds: Interleaved runs of the forward pass, after a tenth as many to warm up. `predict` runs a twentieth as
+            often, once at least.
         seed: Of weights and data.
         models: Names of the zoo.
         batches: Examples per batch.
@@ -184,7 +184,7 @@ def benchmark_predict(
     for name in models:
         torch.manual_seed(seed)
         model = zoo.create(name).eval()
-        twin, size = bl.to_deterministic(model).eval(), zoo.card_of(model).input_size
+        plain, size = bl.to_deterministic(model).eval(), zoo.card_of(model).input_size
         for batch in batches:
             x = torch.rand(batch, *size)
             options = {"sample": {}, "sample, antithetic": {"antithetic": True}, "local": {"method": "local"}}
@@ -193,7 +193,7 @@ def benchmark_predict(
             }
             passes = max(1, 20 // len(methods))
             medians = interleaved_medians(
-                {"forward": partial(_forwards, twin, x, passes)} | methods, max(1, rounds // 20)
+                {"forward": partial(_forwards, plain, x, passes)} | methods, max(1, rounds // 20)
             )
             forward = medians["forward"] / passes
             for method, action in methods.items():

@@ -1,4 +1,4 @@
-"""The demonstration: bundled posteriors look at digits, rotated digits and articles of clothing."""
+"""The demonstration: bundled posteriors predict digits, rotated digits and articles of clothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ARTICLES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt
 
 
 def demo(output: Path, num_samples: int = 64, seed: int = 0, device: str | None = None) -> None:
-    """Print what each bundled posterior predicts for known and strange images, and draw it.
+    """Print what each bundled posterior predicts for known and out-of-distribution images, and draw it.
 
     Args:
         output: PNG file to write, which is written first.

@@ -1,4 +1,4 @@
-"""The library on its own needs torch, numpy, safetensors and pydantic: everything else may be missing."""
+"""The library on its own needs torch, numpy, safetensors and pydantic; the zoo and the recipes what is declared."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 NEEDED = ("torch", "numpy", "safetensors", "pydantic")
 
 USE = """
@@ -70,24 +70,37 @@ def required(names):
     return found
 
 
-def modules_of_others():
-    """Return the top-level modules of installed distributions that the library must not need."""
-    kept = required(NEEDED)
-    names = {
+def modules_of_others(names):
+    """Return the top-level modules of installed distributions that these distributions do not need."""
+    kept = required(names)
+    others = {
         module
         for module, owners in metadata.packages_distributions().items()
         if not {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners} & kept
     }
-    return (names - sys.stdlib_module_names - {"bayeslayers"}) | {"zoo", "recipes"}
+    return others - sys.stdlib_module_names - {"bayeslayers", "zoo", "recipes"}
 
 
 def test_the_library_works_where_only_its_four_packages_are_installed(tmp_path):
-    blocked = modules_of_others()
+    blocked = modules_of_others(NEEDED) | {"zoo", "recipes"}
     assert {"rich", "PIL", "yaml", "huggingface_hub", "torchvision", "timm", "matplotlib", "sklearn"} <= blocked
     code = f"blocked = {blocked!r}\n{BLOCK}\n{USE}"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "p")], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "p/README.md").is_file()
+
+
+def test_the_demo_works_where_only_declared_packages_are_installed(tmp_path):
+    always, _ = declared()
+    blocked = modules_of_others(re.findall(r'"([\w.-]+)>=', "\n".join(always)))
+    assert {"sklearn", "tensorboard", "torchmetrics", "pandas", "onnx", "mpi4py"} & set(
+        blocked
+    ) and "rich" not in blocked
+    run = "from recipes.cli import main\nsys.exit(main(['demo', '--num-samples', '2', '--output', sys.argv[1]]))"
+    code, picture = f"blocked = {blocked!r}\n{BLOCK}\n{run}", tmp_path / "demo.png"
+    done = subprocess.run([sys.executable, "-c", code, str(picture)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "lenet5-mnist" in done.stdout and picture.stat().st_size > 20_000
 
 
 def test_a_blocked_package_is_missed():
