@@ -12,3 +12,4 @@ python_maximum_signature_line_length = 88
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 default_role = "literal"  # docstrings use single backticks for code
+napoleon_use_ivar = True  # a field of a named tuple is described once: in the docstring of its class
