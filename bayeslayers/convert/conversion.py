@@ -222,7 +222,9 @@ def _reasons_against(net: nn.Module, include: Selectors | None, exclude: Selecto
         elif included is not None and module not in included:
             reasons[module] = "not included"
         elif module in readers:
-            reasons[module] = f"{readers[module]} reads it past its layer, so that no draw of the layer would count"
+            reasons[module] = (
+                f"{readers[module]} reads it without calling its layer, so no sample of the layer would count"
+            )
         elif any(parameter in tied for parameter in module.parameters(recurse=False)):
             reasons[module] = "its layer has a tensor in common with another"
         elif reason := _obstacle(module):

@@ -137,7 +137,7 @@ REFUSED = [
     (Folding(3), "folds other dimensions into that of the examples"),
     (Scaled(3, 3), "forward of Scaled uses its bias in 'add'"),
     (Gained(), "has a parameter 'gain' too"),
-    (Borrowing(), "forward of Borrowing uses its weight in 'linear'|past its layer"),
+    (Borrowing(), "forward of Borrowing uses its weight in 'linear'|without calling its layer"),
     (Demanding(3, 3), "could not be tried: .*mask"),
 ]
 

@@ -128,7 +128,7 @@ def test_what_has_no_exact_curvature_stays_with_a_reason(layer, reason):
 def test_weights_read_past_their_layer_stay():
     _, report = bl.to_bayesian(ReadsPast())
     assert converted(report) == ["outer.weight", "outer.bias"]
-    assert reasons(report)["inner.weight"].startswith("ReadsPast reads it past its layer")
+    assert reasons(report)["inner.weight"].startswith("ReadsPast reads it without calling its layer")
 
 
 def test_attention_stays_and_is_trained():
