@@ -217,7 +217,7 @@ class KroneckerFactored(VariationalOptimizer):
         return new
 
     def _averaged(self, old: dict[str, Any], site: Site, group: Mapping[str, Any], *found: Tensor) -> dict[str, Any]:
-        """Return the averages with new factors in them, begun anew where a frozen or freed bias changes their size."""
+        """Return the averages with new factors in them, begun again where a frozen or freed bias changes their size."""
         if "input" not in old or old["input"].shape != found[0].shape:
             start = 0.0 if self._from_curvature else self._start(site, found[0], self._ess(group))
             return {"updates": 1, "input": found[0], "output": found[1], "start": start}

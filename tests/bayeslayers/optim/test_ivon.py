@@ -136,26 +136,26 @@ def test_is_ivon_opt_for_50_steps(estimator, settings, num_samples):
     ivon = pytest.importorskip("ivon")
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2)).double()
-    twin = copy.deepcopy(net)
+    baseline = copy.deepcopy(net)
     optimizer = bl.IVON(net, 50, estimator=estimator, **settings)
-    other = ivon.IVON(twin.parameters(), ess=50, **{"lr": 0.1, **settings}, hess_approx=estimator)
+    other = ivon.IVON(baseline.parameters(), ess=50, **{"lr": 0.1, **settings}, hess_approx=estimator)
     (group,) = other.param_groups
-    shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in baseline.named_parameters()}
     for step in range(50):
         x, y = (torch.randn(6, size, generator=seeded(step), **F64) for size in (3, 2))
         for _ in range(num_samples):
-            mean = nn.utils.parameters_to_vector(twin.parameters()).detach()
+            mean = nn.utils.parameters_to_vector(baseline.parameters()).detach()
             with other.sampled_params(train=True):
-                offset = nn.utils.parameters_to_vector(twin.parameters()).detach() - mean
+                offset = nn.utils.parameters_to_vector(baseline.parameters()).detach() - mean
                 other.zero_grad()
-                F.mse_loss(twin(x), y).backward()
+                F.mse_loss(baseline(x), y).backward()
             values = offset * (group["ess"] * (group["hess"] + group["weight_decay"])).sqrt()
             parts = values.split([shape.numel() for shape in shapes.values()])
             with optimizer.sampled({k: v.view(s) for (k, s), v in zip(shapes.items(), parts, strict=True)}):
                 F.mse_loss(net(x), y).backward()
         other.step()
         optimizer.step()
-        assert_close(dict(net.named_parameters()), dict(twin.named_parameters()), rtol=1e-9, atol=1e-9)
+        assert_close(dict(net.named_parameters()), dict(baseline.named_parameters()), rtol=1e-9, atol=1e-9)
         precision = torch.cat([site.precision.flatten() for site in bl.posterior(net)])
         assert_close(precision, 50 * (group["hess"] + group["weight_decay"]), rtol=1e-9, atol=0)
 
@@ -215,22 +215,22 @@ def test_precision_stays_positive_for_any_gradient(estimator, row, beta2, hess_i
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_every_parameter_is_drawn_and_gets_its_gradient(kind):
     net, (x, y) = make(kind), make_batch()
-    twin = make(kind)
+    baseline = make(kind)
     optimizer = make_optimizer(net)
     sites = {site.name: site for site in bl.posterior(net)}
-    assert list(sites) == [name for name, _ in twin.named_parameters()]
+    assert list(sites) == [name for name, _ in baseline.named_parameters()]
     noise, means = make_noise(net), {name: p.detach().clone() for name, p in net.named_parameters()}
     drawn = {n: (s.mean + noise[n] / s.precision.sqrt()).detach().requires_grad_() for n, s in sites.items()}
     with optimizer.sampled(noise):
-        assert_close(dict(net.named_parameters()), dict(twin.named_parameters()), **SAME)
+        assert_close(dict(net.named_parameters()), dict(baseline.named_parameters()), **SAME)
         output = net(x)
         F.cross_entropy(output, y).backward()
         assert_close({name: site.value for name, site in sites.items()}, drawn, check_dtype=True)
-    expected = functional_call(twin, drawn, (x,))
+    expected = functional_call(baseline, drawn, (x,))
     assert_close(output, expected)
     grads = torch.autograd.grad(F.cross_entropy(expected, y), list(drawn.values()))
     assert_close([p.grad for p in net.parameters()], list(grads))
-    assert_close(net(x), twin(x), **SAME)
+    assert_close(net(x), baseline(x), **SAME)
     assert_close({name: site.value.detach() for name, site in sites.items()}, means, **SAME)
     optimizer.step()
     for name, site in sites.items():
@@ -287,24 +287,24 @@ def test_predict_is_the_average_over_draws(kind):
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_plain_twin_and_copy(kind):
     net, (x, _) = trained(kind), make_batch()
-    twins = [bl.to_deterministic(net)]
+    baselines = [bl.to_deterministic(net)]
     with bl.sampled(net, seeded()):
         drawn = net(x)
-        twins.append(bl.to_deterministic(net))
+        baselines.append(bl.to_deterministic(net))
         assert_close(net(x), drawn, **SAME)
-    for twin in twins:
-        assert_close(twin(x), net(x), **SAME)
-        assert {type(module._parameters) for module in twin.modules()} == {dict}
+    for baseline in baselines:
+        assert_close(baseline(x), net(x), **SAME)
+        assert {type(module._parameters) for module in baseline.modules()} == {dict}
         plain = kind()
         if kind is Tied:
             plain.norm = nn.LayerNorm(8)
-        assert twin.state_dict().keys() == plain.state_dict().keys()
-        kinds = [[type(module).__name__ for module in network.modules()] for network in (twin, plain)]
+        assert baseline.state_dict().keys() == plain.state_dict().keys()
+        kinds = [[type(module).__name__ for module in network.modules()] for network in (baseline, plain)]
         assert kinds[0] == kinds[1]
-    twin = copy.deepcopy(net)
-    with bl.sampled(twin, seeded()):
-        assert_close(twin(x), drawn, **SAME)
-    train(twin, make_optimizer(twin, keep_posterior=True), range(1))
+    baseline = copy.deepcopy(net)
+    with bl.sampled(baseline, seeded()):
+        assert_close(baseline(x), drawn, **SAME)
+    train(baseline, make_optimizer(baseline, keep_posterior=True), range(1))
     with bl.sampled(net, seeded()):
         assert_close(net(x), drawn, **SAME)
 
@@ -325,7 +325,7 @@ class Shift(nn.Module):
 def test_compiled_network_is_drawn(scope_first):
     torch.compiler.reset()
     net, (x, y) = Shift(), make_batch()
-    optimizers = make_optimizer(net), make_optimizer(twin := copy.deepcopy(net))
+    optimizers = make_optimizer(net), make_optimizer(baseline := copy.deepcopy(net))
     compiled = torch.compile(net, backend="eager")
     if not scope_first:
         assert_close(compiled(x), net(x))
@@ -333,11 +333,11 @@ def test_compiled_network_is_drawn(scope_first):
         with bl.sampled(net, seeded(seed)):
             assert_close(compiled(x), net(x))
         assert_close(compiled(x), net(x))
-    for model, optimizer in zip((compiled, twin), optimizers, strict=True):
+    for model, optimizer in zip((compiled, baseline), optimizers, strict=True):
         with optimizer.sampled():
             F.cross_entropy(model(x), y).backward()
         optimizer.step()
-    assert_close(state_of(net), state_of(twin))
+    assert_close(state_of(net), state_of(baseline))
 
 
 def test_frozen_parameters_are_left_alone():
@@ -419,9 +419,9 @@ def test_resume_is_exact(estimator, seed):
 @pytest.mark.parametrize("bad_draw", [0, 1])
 @pytest.mark.parametrize("bad", ["exception", "loss", "gradient", "precision"])
 def test_nothing_is_lost_when_a_step_fails(bad, bad_draw):
-    (x, y), net, twin = make_batch(), make(Recurrent), make(Recurrent)
-    optimizers = [make_optimizer(model, num_samples=2) for model in (net, twin)]
-    for model, optimizer in zip((net, twin), optimizers, strict=True):
+    (x, y), net, baseline = make_batch(), make(Recurrent), make(Recurrent)
+    optimizers = [make_optimizer(model, num_samples=2) for model in (net, baseline)]
+    for model, optimizer in zip((net, baseline), optimizers, strict=True):
         train(model, optimizer, range(2))
     before, output, draws = state_of(net, optimizers[0]), net(x), iter(range(2))
 
@@ -442,9 +442,9 @@ def test_nothing_is_lost_when_a_step_fails(bad, bad_draw):
     with pytest.raises(RuntimeError, match="got none since the last step"):
         optimizers[0].step()
     optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))  # the generator has gone on
-    for model, optimizer in zip((net, twin), optimizers, strict=True):
+    for model, optimizer in zip((net, baseline), optimizers, strict=True):
         train(model, optimizer, range(1))
-    assert_close(state_of(net, optimizers[0]), state_of(twin, optimizers[1]), **SAME)
+    assert_close(state_of(net, optimizers[0]), state_of(baseline, optimizers[1]), **SAME)
 
 
 @pytest.mark.parametrize("clips", [False, True])

@@ -1,4 +1,4 @@
-"""K-FAC and Noisy K-FAC against dense curvature, a slow twin, closed-form posteriors, and what they promise."""
+"""K-FAC and Noisy K-FAC against dense curvature, a slow baseline, closed-form posteriors, and what they promise."""
 
 from __future__ import annotations
 
@@ -140,16 +140,16 @@ def reference_kfac(net, batches, noises, *, dataset_size, lr, beta1, factor_lr, 
 @pytest.mark.parametrize(("update_every", "inverse_every"), [(1, 1), (2, 5)])
 def test_tracks_the_slow_reference_for_50_steps(update_every, inverse_every):
     torch.manual_seed(0)
-    twin = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    baseline = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     net = make_net()
-    net.load_state_dict(twin.state_dict())
+    net.load_state_dict(baseline.state_dict())
     settings = {
         "dataset_size": 60, "lr": 0.05, "beta1": 0.8, "factor_lr": 0.1, "damping": 0.01, "prior_precision": 2.0,
         "temperature": 0.5, "update_every": update_every, "inverse_every": inverse_every,
     }  # fmt: skip
     batches = [make_batch(3, seed) for seed in range(50)]
     noises = [make_noise(net, seed) for seed in range(50)]
-    reference = reference_kfac(twin, batches, noises, **settings)
+    reference = reference_kfac(baseline, batches, noises, **settings)
     optimizer = bl.NoisyKFAC(net, fisher="empirical", init_precision="curvature", **settings)
     for (x, y), noise, (mean, roots) in zip(batches, noises, reference, strict=True):
         run_scope(optimizer, net, x, y, noise)

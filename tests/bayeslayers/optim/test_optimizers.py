@@ -230,7 +230,7 @@ def test_a_compiled_model_takes_the_same_step(name):
 @each
 def test_checkpointed_activations_give_the_same_step(name):
     if name in ("bbb local", "bbb flipout"):
-        pytest.skip("noise of the activations is drawn anew when they are recomputed")
+        pytest.skip("noise of the activations is drawn again when they are recomputed")
     states = []
     for checkpointed in (False, True):
         net = make_net(torch.float64)

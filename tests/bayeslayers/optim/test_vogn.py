@@ -88,9 +88,9 @@ def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tenso
 @pytest.mark.parametrize("beta1", [0.0, 0.8])
 def test_tracks_the_slow_reference_for_100_steps(beta1):
     torch.manual_seed(0)
-    twin = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
+    baseline = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
     net = nn.Sequential(bl.BayesConv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), bl.BayesLinear(8, 3)).double()
-    net.load_state_dict(twin.state_dict())
+    net.load_state_dict(baseline.state_dict())
     for site in bl.posterior(net):
         site.prior_mean.fill_(0.3)
     settings = {
@@ -98,8 +98,10 @@ def test_tracks_the_slow_reference_for_100_steps(beta1):
         "init_precision": 40.0, "temperature": 0.5, "damping": 0.01,
     }  # fmt: skip
     batches = [(torch.randn(3, 1, 3, 3, **F64), torch.randint(3, (3,))) for _ in range(100)]
-    noises = [[{name: torch.randn_like(p) for name, p in twin.named_parameters()} for _ in range(2)] for _ in batches]
-    reference = reference_vogn(twin, F.cross_entropy, batches, noises, prior_mean=0.3, **settings)
+    noises = [
+        [{name: torch.randn_like(p) for name, p in baseline.named_parameters()} for _ in range(2)] for _ in batches
+    ]
+    reference = reference_vogn(baseline, F.cross_entropy, batches, noises, prior_mean=0.3, **settings)
     optimizer = bl.VOGN(net, **settings)
     for (x, y), draws, (mean, precision) in zip(batches, noises, reference, strict=True):
         for noise in draws:
@@ -263,12 +265,12 @@ def test_closure_is_run_per_draw_and_averaged(with_output, with_zero_grad):
     losses, outputs = (torch.stack(values) for values in zip(*seen, strict=True))
     assert_close(result, (losses.mean(), outputs.mean(0)) if with_output else losses.mean())
     assert not torch.equal(losses[0], losses[1])
-    twin = make_net()
-    scoped = make_optimizer(twin)
+    baseline = make_net()
+    scoped = make_optimizer(baseline)
     for _ in range(3):
-        run_scope(scoped, twin, x, y)
+        run_scope(scoped, baseline, x, y)
     scoped.step()
-    assert_same_state(state_of(net, optimizer), state_of(twin, scoped))
+    assert_same_state(state_of(net, optimizer), state_of(baseline, scoped))
 
 
 def test_gradient_clipping_between_scope_and_step():
@@ -300,15 +302,15 @@ def test_learning_rate_schedulers_work():
 
 def test_deterministic_parameters_are_trained_by_adam():
     net = make_mixed_net()
-    twin = copy.deepcopy(net[0])
-    optimizer, adam = make_optimizer(net, lr=0.01), torch.optim.Adam(twin.parameters(), lr=0.01)
+    baseline = copy.deepcopy(net[0])
+    optimizer, adam = make_optimizer(net, lr=0.01), torch.optim.Adam(baseline.parameters(), lr=0.01)
     for step in range(30):
         run_scope(optimizer, net, *make_batch(seed=step))
-        for parameter, own in zip(twin.parameters(), net[0].parameters(), strict=True):
+        for parameter, own in zip(baseline.parameters(), net[0].parameters(), strict=True):
             parameter.grad = own.grad.clone()
         optimizer.step()
         adam.step()
-        assert_close(dict(net[0].named_parameters()), dict(twin.named_parameters()), rtol=1e-6, atol=1e-8)
+        assert_close(dict(net[0].named_parameters()), dict(baseline.named_parameters()), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("seed", [None, 0], ids=["default_generator", "own_generator"])
@@ -361,9 +363,11 @@ def spoil_curvature(net, loss):
     ids=["loss", "gradient", "curvature"],
 )
 def test_bad_step_is_refused_and_the_next_good_one_works(spoil, message):
-    (x, y), net, twin, generators = make_batch(), make_net(), make_net(), (seeded(), seeded())
-    optimizers = [make_optimizer(model, generator=g) for model, g in zip((net, twin), generators, strict=True)]
-    closures = [closure_for(optimizer, model, x, y) for optimizer, model in zip(optimizers, (net, twin), strict=True)]
+    (x, y), net, baseline, generators = make_batch(), make_net(), make_net(), (seeded(), seeded())
+    optimizers = [make_optimizer(model, generator=g) for model, g in zip((net, baseline), generators, strict=True)]
+    closures = [
+        closure_for(optimizer, model, x, y) for optimizer, model in zip(optimizers, (net, baseline), strict=True)
+    ]
     for optimizer, closure in zip(optimizers, closures, strict=True):
         optimizer.step(closure)
     before = state_of(net, optimizers[0])
@@ -375,7 +379,7 @@ def test_bad_step_is_refused_and_the_next_good_one_works(spoil, message):
     generators[1].set_state(generators[0].get_state())
     for optimizer, closure in zip(optimizers, closures, strict=True):
         optimizer.step(closure)
-    assert_same_state(state_of(net, optimizers[0]), state_of(twin, optimizers[1]))
+    assert_same_state(state_of(net, optimizers[0]), state_of(baseline, optimizers[1]))
 
 
 @pytest.mark.parametrize("bad_draw", [0, 1])
@@ -407,13 +411,13 @@ def test_draws_on_batches_of_other_sizes_count_alike():
     batches, noises = [make_batch(4), make_batch(7, seed=5)], [make_noise(net, seed) for seed in (1, 2)]
 
     def precisions(chosen: list[int]) -> list[torch.Tensor]:
-        twin = copy.deepcopy(net)
-        optimizer = make_optimizer(twin)
+        baseline = copy.deepcopy(net)
+        optimizer = make_optimizer(baseline)
         for number in chosen:
             with optimizer.sampled(noises[number]):
-                squared_error(twin, *batches[number]).backward()
+                squared_error(baseline, *batches[number]).backward()
         optimizer.step()
-        return [site.precision for site in bl.posterior(twin)]
+        return [site.precision for site in bl.posterior(baseline)]
 
     for both, first, second in zip(precisions([0, 1]), precisions([0]), precisions([1]), strict=True):
         assert_close(both, (first + second) / 2)

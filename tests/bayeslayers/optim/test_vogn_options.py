@@ -43,16 +43,16 @@ def run_scope(optimizer, net, x, y):
 
 def test_ogn_tracks_a_slow_reference_for_100_steps():
     torch.manual_seed(0)
-    twin = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
+    baseline = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
     net = make_net()
-    net.load_state_dict(twin.state_dict())
+    net.load_state_dict(baseline.state_dict())
     settings = {
         "dataset_size": 60, "lr": 0.05, "beta1": 0.9, "precision_lr": 0.1, "prior_precision": 2.0,
         "init_precision": 40.0, "temperature": 0.5, "damping": 0.01,
     }  # fmt: skip
     batches = [make_batch(4, seed) for seed in range(100)]
-    no_noise = [[{name: torch.zeros_like(p) for name, p in twin.named_parameters()}]] * 100
-    reference = reference_vogn(twin, F.cross_entropy, batches, no_noise, prior_mean=0.0, **settings)
+    no_noise = [[{name: torch.zeros_like(p) for name, p in baseline.named_parameters()}]] * 100
+    reference = reference_vogn(baseline, F.cross_entropy, batches, no_noise, prior_mean=0.0, **settings)
     optimizer = bl.OGN(net, **settings)
     for (x, y), (mean, precision) in zip(batches, reference, strict=True):
         run_scope(optimizer, net, x, y)
@@ -97,7 +97,7 @@ def test_a_part_of_the_batch_is_unbiased(fraction, size):
     assert (factor, rows.tolist()) == (6 / size, [5, 0, 1, 2, 3, 4][:size])
 
 
-def test_the_part_is_drawn_anew_each_time_by_the_generator():
+def test_the_part_is_drawn_again_each_time_by_the_generator():
     net = make_net()
 
     def starts(seed):
