@@ -30,7 +30,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure a posterior on data, and how well it recognises out-of-distribution data."""
-    from recipes.reports.measure import EvaluationRequest, evaluate
+    from recipes.reports.measure import EvaluationRequest
+    from recipes.tasks.evaluate import evaluate
     from recipes.training.run_folder import check_folder
 
     if (folder := arguments.report) is not None:

@@ -10,11 +10,14 @@ import shlex
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes.data.names import without_folders
+from recipes.tasks.table import DEFAULT, TASKS
 from recipes.training.interruption import exit_status
+
+if TYPE_CHECKING:
+    from recipes.tasks.task import Task
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 _FLAGS = ("--resume", "--json")
@@ -22,30 +25,15 @@ _PLACES = ("--data-root", "--data_root", "--output", "--baseline", "--device")
 _HELP = "See bayeslayers train --help."
 
 
-def _classification() -> ModuleType:
-    from recipes.tasks import classification
-
-    return classification
-
-
-def _toy2d() -> ModuleType:
-    from recipes.tasks import toy2d
-
-    return toy2d
-
-
-RECIPES = {"classification": _classification, "toy2d": _toy2d}
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Train a posterior from a configuration file."""
-    recipe, config = _asked_for(arguments)
+    task, config = _asked_for(arguments)
     if arguments.print_config:
         import yaml
 
         print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
         return 0
-    metrics = recipe.train(config, arguments.resume, _command(arguments.words))
+    metrics = task(config).train(arguments.resume, _command(arguments.words))
     if metrics is None:
         return exit_status()
     if arguments.json:
@@ -53,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
-        Console().print(recipe.metrics_table(metrics))
+        Console().print(task.metrics_table(metrics))
     return 0
 
 
@@ -89,16 +77,16 @@ def add_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 @cache
 def _fields() -> dict[tuple[str, ...], list[str]]:
-    """Return the path of each option of any recipe, with what it is in each of them that has it."""
+    """Return the path of each option of any recipe, with what it is in each that has it."""
     from recipes.training.options import options, type_name
 
     found: dict[tuple[str, ...], list[str]] = {}
-    for name, recipe in RECIPES.items():
-        for option in options(recipe().Config):
+    for name, make in TASKS.items():
+        for option in options(make().Config):
             required, part = option.default is dataclasses.MISSING, dataclasses.is_dataclass(option.default)
             given = ", required" if required else "" if part else f", default: {json.dumps(option.default)}"
             text = f"{option.text} ({type_name(option.kind)}{given})"
-            found.setdefault(option.path, []).append(text if name == "classification" else f"{name}: {text}")
+            found.setdefault(option.path, []).append(text if name == DEFAULT else f"{name}: {text}")
     return found
 
 
@@ -113,8 +101,8 @@ def _at(path: tuple[str, ...]) -> Any:
     return lambda text: (path, text)
 
 
-def _asked_for(arguments: argparse.Namespace) -> tuple[ModuleType, Any]:
-    """Return the recipe and the configuration that the file and the options make."""
+def _asked_for(arguments: argparse.Namespace) -> tuple[type[Task], Any]:
+    """Return the task and the configuration that the file and the options make."""
     from bayeslayers.checks import did_you_mean
     from recipes.training.options import configuration, override
 
@@ -122,18 +110,16 @@ def _asked_for(arguments: argparse.Namespace) -> tuple[ModuleType, Any]:
     if arguments.config is not None and arguments.file is not None:
         raise ValueError(f"CONFIG must be given once, got {arguments.config!r} and --config {arguments.file!r}.")
     values = {} if name is None else _read(_config_file(name))
-    recipe = values.get("recipe", "classification")
+    recipe = values.get("recipe", DEFAULT)
     for path, text in arguments.overrides:
         recipe = text if path == ("recipe",) else recipe
-    if recipe not in tuple(RECIPES):
-        raise ValueError(
-            f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}.{did_you_mean(str(recipe), RECIPES)}"
-        )
-    module = RECIPES[recipe]()
+    if recipe not in tuple(TASKS):
+        raise ValueError(f"recipe must be one of {', '.join(TASKS)}, got {recipe!r}.{did_you_mean(str(recipe), TASKS)}")
+    task = TASKS[recipe]()
     try:
         for path, text in arguments.overrides:
-            override(values, module.Config, path, text)
-        return module, configuration(module.Config, values)
+            override(values, task.Config, path, text)
+        return task, configuration(task.Config, values)
     except ValueError as error:
         advice = "Give a CONFIG, as mnist/lenet5_vogn, or see" if name is None else "See"
         raise ValueError(f"{error} {advice} bayeslayers train --help.") from None

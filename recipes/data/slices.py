@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,29 +11,10 @@ from torch import Tensor
 
 from bayeslayers.checks import did_you_mean
 from recipes.data.split import Split, load_split, sides
+from recipes.data.examples import Points
 from recipes.data.names import short_name
 
 SLICES = Path(__file__).parents[1] / "assets" / "slices"
-
-
-@dataclass(frozen=True)
-class Points:
-    """Examples that a network takes as they are.
-
-    Attributes:
-        x: Inputs `(n, *)`, floating point.
-        labels: Class indices `(n,)`, or of yes or no `(n, 1)`.
-    """
-
-    x: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def inputs(self, index: Tensor | slice) -> Tensor:
-        """Return inputs, as those of a `Split` are."""
-        return self.x[index]
 
 
 def sliced() -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bayeslayers.checks import did_you_mean
 from recipes.data.augmentation import Augmentation
+from recipes.data.examples import shuffled
 from recipes.data.image_files import ImageFiles, check_colours, read_folder, read_npz
 from zoo.transforms import fitted, middle
 
@@ -44,6 +45,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def targets(self) -> Tensor:
+        """The labels."""
+        return self.labels
 
     def inputs(self, index: Tensor | slice) -> Tensor:
         """Return images as `ToTensor` gives them, float in [0, 1]."""
@@ -89,34 +95,6 @@ class Split:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
         return self.taken(order[count:].sort().values), self.taken(order[:count].sort().values)
 
-    def in_order(self, batch_size: int, device: torch.device) -> InOrder:
-        """Return the batches to measure on, on a device."""
-        return InOrder(self, batch_size, device)
-
-
-@dataclass(frozen=True)
-class InOrder:
-    """Batches of inputs and labels of a split, in its order, as often as they are asked for.
-
-    Attributes:
-        split: The examples.
-        batch_size: Examples per batch; the last one may have fewer.
-        device: Where they are wanted.
-    """
-
-    split: Split
-    batch_size: int
-    device: torch.device
-
-    def __len__(self) -> int:
-        return -(-len(self.split) // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self.split), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            yield self.split.inputs(part).to(self.device), self.split.labels[part].to(self.device)
-
-
 def load_split(
     name: str,
     root: str | Path | None,
@@ -154,7 +132,8 @@ def load_split(
         images, labels, classes = _read_torchvision(name, root, train, argument)
     else:
         raise ValueError(
-            f"unknown data set {name!r}.{did_you_mean(name, NAMES)} Known: {', '.join(NAMES)}, npz:PATH, imagefolder:PATH."
+            f"unknown data set {name!r}.{did_you_mean(name, NAMES)} Known: {', '.join(NAMES)}, npz:PATH, "
+            "imagefolder:PATH."
         )
     if size is None:
         return Split(images, labels, classes)
@@ -220,21 +199,10 @@ def batches(
     start: int = 0,
     augmentation: Augmentation = Augmentation(),  # noqa: B008 (never written to)
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield an epoch's full batches in random order, from number `start` on.
+    """Yield an epoch's full batches in random order, from number `start` on, see `shuffled`.
 
-    Order and augmentation depend on seed, epoch and number alone, so a resumed run sees what an
-    uninterrupted one does. A last batch that is not full is left out, unless it is the only one.
     Colours are the innermost dimension in memory, which convolutions on the CPU are faster for.
     """
-    stream = seed * 100_003 + epoch
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(stream))
-    for number in range(start, num_batches(split, batch_size)):
-        index = order[number * batch_size : (number + 1) * batch_size]
-        generator = torch.Generator().manual_seed((stream * 1_000_003 + number) % 2**63)
+    for index, generator in shuffled(len(split), batch_size, seed, epoch, start):
         x = split.varied(index, augmentation, generator)
         yield x.contiguous(memory_format=torch.channels_last), split.labels[index]
-
-
-def num_batches(split: Split, batch_size: int) -> int:
-    """Return how many batches `batches` yields from the start of an epoch."""
-    return max(1, len(split) // batch_size)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.data.names import shortest_ends
 from recipes.reports.tables import cell
-from recipes.training.run_folder import COMPARED, OOD, Run, measured_on, read_run
+from recipes.training.run_folder import OOD, Column, Run, measured_on, read_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Column:
+class _Shown:
     """A column of numbers: what it shows of a row, how, and which value is best, if one is."""
 
     key: str
@@ -48,10 +48,11 @@ class Comparison:
     def rows(self) -> list[dict[str, Any]]:
         """Return each run's metrics by name, None for one that it lacks."""
         unit = self.runs[self.reference].seconds_per_epoch
-        keys = dict.fromkeys((*COMPARED, *(key for run in self.runs.values() for key in run.metrics)))
+        first = [f"train_{name}" for name in self._trained()]
+        keys = dict.fromkeys((*self._metrics(), *(key for run in self.runs.values() for key in run.metrics)))
         rows = []
         for name, run in self.runs.items():
-            numbers = {"train_accuracy": run.curves["train_accuracy"][-1]}
+            numbers = {key: run.curves.get(key, [math.nan])[-1] for key in first}
             numbers |= {key: run.metrics.get(key, math.nan) for key in keys}
             seconds = run.seconds_per_epoch
             numbers |= {"seconds_per_epoch": seconds, "cost": seconds / unit if unit else math.nan}
@@ -99,17 +100,23 @@ class Comparison:
             for words, numbers in self._lines()
         ]
 
-    def _columns(self) -> list[_Column]:
+    def _metrics(self) -> dict[str, Column]:
+        """Return how the metrics of all runs read, by name."""
+        return {column.name: column for run in self.runs.values() for column in run.columns}
+
+    def _trained(self) -> dict[str, Column]:
+        """Return those whose value on the training data is shown too: the first of each task."""
+        return {run.columns[0].name: run.columns[0] for run in self.runs.values()}
+
+    def _columns(self) -> list[_Shown]:
         ood = dict.fromkeys(key for run in self.runs.values() for key in run.metrics if key.startswith(OOD))
         return [
-            _Column("train_accuracy", "training accuracy", _percent, None),  # to fit the most is no merit
-            _Column("accuracy", "accuracy", _percent, max),
-            _Column("nll", "NLL", "{:.4f}".format, min),
-            _Column("ece", "ECE", "{:.4f}".format, min),
-            _Column("misclassification_auroc_confidence", "AUROC errors", "{:.3f}".format, max),
-            *(_Column(key, f"AUROC {key.removeprefix(OOD)}", "{:.3f}".format, max) for key in ood),
-            _Column("seconds_per_epoch", "s/epoch", "{:.1f}".format, min),
-            _Column("cost", "cost", "{:.2f}".format, min),
+            # To fit the training data the most is no merit.
+            *(_Shown(f"train_{name}", f"training {c.title}", _form(c), None) for name, c in self._trained().items()),
+            *(_Shown(name, c.title, _form(c), _BEST[c.better]) for name, c in self._metrics().items()),
+            *(_Shown(key, f"AUROC {key.removeprefix(OOD)}", "{:.3f}".format, max) for key in ood),
+            _Shown("seconds_per_epoch", "s/epoch", "{:.1f}".format, min),
+            _Shown("cost", "cost", "{:.2f}".format, min),
         ]
 
     def _data(self) -> list[str]:
@@ -136,8 +143,14 @@ class Comparison:
         return text + f" Unfinished: {measured_on(unfinished)} metrics after the last epoch." * bool(unfinished)
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f} %"
+_BEST: Mapping[str, Callable[[Iterable[float]], float]] = {"higher": max, "lower": min}
+
+
+def _form(column: Column) -> Callable[[float], str]:
+    """Return how a metric is written."""
+    if column.percent:
+        return lambda value: f"{100 * value:.2f} %"
+    return lambda value: f"{value:.{column.digits}f}"
 
 
 def _progress(row: Mapping[str, Any]) -> str:
@@ -148,7 +161,7 @@ def _progress(row: Mapping[str, Any]) -> str:
     return f"{row['epochs']}{planned}, unfinished"
 
 
-def _shown(values: Sequence[float | None], column: _Column, ranked: bool) -> list[tuple[str, bool]]:
+def _shown(values: Sequence[float | None], column: _Shown, ranked: bool) -> list[tuple[str, bool]]:
     """Return the texts of a column, and which of them read as the best, where not all do."""
     texts = ["-" if value is None else column.show(value) for value in values]
     if not (ranked and column.best and len(set(texts) - {"-"}) > 1):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslayers.plots.canvas import BLACK, COLOURS, YELLOW, finish, label, legend_below, new_figure, short
-from recipes.training.run_folder import REPORT, Run, measured_on
+from recipes.training.run_folder import REPORT, Column, Run, measured_on
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,11 +20,12 @@ _MARKERS = ("", "s", "^", "X", "D")  # of the first seven runs, the next seven, 
 
 
 def draw(runs: Mapping[str, Run], path: str | Path | None = None) -> Figure:
-    """Draw accuracy and NLL against epochs, and accuracy against confidence, a line for each run.
+    """Draw the first two metrics against epochs, and accuracy against confidence, a line for each run.
 
     As Osawa et al. 2019 (arXiv 1906.02506, Fig. 1) show optimisers. The curves' axes hold all but the first quarter
     of the epochs, for later ones differ by little, and the end of each run; what is beyond is cut off. Bins of the
-    confidence without examples are left out, and the larger a bin's dot, the more of the examples it holds.
+    confidence without examples are left out, and the larger a bin's dot, the more of the examples it holds. Runs whose
+    reports have no reliability have no such panel.
 
     Args:
         runs: By name.
@@ -32,30 +33,50 @@ def draw(runs: Mapping[str, Run], path: str | Path | None = None) -> Figure:
     """
     from matplotlib.lines import Line2D
 
-    figure, styles = new_figure(13, 5), _styles(len(runs))
-    accuracy, nll, reliability = figure.subplots(1, 3)
-    _draw_curves(accuracy, list(runs.values()), styles, ("accuracy", "train_accuracy"))
-    nll.set_yscale("log")
-    _draw_curves(nll, list(runs.values()), styles, ("nll",))
-    _draw_reliability(reliability, list(runs.values()), styles)
+    reliable = any(run.reliability is None or run.reliability for run in runs.values())
+    columns = list({column.name: column for run in runs.values() for column in run.columns}.values())[:2]
+    figure, styles = new_figure(13 if reliable else 9, 5), _styles(len(runs))
+    axes = figure.subplots(1, len(columns) + reliable, squeeze=False)[0]
     held_out = measured_on(runs.values())
-    label(accuracy, "Accuracy", "epoch", "accuracy")
-    label(nll, f"NLL ({held_out})", "epoch", "NLL (nats)")
-    label(reliability, "Reliability (test)", "confidence", "accuracy")
+    for axis, column in zip(axes, columns, strict=False):
+        _draw_metric(axis, runs, styles, column, held_out if column is not columns[0] else "")
+    if reliable:
+        _draw_reliability(axes[-1], list(runs.values()), styles)
+        label(axes[-1], "Reliability (test)", "confidence", "accuracy")
+        _name_missing(axes[-1], runs)
     handles = [
         Line2D([], [], color=BLACK, label=held_out),
         Line2D([], [], color=BLACK, ls="--", lw=1, label="training"),
-        Line2D([], [], color=BLACK, ls=":", lw=1, label="calibrated"),
+        *[Line2D([], [], color=BLACK, ls=":", lw=1, label="calibrated")] * reliable,
     ]
     for (name, run), style in zip(runs.items(), styles, strict=True):
         handles.append(Line2D([], [], label=short(name, 32) + " (unfinished)" * (not run.finished), lw=2, **style))
+    legend_below(figure, handles)
+    return finish(figure, path)
+
+
+def _draw_metric(
+    axis: Axes, runs: Mapping[str, Run], styles: Sequence[dict[str, Any]], column: Column, held_out: str
+) -> None:
+    """Draw a metric against epochs; with that of the training data, unless it is named which examples it is of."""
+    keys = (column.name,) if held_out else (column.name, f"train_{column.name}")
+    shown = [run for run in runs.values() if column in run.columns]
+    below = any(x < 0 for run in shown for key in keys for x in run.curves[key])
+    if column.better == "lower" and not below:
+        axis.set_yscale("log")
+    own = [style for run, style in zip(runs.values(), styles, strict=True) if column in run.columns]
+    _draw_curves(axis, shown, own, keys)
+    title, unit = short(column.title), f" ({short(column.unit)})" * bool(column.unit)
+    label(axis, title[:1].upper() + title[1:] + f" ({held_out})" * bool(held_out), "epoch", title + unit)
+
+
+def _name_missing(axis: Axes, runs: Mapping[str, Run]) -> None:
+    """Name runs without a report below the axis."""
     missing = [short(name) for name, run in runs.items() if run.reliability is None]
     if missing:
         without = f"without {REPORT}: {', '.join(missing) if len(missing) < len(runs) else 'all runs'}"
         lines = textwrap.wrap(without, 46, max_lines=3, placeholder=" and others", break_on_hyphens=False)
-        reliability.set_xlabel("\n".join(["confidence", *lines]))
-    legend_below(figure, handles)
-    return finish(figure, path)
+        axis.set_xlabel("\n".join(["confidence", *lines]))
 
 
 def _styles(count: int) -> list[dict[str, Any]]:
@@ -69,6 +90,7 @@ def _draw_curves(axis: Axes, runs: Sequence[Run], styles: Sequence[dict[str, Any
     from matplotlib.ticker import MaxNLocator
 
     early, late = max(run.epochs for run in runs) / 4, []
+    low = 0 if axis.get_yscale() == "log" else -math.inf
     for run, style in zip(runs, styles, strict=True):
         epochs = run.curves["epoch"]
         markers = style["marker"] or "o" * (len(epochs) == 1), "o" * (len(epochs) == 1)  # a point is no line
@@ -76,7 +98,7 @@ def _draw_curves(axis: Axes, runs: Sequence[Run], styles: Sequence[dict[str, Any
             marks: dict[str, Any] = style | {"marker": marker, "markevery": max(1, len(epochs) // 8)}
             marks["markerfacecolor"] = style["color"] if line == "-" else "none"
             axis.plot(epochs, run.curves[key], line, lw=width, **marks)
-            values = [(epoch, x) for epoch, x in zip(epochs, run.curves[key], strict=True) if x > 0]  # and no NaN
+            values = [(epoch, x) for epoch, x in zip(epochs, run.curves[key], strict=True) if x > low]  # and no NaN
             late += [x for epoch, x in values if epoch > early] or [x for _, x in values[-1:]]
     late = [x for x in late if math.isfinite(x)]
     if late:

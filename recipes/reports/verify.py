@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 import bayeslayers as bl
 import zoo
-from bayeslayers.metrics import classification_metrics, ood_auroc
-from bayeslayers.metrics.ranking import Levels
 from bayeslayers.prediction import Prediction, predict
-from recipes.data.slices import Points, load_slice, sliced
-from recipes.data.split import NAMES, Split, load_split
+from recipes.data.examples import Examples
+from recipes.data.slices import load_slice, sliced
+from recipes.data.split import NAMES, load_split
+from recipes.reports.prediction_metrics import suffix, target_metrics, with_errors_found
 
 BLOCKS, RESAMPLES = 16, 64  # blocks of draws, and bootstrap samples of them
 DEVIATIONS = 6.0  # tolerated standard deviations: 1 metric in 40,000 by chance, by Student's t of 15 degrees
@@ -64,8 +64,8 @@ def verify(name: str | Path, data_root: str | Path | None = None, seed: int | No
         seed: Of the draws; None for the card's.
 
     Raises:
-        ValueError: If there is no such posterior, its files are bad, it is neither of classes nor of one
-            yes or no, its data is none that can be loaded, or its card claims nothing.
+        ValueError: If there is no such posterior, its files are bad, its data is none that can be loaded or does not
+            fit its likelihood, or its card claims nothing.
     """
     model = zoo.load(name)
     card = zoo.card_of(model)
@@ -112,8 +112,8 @@ def record(name: str | Path) -> bl.Card:
 def compare(
     model: nn.Module,
     claimed: Mapping[str, float],
-    known: Split | Points,
-    ood: Mapping[str, Split | Points],
+    known: Examples,
+    ood: Mapping[str, Examples],
     data: str,
     seed: int | None = None,
 ) -> list[Check]:
@@ -145,8 +145,8 @@ def compare(
 
 def measure(
     model: nn.Module,
-    known: Split | Points,
-    ood: Mapping[str, Split | Points],
+    known: Examples,
+    ood: Mapping[str, Examples],
     num_samples: int,
     seed: int,
     of: int = 0,
@@ -154,7 +154,7 @@ def measure(
     """Return metrics, and the standard deviation of the difference to another measurement of each.
 
     Args:
-        model: A posterior of classes, or of one yes or no.
+        model: A posterior.
         known: Examples of its data set.
         ood: Examples of others, by name.
         num_samples: Draws, >= 2.
@@ -169,7 +169,9 @@ def measure(
     resampled = []
     for _ in range(RESAMPLES):
         repeats = torch.randint(len(counts), counts.shape, generator=generator).bincount(minlength=len(counts))
-        resampled.append(_all_metrics({name: _pool(b, counts * repeats) for name, b in draws.items()}, known.labels))
+        resampled.append(
+            with_errors_found({name: _pool(b, counts * repeats) for name, b in draws.items()}, known.targets)
+        )
     # Two measurements differ; and n resampled blocks spread (n - 1) / n as much as n new ones.
     correction = 2 * len(counts) / (len(counts) - 1)
     variance = {key: correction * spread for key, spread in _variances(resampled).items()}
@@ -178,21 +180,21 @@ def measure(
         for _ in range(RESAMPLES):
             index = {name: torch.randint(len(s), (len(s),), generator=generator) for name, s in splits.items()}
             chosen = {name: _select(part, index[name]) for name, part in parts.items()}
-            resampled.append(_all_metrics(chosen, known.labels[index[""]]))
+            resampled.append(with_errors_found(chosen, known.targets[index[""]]))
         variance = {key: v + abs(len(known) / of - 1) * _variances(resampled)[key] for key, v in variance.items()}
     means = {
         name: predict(model, split.inputs(slice(None)), method="mean", batch_size=1000)
         for name, split in splits.items()
     }
     exact = {
-        "nll_at_means": classification_metrics(means[""], known.labels)["nll"],
-        **{f"total{_suffix(name)}_at_means": float(part.total.double().mean()) for name, part in means.items()},
+        "nll_at_means": target_metrics(means[""], known.targets)["nll"],
+        **{f"total{suffix(name)}_at_means": float(part.total.double().mean()) for name, part in means.items()},
         "kl": float(bl.kl_divergence(model).detach()),
     }
-    return _all_metrics(parts, known.labels) | exact, {key: math.sqrt(value) for key, value in variance.items()}
+    return with_errors_found(parts, known.targets) | exact, {key: math.sqrt(value) for key, value in variance.items()}
 
 
-def _draw_blocks(model: nn.Module, split: Split | Points, num_samples: int, seed: int) -> list[Prediction]:
+def _draw_blocks(model: nn.Module, split: Examples, num_samples: int, seed: int) -> list[Prediction]:
     """Return predictions by blocks of draws, which together are those of one `predict` by the card's method."""
     generator = torch.Generator().manual_seed(seed)
     number = min(BLOCKS, num_samples)
@@ -209,42 +211,17 @@ def _pool(blocks: Sequence[Prediction], counts: Tensor) -> Prediction:
         torch.tensordot(counts, torch.stack([getattr(block, part) for block in blocks]).double(), 1) / counts.sum()
         for part in ("mean", "aleatoric")
     )
-    total, epistemic = blocks[0].likelihood.split(mean, torch.zeros_like(mean), aleatoric)
+    variance = torch.zeros_like(mean)
+    if not blocks[0].likelihood.discrete:  # within blocks and between them
+        within = torch.stack([block.epistemic + (block.mean - mean).square() for block in blocks]).double()
+        variance = torch.tensordot(counts, within, 1) / counts.sum()
+    total, epistemic = blocks[0].likelihood.split(mean, variance, aleatoric)
     return dataclasses.replace(blocks[0], mean=mean, total=total, aleatoric=aleatoric, epistemic=epistemic)
 
 
 def _select(prediction: Prediction, index: Tensor) -> Prediction:
     chosen = {key: getattr(prediction, key)[index] for key in ("mean", "total", "aleatoric", "epistemic")}
     return dataclasses.replace(prediction, **chosen)
-
-
-def prediction_metrics(parts: Mapping[str, Prediction], labels: Tensor) -> dict[str, float]:
-    """Return metrics of predictions of classes, or of one yes or no.
-
-    Args:
-        parts: Predictions for the examples of a posterior's data set, by "", and for those of others, by name.
-        labels: Of the former.
-    """
-    known = parts[""]
-    found = classification_metrics(known, labels)
-    for name, part in parts.items():
-        for kind in ("total", "epistemic"):
-            found[f"{kind}{_suffix(name)}"] = float(getattr(part, kind).mean())
-        if name:
-            found[f"ood_auroc_{name}"] = ood_auroc(known.total.flatten(), part.total.flatten())
-            found[f"ood_auroc_{name}_epistemic"] = ood_auroc(known.epistemic.flatten(), part.epistemic.flatten())
-    return found
-
-
-def _all_metrics(parts: Mapping[str, Prediction], labels: Tensor) -> dict[str, float]:
-    """Return `prediction_metrics`, and how well confidence finds errors: NaN without errors, or without others."""
-    found, known = prediction_metrics(parts, labels), parts[""]
-    levels = Levels.of(1 - known.confidence.flatten(), (known.labels != labels).flatten())
-    return found | {"misclassification_auroc_confidence": levels.auroc()}
-
-
-def _suffix(name: str) -> str:
-    return f"_{name}" if name else ""
 
 
 def _variances(resampled: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -279,13 +256,13 @@ def _ood_names(metrics: Mapping[str, float]) -> list[str]:
     return sorted({found[1] for key in metrics if (found := re.fullmatch("ood_auroc_(.+?)(_epistemic)?", key))})
 
 
-def _test_split(name: str, data_root: str | Path | None, card: bl.Card) -> Split | Points:
+def _test_split(name: str, data_root: str | Path | None, card: bl.Card) -> Examples:
     """Return a test split as a posterior takes it; that of a data set that nothing but its slice is of, the slice."""
     if name in sliced() and name not in NAMES:
         return _slice(name, card)
     return load_split(name, data_root, train=False, size=card.input_size, resize=card.resize)
 
 
-def _slice(name: str, card: bl.Card) -> Split | Points:
+def _slice(name: str, card: bl.Card) -> Examples:
     """Return a slice as a posterior takes it."""
     return load_slice(name, card.input_size, card.resize)

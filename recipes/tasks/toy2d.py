@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,13 +18,11 @@ from pydantic import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 import bayeslayers as bl
 import zoo
 from bayeslayers.checks import at_least_one, fraction, non_negative
-from bayeslayers.display import printable
 from bayeslayers.files import write_atomically
 from bayeslayers.optim import TemperatureWarmup
 from bayeslayers.plots import decision_boundary, training_gif
@@ -32,12 +30,15 @@ from bayeslayers.plots.canvas import finish
 from recipes.data.blobs import CLASSES, OOD_NAME, Blobs
 from recipes.data.names import expanded
 from recipes.reports.measure import versions
-from recipes.reports.verify import prediction_metrics
+from recipes.reports.prediction_metrics import prediction_metrics
+from recipes.tasks.task import Task
 from recipes.training.config import check_seed
 from recipes.training.interruption import interruption
+from recipes.training.learner import Learner
+from recipes.training.loop import Plan
 from recipes.training.methods import check_options, make_optimizer
-from recipes.training.run_folder import LOG, METRICS, POSTERIOR, check_folder, clear_leftovers, log_text
-from recipes.training.run_lock import LOCK, locked, refuse_many_processes
+from recipes.training.run_folder import LOG, METRICS, POSTERIOR, log_text
+from recipes.training.run_lock import LOCK
 from zoo.registry import describe
 
 if TYPE_CHECKING:
@@ -109,54 +110,14 @@ class Config:
 def train(config: Config, resume: bool = False, command: str = "") -> dict[str, float] | None:
     """Train both networks, draw them as they learn, and write the run folder once all is done.
 
-    Args:
-        config: The run.
-        resume: Refused: the toy takes seconds.
-        command: How this run was asked for, for the card.
-
-    Returns:
-        Metrics of each network after the last epoch, as "vogn_nll"; None if Ctrl-C or SIGTERM stopped the run, of
-        which nothing is written then.
-
-    Raises:
-        ValueError: If the configuration breaks a rule.
-        FileExistsError: If the run folder holds something.
+    See `recipes.tasks.task.Task.train`; the metrics are those of each network after the last epoch, as "vogn_nll", and
+    nothing is written of a run that Ctrl-C or SIGTERM stopped.
     """
-    if resume:
-        raise ValueError("resume must be off for toy2d, which takes seconds and keeps no checkpoint. Start it again.")
-    refuse_many_processes()
-    folder = Path(config.output or f"runs/{config.name}")
-    check_folder("output", folder)
-    with locked(folder):
-        check(config, folder)
-        return _train(config, folder, command)
+    return ToyExperiment(config).train(resume, command)
 
 
-def _train(config: Config, folder: Path, command: str) -> dict[str, float] | None:
-    experiment = ToyExperiment(config)
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    try:
-        with interruption(at_once=True), Progress(*columns, console=console) as progress:
-            frames = list(progress.track(experiment.run(), total=config.epochs + 1, description="training"))
-            shown = [frame for frame in frames if frame is not None]
-            found = experiment.measure()
-            clear_leftovers(folder, _FILES)
-            training_gif(progress.track(shown, description="animation"), folder / GIF, duration=0.25, last=3.0)
-    except KeyboardInterrupt:
-        console.print(f"stopped after {len(experiment.rows)} of {config.epochs} epochs; nothing is written")
-        return None
-    finish(shown[-1], folder / PNG)
-    write_atomically(folder / LOG, log_text(experiment.rows).encode())
-    save(experiment, found, folder / POSTERIOR, command)
-    metrics = _flat(found)
-    write_atomically(folder / METRICS, json.dumps(metrics, indent=2).encode())  # last: the run is finished
-    console.print(Text(printable(f"written to {folder}: {GIF}, {PNG}, {LOG}, {METRICS}, {POSTERIOR}/")))
-    return metrics
-
-
-def check(config: Config, folder: Path) -> None:
-    """Refuse a configuration that breaks a rule, and a folder that holds something."""
+def check(config: Config) -> None:
+    """Refuse a configuration that breaks a rule."""
     for name in ("epochs", "batch_size", "num_samples", "frames"):
         at_least_one(name, getattr(config, name))
     for name in ("examples", "test_examples", "centres"):
@@ -169,9 +130,6 @@ def check(config: Config, folder: Path) -> None:
     fraction("temperature_start", config.temperature_start, one=True)
     if not 2 <= config.data.centres <= min(config.data.examples, config.data.test_examples):
         raise ValueError(f"data.centres must be from 2 to the number of examples, got {config.data.centres}.")
-    check_folder("output", folder)
-    if folder.is_dir() and not _unfinished(folder):
-        raise FileExistsError(f"output must be a new folder, got {folder}, which holds something. Choose another.")
 
 
 def _unfinished(folder: Path) -> bool:
@@ -181,65 +139,77 @@ def _unfinished(folder: Path) -> bool:
     return not whole or (GIF in whole and whole <= set(_FILES) - {METRICS})
 
 
-class ToyExperiment:
-    """Two equal networks in training, one by Adam, one by VOGN.
+class ToyExperiment(Task):
+    """Two equal networks in training, one by Adam, one by VOGN, and pictures of both as they learn.
 
     Attributes:
-        config: The run.
         models: By name of the optimiser. Adam trains and predicts with the means alone, a deterministic network.
-        rows: The log so far, one row an epoch.
-        temperature: VOGN's in the last step, in the first one before there is any.
+        frames: The pictures so far, the first one of the initial networks.
     """
 
-    def __init__(self, config: Config):
-        self.config, self.rows = config, []
+    name = "toy2d"
+    Config = Config
+    resumable = False
+    leaves = _FILES
+    config: Config
+
+    def check(self) -> None:
+        check(self.config)
+
+    def goes_on(self, resume: bool) -> bool:
+        if self.folder.is_dir() and not _unfinished(self.folder):
+            raise FileExistsError(
+                f"output must be a new folder, got {self.folder}, which holds something. Choose another."
+            )
+        return False
+
+    def prepare(self, resume: bool, command: str) -> None:
+        config = self.config
+        self.command, self.frames = command, []
         self.data, self.test, self.ring = config.data.split(True), config.data.split(False), config.data.ood()
         torch.manual_seed(config.seed)
         net = zoo.create("mlp", num_classes=1, input_size=[2], widths=config.widths)
         net = describe(net, dataclasses.replace(zoo.card_of(net), likelihood=_BERNOULLI.name))
         self.models: dict[str, nn.Module] = {"adam": copy.deepcopy(net), "vogn": net}
-        options = {"adam": config.adam, "vogn": config.vogn}
-        self.optimizers: dict[str, Any] = {
-            name: make_optimizer({"name": name, **options[name]}, model, len(self.data), config.seed)
-            for name, model in self.models.items()
-        }
-        steps = config.temperature_steps
-        self.warmup = TemperatureWarmup(self.optimizers["vogn"], steps, config.temperature_start) if steps else None
-        self.temperature: float = self.optimizers["vogn"].param_groups[0]["temperature"]
+        self.learners = {name: self._learner(name, model) for name, model in self.models.items()}
 
-    def run(self) -> Iterator[Figure | None]:
-        """Train epoch by epoch; yield the frame of each, None where there is none, the initial one first."""
+    def _learner(self, name: str, model: nn.Module) -> Learner:
         config = self.config
-        shown = {round(config.epochs * k / config.frames) for k in range(config.frames + 1)}
-        order = torch.Generator().manual_seed(config.seed)
-        yield self.frame()
-        for epoch in range(1, config.epochs + 1):
-            parts = torch.randperm(len(self.data), generator=order).split(config.batch_size)
-            losses = [self._step(self.data.x[part], self.data.labels[part]) for part in parts]
-            means = {f"{name}_train_loss": sum(loss[name] for loss in losses) / len(losses) for name in NAMES}
-            self.rows.append({"epoch": epoch, "temperature": self.temperature} | means | _flat(self.measure()))
-            yield self.frame() if epoch in shown else None
+        optimizer: Any = make_optimizer({"name": name, **getattr(config, name)}, model, len(self.data), config.seed)
+        warms_up = name == "vogn" and config.temperature_steps > 0
+        warmup = TemperatureWarmup(optimizer, config.temperature_steps, config.temperature_start) if warms_up else None
+        return Learner(model, optimizer, _BERNOULLI, [warmup] if warmup else [])
 
-    def _step(self, x: Tensor, y: Tensor) -> dict[str, float]:
-        """Take one step of each; return their losses."""
-        losses = {}
-        for name, optimizer in self.optimizers.items():
-            at_once = getattr(optimizer, "vectorise", False) and optimizer.num_samples > 1
+    def plan(self) -> Plan:
+        return Plan(self.config.epochs)
 
-            def closure(model: nn.Module = self.models[name], at_once: bool = at_once) -> Tensor:
-                optimizer.zero_grad()  # noqa: B023 (called within this turn)
-                loss = _BERNOULLI.loss(model(x), y)
-                if not at_once:
-                    loss.backward()
-                return loss
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.data) // self.config.batch_size)
 
-            losses[name] = float(optimizer.step(closure).detach())
-        self.temperature = self.optimizers["vogn"].param_groups[0]["temperature"]
-        if self.warmup:
-            self.warmup.step()
-        return losses
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all examples in an order that follows those of the epochs before in one stream of random numbers."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        *_, order = (torch.randperm(len(self.data), generator=generator) for _ in range(epoch + 1))
+        for index in order.split(self.config.batch_size)[start:]:
+            yield self.data.x[index], self.data.labels[index]
 
-    def measure(self) -> dict[str, dict[str, float]]:
+    def describe(self, row: Mapping[str, float]) -> str:
+        """Print nothing after an epoch, of which there are many."""
+        return ""
+
+    def on_epoch(self, epoch: int) -> None:
+        config = self.config
+        if epoch in {round(config.epochs * k / config.frames) for k in range(config.frames + 1)}:
+            self.frames.append(self.frame(epoch))
+
+    def measure_epoch(self) -> dict[str, float]:
+        return _flat(self.measure_networks())
+
+    def measure(self, rows: Sequence[Mapping[str, float]], progress: bool) -> dict[str, float]:
+        return self.measure_epoch()
+
+    def measure_networks(self) -> dict[str, dict[str, float]]:
         """Return the metrics of each network on the test examples and on the ring around them."""
         return {name: self._measure(name) for name in NAMES}
 
@@ -259,7 +229,7 @@ class ToyExperiment:
         found = prediction_metrics(parts, self.test.labels)
         return found if draws else {key: value for key, value in found.items() if "epistemic" not in key}
 
-    def frame(self) -> Figure:
+    def frame(self, epoch: int) -> Figure:
         """Return the picture of both networks as they are; its draws are those of every frame, so that none jumps."""
         return decision_boundary(
             self.models["vogn"],
@@ -271,29 +241,66 @@ class ToyExperiment:
             num_samples=self.config.num_samples,
             class_names=CLASSES,
             names=(NAMES["vogn"], NAMES["adam"]),
-            title=f"epoch {len(self.rows)} of {self.config.epochs}",
+            title=f"epoch {epoch} of {self.config.epochs}",
             grid=_GRID,
             generator=torch.Generator().manual_seed(self.config.seed),
         )
 
+    def write(self, rows: Sequence[Mapping[str, float]], metrics: Mapping[str, float]) -> str:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            frames = progress.track(self.frames, description="animation")
+            training_gif(frames, self.folder / GIF, duration=0.25, last=3.0)
+        with interruption():  # what begins is written whole
+            finish(self.frames[-1], self.folder / PNG)
+            write_atomically(self.folder / LOG, log_text(log_rows(rows)).encode())
+            save(self, rows[-1]["vogn_temperature"])
+            write_atomically(self.folder / METRICS, json.dumps(metrics, indent=2).encode())  # last: the run is finished
+        return f": {GIF}, {PNG}, {LOG}, {METRICS}, {POSTERIOR}/"
 
-def save(experiment: ToyExperiment, found: Mapping[str, dict[str, float]], folder: Path, command: str) -> None:
+    def stopped(self, epochs: int, measured: bool) -> str:
+        return f"stopped after {epochs} of {self.config.epochs} epochs; nothing is written"
+
+    @classmethod
+    def metrics_table(cls, metrics: Mapping[str, float]) -> Table:
+        table = Table("metric", caption=f"total: entropy in nats; ring: points around the data; pictures: {GIF}, {PNG}")
+        for name in NAMES.values():
+            table.add_column(name, justify="right")
+        for key in (key.removeprefix("vogn_") for key in metrics if key.startswith("vogn_")):
+            found = (metrics.get(f"{name}_{key}") for name in NAMES)
+            table.add_row(key, *("" if value is None else f"{value:.4f}" for value in found))
+        return table
+
+
+def log_rows(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Return the rows of the toy's log: of all epochs the temperature of VOGN, the losses and the metrics."""
+    metrics = tuple(f"{name}_" for name in NAMES)
+    settings = [f"{name}_{key}" for name in NAMES for key in ("lr", "temperature")]
+    return [
+        {"epoch": row["epoch"], "temperature": row["vogn_temperature"]}
+        | {f"{name}_train_loss": row[f"train_{name}_loss"] for name in NAMES}
+        | {key: value for key, value in row.items() if key.startswith(metrics) and key not in settings}
+        for row in rows
+    ]
+
+
+def save(experiment: ToyExperiment, temperature: float) -> None:
     """Save VOGN's posterior with its card; Adam's metrics stand beside its own."""
-    config = experiment.config
+    config, found = experiment.config, experiment.measure_networks()
     counts = {"test_examples": len(experiment.test), "seed": config.seed}
     rounded = {name: {key: round(value, 5) for key, value in found[name].items()} | counts for name in NAMES}
     bl.save_posterior(
         experiment.models["vogn"],
-        folder,
+        experiment.folder / POSTERIOR,
         name=config.name,
         class_names=CLASSES,
         dataset=f"{config.data.name} ({len(experiment.data)} train, {len(experiment.test)} test)",
         dataset_size=len(experiment.data),
-        temperature=round(experiment.temperature, 5),
+        temperature=round(temperature, 5),
         optimizer={"name": "vogn"}
         | config.vogn
         | {key: getattr(config, key) for key in ("temperature_steps", "temperature_start", "batch_size", "epochs")},
-        recipe=command,
+        recipe=experiment.command,
         versions=versions(),
         metrics=rounded["vogn"] | {"num_samples": config.num_samples},
         baseline={"optimizer": "adam"} | rounded["adam"] | {"num_samples": 1},
@@ -303,14 +310,3 @@ def save(experiment: ToyExperiment, found: Mapping[str, dict[str, float]], folde
 
 def _flat(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {f"{name}_{key}": value for name, own in found.items() for key, value in own.items()}
-
-
-def metrics_table(metrics: Mapping[str, float]) -> Table:
-    """Return what `train` returned as a table."""
-    table = Table("metric", caption=f"total: entropy in nats; ring: points around the data; pictures: {GIF}, {PNG}")
-    for name in NAMES.values():
-        table.add_column(name, justify="right")
-    for key in (key.removeprefix("vogn_") for key in metrics if key.startswith("vogn_")):
-        found = (metrics.get(f"{name}_{key}") for name in NAMES)
-        table.add_row(key, *("" if value is None else f"{value:.4f}" for value in found))
-    return table

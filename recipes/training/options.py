@@ -167,7 +167,9 @@ def _is_union(kind: Any) -> bool:
 
 
 def _texts(kind: type) -> dict[str, str]:
-    """Return what a dataclass's docstring says of each field, under "Attributes:"."""
-    section = inspect.getdoc(kind).partition("\nAttributes:\n")[2]  # pyright: ignore[reportOptionalMemberAccess]
-    found = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", section, re.MULTILINE)
+    """Return what the docstrings of a dataclass and its bases say of each field, under "Attributes:"."""
+    found: list[tuple[str, str]] = []
+    for base in reversed(kind.__mro__[:-1]):
+        section = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")[2]
+        found += re.findall(r"^    (\w+): (.*(?:\n     .*)*)", section, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}

@@ -28,13 +28,13 @@ def in_a_sentence(path: Path) -> Iterator[None]:
         raise PosteriorError(f"{path} must be a checkpoint of this run, got one that does not fit: {reason}.") from None
 
 
-def check_progress(state: Mapping[str, Any], sums: Mapping[str, float], bins: Tensor) -> None:
+def check_progress(state: Mapping[str, Any], sums: Mapping[str, float], tensors: Mapping[str, Tensor]) -> None:
     """Check how far a run is, and what it has logged.
 
     Args:
         state: State of the run.
         sums: Sums over an epoch's steps, whose names the state must have.
-        bins: Calibration over these steps, whose shape the state must have.
+        tensors: What else is added up over them, whose names and shapes the state must have.
 
     Raises:
         ValueError: If something is of another kind.
@@ -44,8 +44,10 @@ def check_progress(state: Mapping[str, Any], sums: Mapping[str, float], bins: Te
             raise ValueError(f"{key} must be an integer >= 0, got {state[key]!r:.40}")
     if state["sums"].keys() != sums.keys() or not all(_is_number(value) for value in state["sums"].values()):
         raise ValueError(f"sums must be numbers named {', '.join(sums)}")
-    if not isinstance(state["bins"], Tensor) or state["bins"].shape != bins.shape or not state["bins"].isfinite().all():
-        raise ValueError(f"bins must be finite, of shape {tuple(bins.shape)}")
+    for name, own in tensors.items():
+        found = state[name]
+        if not isinstance(found, Tensor) or found.shape != own.shape or not found.isfinite().all():
+            raise ValueError(f"{name} must be finite, of shape {tuple(own.shape)}")
     rows = state["rows"]
     if not isinstance(rows, list) or len(rows) != state["epoch"]:
         raise ValueError("rows must be one for each epoch")

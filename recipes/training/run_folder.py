@@ -10,21 +10,50 @@ import shutil
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from recipes.data.names import short_name
 
 LOG, METRICS, REPORT, CONFIG, POSTERIOR = "log.csv", "metrics.json", "report.json", "config.json", "posterior"
 CURVES, BEST, CHECKPOINT = "curves.png", "best", "checkpoint.safetensors"
 _OUTPUTS = (CHECKPOINT, LOG, METRICS, REPORT, POSTERIOR, BEST)
-_WRITTEN = (LOG, METRICS, REPORT, "report.html", CONFIG, POSTERIOR, CURVES, BEST, CHECKPOINT)
-EPOCH_METRICS = ("accuracy", "nll", "ece")
-COMPARED = (*EPOCH_METRICS, "misclassification_auroc_confidence")
+WRITTEN = (LOG, METRICS, REPORT, "report.html", CONFIG, POSTERIOR, CURVES, BEST, CHECKPOINT)
 OOD = "ood_auroc_"
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a metric of a task reads where runs are compared.
+
+    Attributes:
+        name: The metric, as log and metrics.json name it.
+        title: Heading of its column.
+        better: "higher" or "lower".
+        unit: Behind the title in a picture: "nats".
+        percent: Whether it is shown as a percentage.
+        digits: Digits behind the point, of one that is not.
+    """
+
+    name: str
+    title: str
+    better: Literal["higher", "lower"] = "lower"
+    unit: str = ""
+    percent: bool = False
+    digits: int = 4
+
+
+# Of a run whose configuration names no columns, as none did before tasks had their own.
+DEFAULT_COLUMNS = (
+    Column("accuracy", "accuracy", "higher", percent=True),
+    Column("nll", "NLL", unit="nats"),
+    Column("ece", "ECE"),
+    Column("misclassification_auroc_confidence", "AUROC errors", "higher", digits=3),
+)
 
 
 @dataclass(frozen=True)
@@ -35,11 +64,13 @@ class Plan:
         method: The optimizer, and after it a Laplace approximation or another way to predict.
         data: Data set.
         epochs: Epochs to train.
+        columns: How its metrics read.
     """
 
     method: str
     data: str
     epochs: int
+    columns: tuple[Column, ...] = DEFAULT_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -50,11 +81,12 @@ class Run:
         folder: Where it is.
         plan: None without a configuration.
         held_out: Examples that it was measured on after each epoch: "test" or "val".
-        curves: By name "epoch", "seconds", "train_accuracy", and "accuracy", "nll", "ece" of the held-out examples: a
-            value for each epoch.
+        curves: By name "epoch", "seconds", and of each column the metric of the held-out examples and, as "train_NAME",
+            of the training ones: a value for each epoch.
         metrics: Those of the test examples at its end; those after the last epoch if it is not finished.
         finished: Whether it was measured at its end.
-        reliability: Confidence, accuracy and share of the examples, of each bin that holds any; None without a report.
+        reliability: Confidence, accuracy and share of the examples, of each bin that holds any; None without a report,
+            empty where a report has none.
     """
 
     folder: Path
@@ -64,6 +96,11 @@ class Run:
     metrics: dict[str, float]
     finished: bool
     reliability: list[tuple[float, float, float]] | None
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """How its metrics read."""
+        return self.plan.columns if self.plan else DEFAULT_COLUMNS
 
     @property
     def epochs(self) -> int:
@@ -125,7 +162,7 @@ def kept(folder: Path) -> Iterator[None]:
         raise OSError(error.errno, f"{error.strerror}{name}. {advice}.") from error
 
 
-def clear_leftovers(folder: Path, names: Sequence[str] = _WRITTEN) -> None:
+def clear_leftovers(folder: Path, names: Sequence[str]) -> None:
     """Remove what was being written when a run was killed: `.NAME-*`, beside files that are whole."""
     for path in folder.iterdir():
         if path.name.startswith(tuple(f".{name}-" for name in names)):
@@ -160,19 +197,24 @@ def read_run(folder: str | Path) -> Run:
     if not folder.is_dir():
         what = "a file" if folder.exists() else "not there"
         raise NotADirectoryError(f"run must be a folder, got {folder}, which is {what}.")
-    log = _parsed(folder / LOG, _log)
-    if log is None:
+    if not (folder / LOG).is_file():
         raise FileNotFoundError(f"run must hold {LOG}, got {folder} without. Training writes it after the first epoch.")
+    plan = _parsed(folder / CONFIG, plan_of)
+    columns = plan.columns if plan else DEFAULT_COLUMNS
+    log = _parsed(folder / LOG, partial(_log, columns=columns))
+    assert log is not None
     held_out, curves = log
     if held_out is None:
-        raise ValueError(f"run must be one of image classification, got {folder}, whose {LOG} has other columns.")
-    metrics = _parsed(folder / METRICS, _metrics)
+        raise ValueError(
+            f"run must have metrics of test or validation examples, got {folder}, whose {LOG} has other columns."
+        )
+    metrics = _parsed(folder / METRICS, partial(_metrics, columns=columns))
     return Run(
         folder=folder,
-        plan=_parsed(folder / CONFIG, plan_of),
+        plan=plan,
         held_out=held_out,
         curves=curves,
-        metrics={key: curves[key][-1] for key in EPOCH_METRICS} if metrics is None else metrics,
+        metrics={column.name: curves[column.name][-1] for column in columns} if metrics is None else metrics,
         finished=metrics is not None,
         reliability=_parsed(folder / REPORT, _reliability),
     )
@@ -190,22 +232,23 @@ def _parsed(path: Path, parse: Callable[[str], T]) -> T | None:
         ) from None
 
 
-def _log(text: str) -> tuple[str | None, dict[str, list[float]]]:
-    """Return which examples a log measures, None for the log of another recipe, and the run's curves."""
+def _log(text: str, columns: Sequence[Column]) -> tuple[str | None, dict[str, list[float]]]:
+    """Return which examples a log measures, None for none of these columns, and the run's curves."""
     rows = list(csv.DictReader(text.splitlines(), strict=True))
     if not rows or any(None in row or None in row.values() for row in rows):  # none, or one too long or too short
         raise ValueError
-    splits = (split for split in ("val", "test") if any(f"{split}_{key}" in rows[0] for key in EPOCH_METRICS))
+    names = [column.name for column in columns]
+    splits = (split for split in ("val", "test") if any(f"{split}_{name}" in rows[0] for name in names))
     held_out = next(splits, None)
-    columns = {key: key for key in ("seconds", "train_accuracy")}
-    columns |= {key: f"{held_out}_{key}" for key in EPOCH_METRICS}
-    curves = {key: [float(row.get(column) or math.nan) for row in rows] for key, column in columns.items()}
+    keys = {key: key for key in ("seconds", *(f"train_{name}" for name in names))}
+    keys |= {name: f"{held_out}_{name}" for name in names}
+    curves = {name: [float(row.get(key) or math.nan) for row in rows] for name, key in keys.items()}
     return held_out, {"epoch": [float(int(row["epoch"])) for row in rows]} | curves
 
 
-def _metrics(text: str) -> dict[str, float]:
-    metrics = json.loads(text)
-    chosen = (key for key in metrics if key in COMPARED or (key.startswith(OOD) and not _of_epistemic(key, metrics)))
+def _metrics(text: str, columns: Sequence[Column]) -> dict[str, float]:
+    metrics, names = json.loads(text), {column.name for column in columns}
+    chosen = (key for key in metrics if key in names or (key.startswith(OOD) and not _of_epistemic(key, metrics)))
     return {key: math.nan if metrics[key] is None else float(metrics[key]) for key in chosen}
 
 
@@ -219,13 +262,31 @@ def plan_of(text: str) -> Plan:
     config = json.loads(text)
     laplace, how = config.get("laplace"), config.get("evaluation", {}).get("method")
     words = [config["optimizer"]["name"], *["laplace"] * (laplace is not None), *[how] * (how is not None)]
-    return Plan(", ".join(words), short_name(str(config["data"])), int(config["epochs"]))
+    columns = tuple(_column(values) for values in config.get("columns", [])) or DEFAULT_COLUMNS
+    return Plan(", ".join(words), short_name(str(config["data"])), int(config["epochs"]), columns)
 
 
-def _reliability(text: str) -> list[tuple[float, float, float]] | None:
+def _column(values: Mapping[str, Any]) -> Column:
+    column = Column(**values)
+    texts = column.name, column.title, column.unit
+    if (
+        column.better not in ("higher", "lower")
+        or column.digits not in range(10)
+        or not all(isinstance(text, str) for text in texts)
+    ):
+        raise ValueError
+    return column
+
+
+def config_text(config: Mapping[str, Any], columns: Sequence[Column]) -> str:
+    """Return the text of a run's configuration, with how its metrics read."""
+    return json.dumps({**config, "columns": [asdict(column) for column in columns]}, indent=2)
+
+
+def _reliability(text: str) -> list[tuple[float, float, float]]:
     reliability = json.loads(text).get("reliability")
     if reliability is None:
-        return None
+        return []
     bins = list(zip(*(reliability[key] for key in ("confidence", "accuracy", "count")), strict=True))
     total = sum(count for *_, count in bins)
     return [(float(confidence), float(accuracy), count / total) for confidence, accuracy, count in bins if count]

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from recipes.tasks.classification import train
-from recipes.training.config import Config, Evaluation
+from recipes.tasks.images import Config
+from recipes.training.config import Evaluation
 from recipes.training.run_lock import LOCK
 
 RNG = np.random.default_rng(0)

@@ -180,7 +180,7 @@ def test_hostile_configurations_run_nothing(watched, capsys, tmp_path, monkeypat
         stop()
 
     monkeypatch.setattr(zoo, "create", create_on_paper)
-    monkeypatch.setattr("recipes.tasks.toy2d.ToyExperiment", stop)
+    monkeypatch.setattr("recipes.tasks.toy2d.ToyExperiment.prepare", stop)
     trees = [read_yaml(path.read_text(), path.name) for path in sorted(CONFIGS.rglob("*.yaml"))]
     rng, outcomes = random.Random(0), Counter()
     for number in range(ROUNDS):
@@ -240,10 +240,10 @@ def test_hostile_command_lines_run_nothing(watched, capsys, tmp_path, folders, m
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "60")
-    reports = "demo.demo verify.verify verify.record measure.load_split benchmark.benchmark_step"
+    reports = "demo.demo verify.verify verify.record verify.load_split benchmark.benchmark_step"
     reports += " benchmark.benchmark_load benchmark.benchmark_predict"
-    work = ["bayeslayers.predict", "zoo.loading.download", "recipes.tasks.classification.train"]
-    work += ["recipes.tasks.toy2d.train", *(f"recipes.reports.{name}" for name in reports.split())]
+    work = ["bayeslayers.predict", "zoo.loading.download", "recipes.tasks.task.Task.train"]
+    work += ["recipes.tasks.images.load_split", *(f"recipes.reports.{name}" for name in reports.split())]
     for name in work:
         monkeypatch.setattr(name, stop)
     rng, outcomes = random.Random(1), Counter()

@@ -113,7 +113,7 @@ def a_result():
     x, y = torch.randn(20, 4), torch.arange(20) % 3
     evaluation = bl.evaluate(bl.BayesLinear(4, 3), (x, y), ood={EVIL: (x,)}, num_samples=2)
     request = EvaluationRequest(posterior=EVIL, data=EVIL, ood=[EVIL])
-    return EvaluationResult(request, evaluation, mistakes=[], versions={EVIL: EVIL}, command=EVIL)
+    return EvaluationResult(request, evaluation, sections=[], versions={EVIL: EVIL}, command=EVIL)
 
 
 def test_a_report_shows_names_as_text():
@@ -130,7 +130,7 @@ def test_verify_evaluate_and_search_show_names_as_text(capsys, monkeypatch, plac
     monkeypatch.setattr("zoo.hub.search", lambda _: [Found(f"o/{EVIL}", 1, 2, EVIL)])
     status, out, _ = run(capsys, monkeypatch, "search", "x")
     assert status == 0 and out.count("\n") == 1 and "[red]x[/red]" in out
-    monkeypatch.setattr("recipes.reports.measure.evaluate", lambda *_, **__: a_result())
+    monkeypatch.setattr("recipes.tasks.evaluate.evaluate", lambda *_, **__: a_result())
     status, out, _ = run(capsys, monkeypatch, "evaluate", places[1])
     assert status == 0 and "[red]x[/red]" in out
 

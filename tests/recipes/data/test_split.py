@@ -9,6 +9,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import recipes.data.split
+from recipes.data.examples import num_batches
 from recipes.data.split import NAMES, Split, batches, load_split
 
 RNG = np.random.default_rng(0)
@@ -285,4 +286,4 @@ def test_a_limit_takes_examples_from_all_over(labels):
 def test_a_split_needs_no_size():
     split = Split(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), [])
     assert split.inputs(slice(None)).shape == (2, 1, 4, 4) and split.limited(None) is split
-    assert recipes.data.split.num_batches(split, 5) == 1
+    assert num_batches(len(split), 5) == 1

@@ -17,9 +17,8 @@ from recipes.reports import compare_figure
 from recipes.reports.compare import compare
 from recipes.reports.compare_figure import draw
 from recipes.reports.measure import EvaluationRequest, EvaluationResult
-from recipes.tasks import classification
-from recipes.training import loop as training
-from recipes.training import run_folder
+from recipes.tasks import posterior_task
+from recipes.training import loop, run_folder
 from recipes.training.run_folder import read_run
 
 RELIABILITY = {
@@ -205,7 +204,7 @@ def test_what_is_no_run_is_refused(tmp_path):
         compare([tmp_path / "empty"])
     toy = a_run(tmp_path / "toy", [{"epoch": 1, "vogn_accuracy": 0.9}])
     with pytest.raises(
-        ValueError, match=r"run must be one of image classification, got .*toy, whose log.csv has other"
+        ValueError, match=r"run must have metrics of test or validation examples, got .*toy, whose log.csv has other"
     ):
         compare([toy])
     with pytest.raises(NotADirectoryError, match=r"run must be a folder, got .*a.log, which is a file"):
@@ -326,12 +325,12 @@ def test_validation_metrics_are_named_so(tmp_path):
 
 
 def test_files_are_those_that_training_writes(tmp_path):
-    names = (training.LOG, classification.METRICS, classification.CONFIG)
+    names = (loop.LOG, posterior_task.METRICS, posterior_task.CONFIG)
     assert names == (run_folder.LOG, run_folder.METRICS, run_folder.CONFIG)
     torch.manual_seed(0)
     x, y = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
     evaluation = bl.evaluate(bl.BayesLinear(4, 3), (x, y), num_samples=2)
-    result = EvaluationResult(EvaluationRequest("net"), evaluation, mistakes=[], versions={}, command="")
+    result = EvaluationResult(EvaluationRequest("net"), evaluation, sections=[], versions={}, command="")
     folder = a_run(tmp_path / "run")
     (folder / compare_figure.REPORT).write_text(result.to_json())
     reliability = evaluation.reliability

@@ -15,13 +15,14 @@ from PIL import Image
 from torch.testing import assert_close
 
 import bayeslayers as bl
-import recipes.reports.html
-import recipes.reports.measure
 import zoo
 from recipes.cli import main
 from recipes.data.split import load_split
-from recipes.reports.html import meaning, report_html, write_report
-from recipes.reports.measure import EvaluationRequest, EvaluationResult, Mistake, evaluate
+from recipes.reports.html import report_html, write_report
+from recipes.reports.measure import EvaluationRequest, EvaluationResult
+from recipes.reports.metrics import meaning
+from recipes.tasks.classification import MISTAKES, Mistake, find_mistakes, mistakes_section
+from recipes.tasks.evaluate import evaluate
 
 HOSTILE = "<script src=http://evil.example/x.js></script>\" onerror='alert(1)' & {braces} $x_{1"
 
@@ -57,7 +58,7 @@ def a_result(name="digits", mistakes=(), **metrics):
     evaluation = bl.evaluate(bl.BayesLinear(4, 3), (x, y), ood={name: 10 * x}, num_samples=4, generator=generator)
     evaluation = dataclasses.replace(evaluation, metrics=evaluation.metrics | metrics)
     request = EvaluationRequest(name, data=name, ood=[name])
-    return EvaluationResult(request, evaluation, list(mistakes), {"torch": "2"}, request.command())
+    return EvaluationResult(request, evaluation, [mistakes_section(mistakes)], {"torch": "2"}, request.command())
 
 
 @pytest.fixture(scope="module")
@@ -159,10 +160,12 @@ def test_a_result_has_the_metrics_of_the_library(mlp, data_root):
     )
     assert result.evaluation.metrics == pytest.approx(expected.metrics, nan_ok=True)
     assert result.request.data == "mnist" and result.evaluation.num_examples == 100
-    confidences = [mistake.confidence for mistake in result.mistakes]
-    assert 0 < len(confidences) <= recipes.reports.measure.MISTAKES and confidences == sorted(confidences, reverse=True)
+    mistakes = find_mistakes(zoo.load(mlp), known, result.evaluation, result.request)
+    assert [picture.image is not None for picture in result.sections[0].pictures] == [True] * len(mistakes)
+    confidences = [mistake.confidence for mistake in mistakes]
+    assert 0 < len(confidences) <= MISTAKES and confidences == sorted(confidences, reverse=True)
     originals = {image.numpy().tobytes() for image in known.images}
-    for mistake in result.mistakes:
+    for mistake in mistakes:
         assert mistake.label != mistake.predicted and mistake.image.numpy().tobytes() in originals
     plain = json.loads(result.to_json())
     assert plain["metrics"]["accuracy"] == pytest.approx(expected.metrics["accuracy"])
@@ -180,12 +183,14 @@ def test_labels_go_by_name_where_the_card_has_another_order(mlp, tmp_path, data_
     ask = EvaluationRequest(str(tmp_path / "named"), f"npz:{tmp_path}/shuffled.npz", method="mean")
     by_name, by_number = (evaluate(request, data_root) for request in (ask, dataclasses.replace(ask, data="mnist")))
     assert by_name.evaluation.metrics == pytest.approx(by_number.evaluation.metrics, nan_ok=True)
-    assert {mistake.label for mistake in by_name.mistakes} <= set(digits)
+    true = {line[1] for picture in by_name.sections[0].pictures for line in picture.caption}
+    assert true and true <= set(digits)
     scores = by_number.evaluation.scores
     wrong = scores["confidence"][~scores["correct"]].sort(descending=True).values
-    assert len(wrong) > recipes.reports.measure.MISTAKES
-    shown = torch.tensor([mistake.confidence for mistake in by_number.mistakes])
-    assert_close(shown, wrong[: recipes.reports.measure.MISTAKES])
+    assert len(wrong) > MISTAKES
+    found = find_mistakes(model, known, by_number.evaluation, by_number.request)
+    shown = torch.tensor([mistake.confidence for mistake in found])
+    assert_close(shown, wrong[:MISTAKES])
 
 
 def test_the_command_prints_a_table_and_writes_a_report(capsys, mlp, data_root, tmp_path, monkeypatch):
@@ -259,7 +264,7 @@ def test_a_report_that_cannot_be_made_leaves_the_old_one(tmp_path, monkeypatch):
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     bad = Mistake(torch.zeros(1), "a", "b", 0.5)
     with pytest.raises((IndexError, TypeError, ValueError)):
-        write_report(dataclasses.replace(result, mistakes=[bad]), tmp_path)
+        write_report(dataclasses.replace(result, sections=[mistakes_section([bad])]), tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 

@@ -15,7 +15,8 @@ from recipes.data.slices import SLICES, Points, load_slice, save_slice, write_sl
 from recipes.data.split import Split
 from recipes.reports.verify import MAX_SAMPLES, Check, _draw_blocks, _pool, compare, measure, record, verify
 from recipes.tasks.classification import train
-from recipes.training.config import Config, Evaluation
+from recipes.tasks.images import Config
+from recipes.training.config import Evaluation
 
 NAME = "mlp-mnist"  # the faster of the two
 

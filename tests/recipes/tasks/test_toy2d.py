@@ -18,7 +18,8 @@ from recipes.cli.train import CONFIGS
 from recipes.data.blobs import OOD_NAME, Blobs
 from recipes.data.slices import load_slice
 from recipes.reports.verify import record, verify
-from recipes.tasks.toy2d import Config, ToyExperiment, train
+from recipes.tasks.toy2d import Config, ToyExperiment, log_rows, train
+from recipes.training.loop import Training
 
 FILES = {"boundary.gif", "boundary.png", "log.csv", "metrics.json", "posterior"}
 VOGN = {"lr": 0.05, "init_precision": 20.0, "num_samples": 3, "vectorise": True}
@@ -55,10 +56,18 @@ def run(coarse, tmp_path_factory):
     return folder, metrics
 
 
-def trained(config):
+def prepared(config):
     experiment = ToyExperiment(config)
-    experiment.frame = lambda: None  # the pictures take longest
-    assert len(list(experiment.run())) == config.epochs + 1
+    experiment.prepare(resume=False, command="")
+    return experiment
+
+
+def trained(config):
+    experiment = prepared(config)
+    experiment.frame = lambda epoch: epoch  # the pictures take longest
+    loop = Training(experiment, experiment.plan())
+    assert loop.run()
+    experiment.rows = log_rows(loop.rows)
     return experiment
 
 
@@ -83,9 +92,7 @@ def test_the_animation_has_the_initial_frame_and_those_asked_for(run):
 
 @pytest.mark.parametrize(("epochs", "frames", "shown"), [(3, 2, [0, 2, 3]), (4, 4, [0, 1, 2, 3, 4]), (2, 9, [0, 1, 2])])
 def test_frames_are_spread_over_the_epochs(epochs, frames, shown):
-    experiment = ToyExperiment(tiny(epochs=epochs, frames=frames))
-    experiment.frame = lambda: len(experiment.rows)
-    assert [frame for frame in experiment.run() if frame is not None] == shown
+    assert trained(tiny(epochs=epochs, frames=frames)).frames == shown
 
 
 def test_the_posterior_loads_and_predicts_probabilities_of_yes(run):
@@ -112,13 +119,13 @@ def test_the_same_seed_gives_the_same_networks_and_another_seed_others():
 
 
 def test_both_start_equal_and_adam_leaves_the_precisions():
-    experiment = ToyExperiment(tiny())
+    experiment = prepared(tiny())
     adam, vogn = (experiment.models[name].state_dict() for name in ("adam", "vogn"))
     means = [name for name, _ in experiment.models["vogn"].named_parameters()]
     assert all(torch.equal(adam[name], vogn[name]) for name in means)
     start = {name: tensor.clone() for name, tensor in adam.items()}
-    experiment.frame = lambda: None
-    list(experiment.run())
+    experiment.frame = lambda epoch: epoch
+    assert Training(experiment, experiment.plan()).run()
     changed = {
         name for name, tensor in experiment.models["adam"].state_dict().items() if not torch.equal(tensor, start[name])
     }
@@ -239,8 +246,8 @@ def test_ctrl_c_writes_nothing_and_says_so(tmp_path, monkeypatch, capsys):
     def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ToyExperiment, "measure", interrupted)
-    monkeypatch.setattr(ToyExperiment, "frame", lambda self: None)
+    monkeypatch.setattr(ToyExperiment, "measure_epoch", interrupted)
+    monkeypatch.setattr(ToyExperiment, "frame", lambda self, epoch: epoch)
     assert train(tiny(output=str(tmp_path / "run"))) is None
     assert "stopped after 0 of 3 epochs; nothing is written" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

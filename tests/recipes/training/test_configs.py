@@ -61,7 +61,7 @@ def parsed(name):
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BAYESLAYERS_TRACEBACK", "1")
-        patch.setattr("recipes.tasks.classification.train", lambda config, *_: found.append(config) or {})
+        patch.setattr("recipes.tasks.task.Task.train", lambda task, *_: found.append(task.config) or {})
         assert main(["train", name]) == 0
     return found[0]
 
@@ -105,8 +105,8 @@ def thin(monkeypatch):
 @pytest.fixture
 def no_plots(monkeypatch):
     """Draw nothing at the end of a run: it takes longer than all the rest."""
-    for name in ("training_curves", "write_report"):
-        monkeypatch.setattr(f"recipes.tasks.classification.{name}", lambda *_: None)
+    for name in ("task.training_curves", "posterior_task.write_report"):
+        monkeypatch.setattr(f"recipes.tasks.{name}", lambda *_: None)
 
 
 def take_two_steps(name, data, folder, monkeypatch):

@@ -103,7 +103,7 @@ def test_a_run_stopped_in_a_step_is_saved_and_goes_on(number, steps, left, whole
 def test_a_run_stopped_while_an_epoch_is_measured_is_saved_at_once(number, whole, tmp_path, monkeypatch):
     config = tiny(whole.parent, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr("recipes.tasks.classification.evaluated", lambda *_: send(number))
+        patch.setattr("recipes.tasks.posterior_task.evaluate_network", lambda *_: send(number))
         assert train(config) is None
     saved = load_checkpoint(tmp_path / "run/checkpoint.safetensors")
     assert (saved["epoch"], saved["step"]) == (0, 3) and not (tmp_path / "run/log.csv").exists()
@@ -114,16 +114,16 @@ def test_a_run_stopped_while_an_epoch_is_measured_is_saved_at_once(number, whole
 @pytest.mark.parametrize(
     ("number", "place", "said"),
     [
-        (signal.SIGTERM, "training_curves", "before it was measured"),
-        (signal.SIGTERM, "measured", "before it was measured"),
-        (signal.SIGINT, "write_report", "before its report was written"),
-        (signal.SIGTERM, "write_report", "before its report was written"),
+        (signal.SIGTERM, "task.training_curves", "before it was measured"),
+        (signal.SIGTERM, "posterior_task.measure", "before it was measured"),
+        (signal.SIGINT, "posterior_task.write_report", "before its report was written"),
+        (signal.SIGTERM, "posterior_task.write_report", "before its report was written"),
     ],
 )
 def test_a_run_stopped_after_its_training_goes_on(number, place, said, whole, tmp_path, monkeypatch, capsys):
     config = tiny(whole.parent, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(f"recipes.tasks.classification.{place}", lambda *_: send(number))
+        patch.setattr(f"recipes.tasks.{place}", lambda *_: send(number))
         assert train(config) is None
     assert f"stopped and saved {said}; continue with --resume" in capsys.readouterr().err
     assert train(config, resume=True)

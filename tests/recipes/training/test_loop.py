@@ -28,11 +28,12 @@ from bayeslayers.storage.posterior import read_card
 from bayeslayers.storage.training_state import load_checkpoint, save_checkpoint
 from recipes.data.augmentation import Augmentation
 from recipes.data.split import batches, load_split
-from recipes.reports.measure import EvaluationRequest, evaluate
+from recipes.reports.measure import EvaluationRequest
 from recipes.reports.verify import record, verify
-from recipes.tasks.classification import card_metrics, train
-from recipes.tasks.image_sets import check_classes, read_sets
-from recipes.training.config import Config, Evaluation, Laplace
+from recipes.tasks.classification import Classification, check_classes, train
+from recipes.tasks.evaluate import evaluate
+from recipes.tasks.images import Config, read_splits
+from recipes.training.config import Evaluation, Laplace
 from recipes.training.loop import Training, interruption
 from recipes.training.methods import make_optimizer
 from recipes.training.schedules import Schedule
@@ -230,13 +231,13 @@ def test_what_was_trained_on_crops_is_measured_on_the_middle_ever_after(data_roo
     folder = str(tmp_path / "run/posterior")
     assert read_card(folder).resize == 36
     request = EvaluationRequest(folder, ood=["fashion-mnist"], num_samples=3)
-    assert card_metrics(evaluate(request, data_root)) == metrics
+    assert Classification.card_metrics(evaluate(request, data_root)) == metrics
     assert [check for check in verify(folder, data_root) if not check.ok] == []
     record(folder)
     assert [check for check in verify(folder) if not check.ok] == []
     bl.save_posterior(zoo.load(folder), folder, name="whole", resize=None)
     assert [check for check in verify(folder) if not check.ok] != []
-    assert card_metrics(evaluate(request, data_root))["nll"] != metrics["nll"]
+    assert Classification.card_metrics(evaluate(request, data_root))["nll"] != metrics["nll"]
 
 
 def test_adam_trains_the_baseline_whose_metrics_a_posterior_shows(data_root, tmp_path):
@@ -376,7 +377,7 @@ def test_ctrl_c_in_the_last_step_stops_before_the_measurement(data_root, tmp_pat
 
 def test_ctrl_c_in_the_measurement_leaves_the_training_saved(data_root, tmp_path, whole, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr("recipes.tasks.classification.measured", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr("recipes.tasks.posterior_task.measure", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         assert train(config(data_root, tmp_path / "run")) is None
     assert "stopped and saved before it was measured; continue with --resume" in capsys.readouterr().err
     assert train(config(data_root, tmp_path / "run"), resume=True) is not None
@@ -524,9 +525,9 @@ def test_a_refused_run_writes_nothing(data_root, tmp_path, fields, error, messag
 @pytest.mark.parametrize(("model", "method"), [("lenet5_mcdropout", "dropout"), ("mlp", "sample"), ("mlp", "local")])
 def test_looking_at_the_model_first_leaves_the_draws_of_training(model, method, data_root):
     net = zoo.create(model)
-    sets = read_sets(config(data_root, "run"), (1, 28, 28))
+    splits = read_splits(config(data_root, "run"), (1, 28, 28))
     before = torch.get_rng_state()
-    check_classes(net, sets, method)
+    check_classes(net, splits, method)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -12,8 +12,10 @@ from torch.testing import assert_close
 import bayeslayers as bl
 import zoo
 from bayeslayers.storage.training_state import _digest, load_checkpoint, save_checkpoint, save_tensors
-from recipes.tasks.classification import go_on_from, train
-from recipes.training.config import Config, Evaluation
+from recipes.tasks.classification import train
+from recipes.tasks.images import Config
+from recipes.training.config import Evaluation
+from recipes.training.start import go_on_from
 
 NAME = "checkpoint.safetensors"
 WEIGHT = "hidden1.weight"

@@ -179,11 +179,13 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint(whole, tmp_path, monkeyp
 
 
 def test_an_epoch_whose_score_is_nan_is_not_the_best_one(tmp_path, monkeypatch):
-    from recipes.tasks.classification import Experiment
+    from recipes.tasks.posterior_task import PosteriorTask
 
-    measure, count = Experiment._measure, iter(range(99))
+    measure, count = PosteriorTask.measure_epoch, iter(range(99))
     monkeypatch.setattr(
-        Experiment, "_measure", lambda self: measure(self) | ({"test_nll": math.nan} if next(count) in (0, 2) else {})
+        PosteriorTask,
+        "measure_epoch",
+        lambda self: measure(self) | ({"test_nll": math.nan} if next(count) in (0, 2) else {}),
     )
     train(tiny(tmp_path, tmp_path / "run", epochs=3))
     assert read_card(tmp_path / "run/best").notes.startswith("Epoch 2 of 3")

@@ -1,0 +1,25 @@
+"""The tasks by the names that configurations give them; a module is imported when its task is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from recipes.tasks.task import Task
+
+
+def _classification() -> type[Task]:
+    from recipes.tasks.classification import Classification
+
+    return Classification
+
+
+def _toy2d() -> type[Task]:
+    from recipes.tasks.toy2d import ToyExperiment
+
+    return ToyExperiment
+
+
+TASKS: dict[str, Callable[[], type[Task]]] = {"classification": _classification, "toy2d": _toy2d}
+DEFAULT = "classification"

@@ -1,0 +1,131 @@
+"""A network in training: its optimiser, its schedules, its loss, and one step of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import update_bn
+
+from bayeslayers.likelihoods import Likelihood
+from bayeslayers.optim import TemperatureWarmup
+from bayeslayers.optim.base import VariationalOptimizer
+
+
+@dataclass
+class Learner:
+    """A network in training.
+
+    Attributes:
+        model: The network.
+        optimizer: Its optimiser; `step(closure)` returns `(loss, output)`, or the loss alone.
+        likelihood: Its loss.
+        schedulers: Schedules of learning rate and temperature, stepped after every batch.
+        forward: The network as it is called in training, compiled, say; None for the network itself.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    likelihood: Likelihood
+    schedulers: Sequence[LambdaLR | TemperatureWarmup] = ()
+    forward: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """The learning rate, and the temperature where the optimiser has one."""
+        group = self.optimizer.param_groups[0]
+        return {key: float(group[key]) for key in ("lr", "temperature") if key in group}
+
+    @property
+    def steps_to_posterior(self) -> int:
+        """After how many steps the optimiser has a posterior; torch's own leave the means alone at once."""
+        return self.optimizer.steps_to_posterior if isinstance(self.optimizer, VariationalOptimizer) else 0
+
+    def finalize(self) -> bool:
+        """Let the optimiser write its posterior; return whether it is one of averages, which no batch has seen."""
+        if not isinstance(self.optimizer, VariationalOptimizer):
+            return False
+        self.optimizer.finalize()
+        return self.steps_to_posterior > 0
+
+    def refresh_statistics(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Give norms the statistics of these batches under the weights as they are."""
+        update_bn(batches, self.model, self.device)
+
+    def step(
+        self, x: Tensor, y: Tensor, micro_batch: int | None, refuse: Callable[[Tensor], None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Take one step; return its loss, and the outputs where the optimiser gives them.
+
+        Args:
+            x: Inputs `(n, *)`.
+            y: Targets.
+            micro_batch: Examples per forward pass, whose gradients a step adds up; None for all of them.
+            refuse: Called with the loss before the optimiser moves, to raise for one that is not finite.
+        """
+        if getattr(self.optimizer, "vectorise", False) and getattr(self.optimizer, "num_samples", 1) > 1:
+            return self._step_at_once(x, y, refuse)
+        call = self.forward or self.model
+
+        def closure() -> tuple[Tensor, Tensor]:
+            self.optimizer.zero_grad()
+            losses, outputs = [], []
+            size = micro_batch or len(x)
+            for inputs, targets in zip(x.split(size), y.split(size), strict=True):
+                outputs.append(call(inputs))
+                losses.append(self.likelihood.loss(outputs[-1], targets) * (len(inputs) / len(x)))
+                losses[-1].backward()
+            loss = torch.stack(losses).sum().detach()
+            refuse(loss)
+            return loss, torch.cat(outputs).detach()
+
+        loss, output = self.optimizer.step(closure)  # pyright: ignore
+        self._advance()
+        return loss, output
+
+    def _step_at_once(self, x: Tensor, y: Tensor, refuse: Callable[[Tensor], None]) -> tuple[Tensor, None]:
+        """Take a step whose samples run at once: the closure leaves the backward pass to the optimiser."""
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            return self.likelihood.loss(self.model(x), y)
+
+        loss = torch.as_tensor(self.optimizer.step(closure)).detach()  # pyright: ignore
+        refuse(loss)
+        self._advance()
+        return loss, None
+
+    def _advance(self) -> None:
+        for scheduler in self.schedulers:
+            scheduler.step()
+
+    def bad_weight(self) -> tuple[str, Tensor] | None:
+        """Return the name of a weight that is infinite or NaN, and the first such value; None if all are finite."""
+        weights = {name: weight.detach() for name, weight in self.model.named_parameters()}
+        if torch.stack([weight.sum() for weight in weights.values()]).isfinite().all():  # one pass, one synchronisation
+            return None
+        found = ((name, weight[~weight.isfinite()]) for name, weight in weights.items())
+        return next(((name, values[0]) for name, values in found if len(values)), None)
+
+    def state(self) -> dict[str, Any]:
+        """Return the states of network, optimiser and schedules."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Give optimiser and schedules what `state` returned; the network's own state is loaded apart, and checked."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        for scheduler, own in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(own)
