@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import bayeslayers as bl
 import zoo
-from bayeslayers.likelihoods import Likelihood
+from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.metrics.calibration import CalibrationBins
 from recipes.data.examples import Examples, InOrder
 from recipes.data.split import Split, batches
@@ -47,7 +47,7 @@ class Classification(PosteriorTask):
         return batches(train, config.batch_size, config.seed, epoch, start, augmentation=config.augmentation)
 
     def tally(self) -> Tally:
-        return AccuracyTally(self.likelihood())
+        return AccuracyTally(likelihood_of(self.model))
 
     def card_fields(self) -> dict[str, Any]:
         return {

@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 import bayeslayers as bl
+import zoo
 from bayeslayers.files import write_atomically
 from bayeslayers.likelihoods import Likelihood, likelihood_of
+from bayeslayers.storage.card import likelihood_fields
 from recipes.data.examples import Examples, InOrder, num_batches
 from recipes.data.names import short_name, without_folders
 from recipes.reports.html import write_report
@@ -37,6 +39,7 @@ from recipes.training.methods import make_optimizer, method_of
 from recipes.training.run_folder import BEST, CONFIG, CURVES, METRICS, OOD, POSTERIOR, Column, config_text
 from recipes.training.schedules import make_schedulers
 from recipes.training.start import go_on_from, read_baseline
+from zoo.registry import describe
 
 _MAY_DIFFER = (
     "name",
@@ -81,12 +84,14 @@ class PosteriorTask(Task):
         columns: Metrics by which runs are compared, the most telling first.
         logged: Metrics of `bl.evaluate` that are logged after each epoch, with "nll", which chooses the best one.
         reported: Further metrics of the card.
+        likelihood: That of the network; None for what its card says.
         score: The uncertainty whose AUROC on OOD data the card records: "entropy", or "variance" of real targets.
     """
 
     columns: ClassVar[tuple[Column, ...]]
     logged: ClassVar[tuple[str, ...]]
     reported: ClassVar[tuple[str, ...]] = ()
+    likelihood: ClassVar[Likelihood | None] = None
     score: ClassVar[str] = "entropy"
     config: RunConfig
     model: nn.Module
@@ -100,10 +105,6 @@ class PosteriorTask(Task):
 
     def check_model(self) -> None:
         """Refuse a network whose outputs are not what the targets need; whatever it draws is to be its own."""
-
-    def likelihood(self) -> Likelihood:
-        """Return the likelihood of the network: what its card says."""
-        return likelihood_of(self.model)
 
     @classmethod
     def sections(
@@ -138,6 +139,8 @@ class PosteriorTask(Task):
         self.command, self.baseline = command, read_baseline(config.baseline)
         torch.manual_seed(config.seed)
         self.model = make_model(config).to(device_of(config))
+        if self.likelihood is not None:
+            describe(self.model, dataclasses.replace(zoo.card_of(self.model), **likelihood_fields(self.likelihood)))
         if config.start is not None and not resume:
             go_on_from(config.start, self.model)
         self.splits = self.read_splits()
@@ -146,7 +149,7 @@ class PosteriorTask(Task):
         optimizer = make_optimizer(config.optimizer, self.model, len(self.splits.train), config.seed)
         forward = torch.compile(self.model, dynamic=False) if config.compile else None
         schedulers = make_schedulers(config.schedule, optimizer, self.steps_per_epoch, config.epochs)
-        self.learners = {"": Learner(self.model, optimizer, self.likelihood(), schedulers, forward)}
+        self.learners = {"": Learner(self.model, optimizer, likelihood_of(self.model), schedulers, forward)}
 
     @property
     def steps_per_epoch(self) -> int:
