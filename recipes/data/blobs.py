@@ -57,9 +57,7 @@ class Blobs:
         return Points((low + high) / 2 + _RADIUS * (high - low) / 2 * ring, torch.zeros(len(ring), 1, dtype=torch.long))
 
 
-def make_blobs(
-    stream: np.random.RandomState, centres: np.ndarray, examples: int
-) -> tuple[np.ndarray, np.ndarray]:
+def make_blobs(stream: np.random.RandomState, centres: np.ndarray, examples: int) -> tuple[np.ndarray, np.ndarray]:
     """Return shuffled points `(n, 2)` of unit variance around centres, and the number of each point's centre.
 
     The numbers are those of `sklearn.datasets.make_blobs` from the same stream, of which the bundled slice and

@@ -37,7 +37,7 @@ def read_npz(path: str, *, train: bool, argument: str = "data") -> tuple[Tensor,
     """
     file = Path(path.replace("{split}", "train" if train else "test"))
     if not file.is_file():
-        raise FileNotFoundError(f"{argument} must be an .npz file, got {file}, which is none. {_WRITE}")
+        raise FileNotFoundError(f"{argument} must be an .npz file, got {file}: there is no such file. {_WRITE}")
     try:
         # numpy takes a file that is no archive for a pickle, and says how to load that.
         with zipfile.ZipFile(file), file.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
@@ -119,7 +119,7 @@ def read_folder(
     root = Path(path)
     layout = f"Lay pictures out as {root}/train/CLASS/*.png and {root}/test/CLASS/*.png."
     if not root.is_dir():
-        raise FileNotFoundError(f"{argument} must be a folder, got {root}, which is none. {layout}")
+        raise FileNotFoundError(f"{argument} must be a folder, got {root}: there is no such folder. {layout}")
     there = [name for name in ("train", "test", "val") if (root / name).is_dir()]
     wanted = [name for name in there if (name == "train") is train]
     if there and not wanted:

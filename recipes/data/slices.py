@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bayeslayers.checks import did_you_mean
-from recipes.data.split import Split, load_split, sides
 from recipes.data.examples import Points
 from recipes.data.names import short_name
+from recipes.data.split import Split, load_split, sides
 
 SLICES = Path(__file__).parents[1] / "assets" / "slices"
 

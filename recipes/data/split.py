@@ -95,6 +95,7 @@ class Split:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
         return self.taken(order[count:].sort().values), self.taken(order[:count].sort().values)
 
+
 def load_split(
     name: str,
     root: str | Path | None,

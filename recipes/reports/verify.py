@@ -36,7 +36,7 @@ _SETTINGS = ("test_examples", "num_samples", "seed")
 
 @dataclass(frozen=True)
 class Check:
-    """One claimed metric beside the measured one, which is None for a metric that `verify` does not know."""
+    """One claimed metric beside the measured one, or None for a metric that `verify` does not know."""
 
     posterior: str
     data: str

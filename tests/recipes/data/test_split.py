@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-import recipes.data.split
 from recipes.data.examples import num_batches
 from recipes.data.split import NAMES, Split, batches, load_split
 
@@ -179,7 +178,7 @@ def test_bad_folders_are_refused_in_one_sentence(tmp_path):
     damaged = tmp_path / "bad/val/ant/1.png"
     for folder, error, message in (
         ("none", FileNotFoundError, r"data must be a folder, got .*none, .* Lay pictures out as .*none/train/CLASS/"),
-        ("bad/val/ant/1.png", FileNotFoundError, r"data must be a folder, got .*1.png, which is none"),
+        ("bad/val/ant/1.png", FileNotFoundError, r"data must be a folder, got .*1.png: there is no such folder"),
         ("empty", FileNotFoundError, "for each class, got .*val with none for the classes ant"),
         ("strange", ValueError, "classes of .*val must be those of .*train, got cat too"),
     ):

@@ -1,0 +1,1 @@
+"""Data sets as tensors: splits, image files, augmentation, and the slices that the project ships."""
