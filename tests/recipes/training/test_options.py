@@ -124,7 +124,7 @@ def test_options_override_the_file_wherever_they_stand(parsed, words, path, valu
 
 def test_all_may_come_from_options(parsed):
     config, *_ = parsed("--name", "x", "--model.name", "mlp", "--data", "mnist", "--optimizer={name: adam}")
-    assert config == Classification.Config("x", {"name": "mlp"}, "mnist", {"name": "adam"})
+    assert config == Classification.Config(name="x", model={"name": "mlp"}, data="mnist", optimizer={"name": "adam"})
     assert parsed("--recipe=toy2d", "--widths", "[3]")[0] == toy2d.Config(widths=[3])
 
 
