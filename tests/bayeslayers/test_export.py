@@ -142,7 +142,9 @@ def test_a_posterior_that_predicts_by_another_method_is_exported_with_a_warning(
     plain = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     data, x = [(torch.randn(30, 4), torch.arange(30) % 3)], torch.rand(2, 4)
     whole = bl.laplace(plain, data)
-    with pytest.warns(UserWarning, match=r"the card of the model says 'linearised'.*method='sample'.*bl\.last_layer"):
+    with pytest.warns(
+        UserWarning, match=r"method='sample' does, but the model's card says 'linearised'.*bl\.last_layer"
+    ):
         FixedDraws(whole, 2)
     with pytest.warns(UserWarning, match="the exported program gives other numbers"):
         bl.to_exported(whole, x, 2)

@@ -398,8 +398,8 @@ class TestWhatHasNoRule:
         assert {site.name.partition(".")[0] for site in bl.posterior(model)} == {"embed", "norm", "head"}
 
     def test_many_tensors_make_a_short_warning(self):
-        net = nn.Sequential(*(nn.Bilinear(2, 2, 2) for _ in range(9)), nn.Linear(2, 2))
-        with pytest.warns(UserWarning, match=r"'4\.bias' and 8 more \(a parameter of Bilinear itself"):
+        net = nn.Sequential(*(nn.PReLU() for _ in range(18)), nn.Linear(2, 2))
+        with pytest.warns(UserWarning, match=r"'9\.weight' and 8 more \(a parameter of PReLU itself"):
             bl.VOGN(net, dataset_size=N)
 
     def test_frozen_parameters_are_not_named_for_they_are_not_trained(self):

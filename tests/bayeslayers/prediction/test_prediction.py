@@ -208,7 +208,11 @@ def test_parts_join_in_their_order():
     [
         (lambda: real().top_k(1), AttributeError, "top_k: a gaussian prediction has no classes"),
         (lambda: yes_or_no(0.5).credible_set(), AttributeError, "credible_set: a bernoulli prediction has no classes"),
-        (lambda: classes(2, 3).quantile(0.5), AttributeError, "a categorical prediction has probabilities, no quant"),
+        (
+            lambda: classes(2, 3).quantile(0.5),
+            AttributeError,
+            "quantile: a categorical prediction has probabilities, not quantiles",
+        ),
         (lambda: classes(2, 3).top_k(4), ValueError, "k must be at most the number of classes, 3, got 4"),
         (lambda: classes(2, 3).top_k(0), ValueError, "k must be an integer >= 1, got 0"),
         (lambda: classes(2, 3).credible_set(1.0), ValueError, r"alpha must be in \[0, 1\), got 1.0"),
