@@ -11,8 +11,7 @@ import yaml
 
 from recipes.cli import main
 from recipes.cli.train import CONFIGS
-from recipes.tasks import toy2d
-from recipes.tasks.classification import Classification
+from recipes.tasks import images, toy2d
 from recipes.tasks.table import TASKS
 from recipes.tasks.task import Task
 from recipes.training.options import options, type_name
@@ -70,9 +69,9 @@ def test_a_bundled_file_makes_the_configuration_that_it_says(parsed, name):
     text = (CONFIGS / f"{name}.yaml").read_text()
     values = yaml.safe_load(re.sub(r"(\d\.\d+e)(\d)", r"\1+\2", text))  # 1.0e4 is text to PyYAML
     config, resume, command = parsed(name)
-    kind = TASKS[values.get("recipe", "classification")]().Config
-    assert type(config) is kind and not resume and command == f"bayeslayers train {name}"
-    assert typed(dataclasses.asdict(config)) == typed(expected(kind, values))
+    module = toy2d if values.get("recipe") == "toy2d" else images
+    assert type(config) is module.Config and not resume and command == f"bayeslayers train {name}"
+    assert typed(dataclasses.asdict(config)) == typed(expected(module.Config, values))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +123,7 @@ def test_options_override_the_file_wherever_they_stand(parsed, words, path, valu
 
 def test_all_may_come_from_options(parsed):
     config, *_ = parsed("--name", "x", "--model.name", "mlp", "--data", "mnist", "--optimizer={name: adam}")
-    assert config == Classification.Config(name="x", model={"name": "mlp"}, data="mnist", optimizer={"name": "adam"})
+    assert config == images.Config(name="x", model={"name": "mlp"}, data="mnist", optimizer={"name": "adam"})
     assert parsed("--recipe=toy2d", "--widths", "[3]")[0] == toy2d.Config(widths=[3])
 
 
@@ -153,8 +152,8 @@ def test_help_lists_every_option_with_its_type_and_text(capsys, monkeypatch):
         main(["train", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
-    for task in TASKS.values():
-        for option in options(task().Config):
+    for recipe in TASKS.values():
+        for option in options(recipe().Config):
             assert f" --{'.'.join(option.path)} {option.path[-1].upper()} " in shown and len(option.text) > 5
             assert f"{option.text} ({type_name(option.kind)}" in shown
             if isinstance(option.default, int | float | str):

@@ -59,7 +59,7 @@ def test_the_best_posterior_is_one_that_was_written(tmp_path, monkeypatch):
 
     def end(self, write):
         value = next(nll)
-        self.measure = lambda: {"test_accuracy": 0.5, "test_nll": value, "test_brier": 0.5, "test_ece": 0.1}
+        self.task.measure_epoch = lambda: {"test_accuracy": 0.5, "test_nll": value, "test_brier": 0.5, "test_ece": 0.1}
         return measure(self, write)
 
     monkeypatch.setattr(Training, "_end_epoch", end)
@@ -89,7 +89,7 @@ def test_measuring_an_epoch_does_not_move_the_path(whole, tmp_path, monkeypatch)
     """The state at the end is that of a run whose posterior was written at its end alone."""
     finalize, calls = bl.SWAG.finalize, iter(range(1, 9))
     monkeypatch.setattr(bl.SWAG, "finalize", lambda self: finalize(self) if next(calls) == EPOCHS - 1 else None)
-    monkeypatch.setattr("recipes.tasks.classification.Experiment._save_best", lambda *_: None)
+    monkeypatch.setattr("recipes.tasks.posterior_task.PosteriorTask.on_best", lambda *_: None)
     train(averaging(whole.parent, tmp_path / "run"))
     assert next(calls) == EPOCHS
     found, expected = (load_checkpoint(run / "checkpoint.safetensors") for run in (tmp_path / "run", whole))
