@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import bayeslayers as bl
 import zoo
+from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.prediction import Prediction, predict
 from recipes.data.examples import Examples
 from recipes.data.slices import load_slice, sliced
@@ -161,6 +162,10 @@ def measure(
         seed: Of the draws.
         of: Number of examples of the other measurement; 0 for these examples.
     """
+    if (kind := likelihood_of(model).name) == "gaussian" and not known.targets.is_floating_point():
+        raise ValueError(
+            f"likelihood must be categorical for data of classes, got {kind}. Correct the posterior's card."
+        )
     splits = {"": known, **ood}
     draws = {name: _draw_blocks(model, split, num_samples, seed) for name, split in splits.items()}
     counts = torch.tensor([block.num_samples for block in draws[""]], dtype=torch.float64)

@@ -177,7 +177,11 @@ def test_bad_folders_are_refused_in_one_sentence(tmp_path):
     write_folder(tmp_path / "bad/val", GREY)
     damaged = tmp_path / "bad/val/ant/1.png"
     for folder, error, message in (
-        ("none", FileNotFoundError, r"data must be a folder, got .*none, .* Lay pictures out as .*none/train/CLASS/"),
+        (
+            "none",
+            FileNotFoundError,
+            r"data must be a folder, got .*none: there is no such folder\. .*Lay pictures out as .*none/train/CLASS/",
+        ),
         ("bad/val/ant/1.png", FileNotFoundError, r"data must be a folder, got .*1.png: there is no such folder"),
         ("empty", FileNotFoundError, "for each class, got .*val with none for the classes ant"),
         ("strange", ValueError, "classes of .*val must be those of .*train, got cat too"),

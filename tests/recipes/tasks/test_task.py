@@ -20,6 +20,7 @@ import bayeslayers as bl
 import zoo
 from bayeslayers.storage.posterior import read_card
 from recipes.cli import main
+from recipes.cli import train as command
 from recipes.reports.compare import compare
 from recipes.reports.compare_figure import draw
 from recipes.reports.measure import EvaluationRequest
@@ -127,7 +128,15 @@ def test_its_runs_are_compared_by_its_own_metrics(whole, tmp_path):
     assert figure.axes[0].get_ylabel() == "RMSE (m)"
 
 
-def test_the_command_line_finds_it_by_one_line_of_the_table(whole, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def new_options():
+    """The options of `train` are found again, with those of the tasks that the table has in the test."""
+    command._fields.cache_clear()
+    yield
+    command._fields.cache_clear()
+
+
+def test_the_command_line_finds_it_by_one_line_of_the_table(whole, tmp_path, monkeypatch, capsys, new_options):
     monkeypatch.setitem(TASKS, "line", lambda: Line)
     file = tmp_path / "line.yaml"
     file.write_text(yaml.safe_dump({"recipe": "line", "epochs": 6}))
