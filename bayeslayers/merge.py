@@ -63,8 +63,8 @@ def merge(posteriors: Sequence[nn.Module], method: Literal["product", "average"]
     if method not in ("product", "average"):
         raise ValueError(f"method must be 'product' or 'average', got {method!r}.")
     meaning, models = likelihood_of(models[0]), [unwrapped(model) for model in models]
-    sites_of(models[0], "posteriors")
-    sites = [{site.name: site for site in posterior(model)} for model in models]
+    found = [sites_of(models[0], "posteriors"), *(posterior(model) for model in models[1:])]
+    sites = [{site.name: site for site in of_model} for of_model in found]
     _check_architecture(models)
     with at_means(models[0]):
         merged = copy.deepcopy(models[0])

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.checks import at_least_one
 from bayeslayers.curvature.elements import Elements, LossFunctions
 from bayeslayers.optim.amp import LossScale
 from bayeslayers.optim.averages import Averages, Recorded
@@ -41,7 +40,7 @@ class AveragedDraws(PosteriorGroups):
 
     def __init__(self, model: nn.Module, dataset_size: int, rules: Rules, values: Mapping[str, Any], options: Options):
         self.elements_per_example = options.elements_per_example
-        self.num_samples = at_least_one("num_samples", options.num_samples)
+        self.num_samples = int(options.num_samples)
         self.sync = options.sync or (self._averages_statistics and spans_ranks(model))
         self._inside = False  # an open scope
         self._losses = LossFunctions()
