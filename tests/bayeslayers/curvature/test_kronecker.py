@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support.curvature_cases import case_id, make_input, make_pair, per_case, potential
 from support.factors import tracked_factors
-from test_curvature import case_id, make_input, make_pair, per_case, potential
 from torch import nn
 from torch.testing import assert_close
 

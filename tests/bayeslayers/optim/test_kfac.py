@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.factors import tracked_factors
-from test_vogn import F64, SAME, assert_same_state, make_batch, make_noise, scaled_step, seeded, state_of
+from support.steps import F64, SAME, assert_same_state, make_batch, make_noise, scaled_step, seeded, state_of
 from torch import nn
 from torch.testing import assert_close
 

@@ -12,77 +12,29 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from support.reference import reference_vogn
+from support.steps import (
+    F64,
+    SAME,
+    assert_same_state,
+    closure_for,
+    make_batch,
+    make_mixed_net,
+    make_net,
+    make_noise,
+    make_optimizer,
+    run_scope,
+    scaled_step,
+    seeded,
+    squared_error,
+    state_of,
+)
 from torch import nn
 from torch.testing import assert_close
 
 import bayeslayers as bl
 from bayeslayers.distributions.gaussian import natural_gradient_step_
 
-SAME = {"rtol": 0, "atol": 0}
-F64 = {"dtype": torch.float64}
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def make_net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(bl.BayesLinear(3, 4), nn.Tanh(), bl.BayesLinear(4, 2)).double()
-
-
-def make_mixed_net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), bl.BayesLinear(4, 2)).double()
-
-
-def make_batch(n: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(n, 3, generator=seeded(seed), **F64), torch.randn(n, 2, generator=seeded(seed + 1), **F64)
-
-
-def make_noise(net: nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = seeded(seed)
-    return {s.name: torch.randn(s.mean.shape, generator=generator, **F64) for s in bl.posterior(net)}
-
-
-def make_optimizer(net: nn.Module, **kwargs) -> bl.VOGN:
-    arguments = {"dataset_size": 50, "lr": 0.1, "precision_lr": 0.1, "init_precision": 100.0, "generator": seeded()}
-    return bl.VOGN(net, **{**arguments, **kwargs})
-
-
-def squared_error(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return the mean over examples of half the squared error: a Gaussian's negative log-likelihood."""
-    return (net(x) - y).square().sum() / (2 * len(x))
-
-
-def run_scope(optimizer: bl.VOGN, net: nn.Module, x, y, noise=None) -> None:
-    with optimizer.sampled(noise=noise):
-        squared_error(net, x, y).backward()
-
-
-def closure_for(optimizer: bl.VOGN, net: nn.Module, x, y):
-    def closure():
-        optimizer.zero_grad()
-        loss = squared_error(net, x, y)
-        loss.backward()
-        return loss
-
-    return closure
-
-
-def state_of(net: nn.Module, optimizer: bl.VOGN | None = None) -> dict[str, torch.Tensor]:
-    """Return a copy of the posterior, and of the optimizer's tensors."""
-    tensors = {key: value.clone() for key, value in net.state_dict().items()}
-    for index, state in (optimizer.state_dict()["state"] if optimizer else {}).items():
-        tensors |= {f"{index}.{key}": torch.as_tensor(value).clone() for key, value in state.items()}
-    return tensors
-
-
-def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert_close(one, other, **SAME, equal_nan=False)
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.8])
@@ -503,13 +455,6 @@ def test_frozen_bayesian_tensor_stays_as_it_is():
     after = state_of(net)
     changed = {key for key in after if not torch.equal(after[key], before[key])}
     assert changed == {f"{name}{suffix}" for name in ("0.bias", "2.weight", "2.bias") for suffix in ("", "_precision")}
-
-
-def scaled_step(net: nn.Module, optimizer: bl.VOGN, scaler: torch.amp.GradScaler, factor: float = 1.0) -> None:
-    with optimizer.sampled(noise=make_noise(net)):
-        scaler.scale(squared_error(net, *make_batch()) * factor).backward()
-    scaler.step(optimizer)
-    scaler.update()
 
 
 def test_grad_scaler_leaves_the_step_as_it_is():
