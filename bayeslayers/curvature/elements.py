@@ -149,8 +149,8 @@ def refuse_empty(rows: int) -> None:
     """
     if rows == 0:
         raise ValueError(
-            "the batch must hold at least one example, got an empty batch: the step is refused, the posterior is as "
-            "it was. Leave such a batch out."
+            "the batch must hold at least one example, got an empty batch. The step is rejected, and the "
+            "posterior is unchanged. Leave such a batch out."
         )
 
 
@@ -171,9 +171,9 @@ def refuse_other_reduction(seen: Elements, declared: Reduction, loss_scale: floa
     if seen.examples < 2 or seen.reduction in (None, declared) or (factor < 1 if declared == "mean" else factor > 1):
         return
     raise ValueError(
-        f"the loss must be a {declared} over the batch's examples, got one with reduction={seen.reduction!r}: the step "
-        f"is refused, the posterior is as it was. Use reduction={declared!r} in the loss, or give an optimiser that "
-        f"has it loss_reduction={seen.reduction!r}."
+        f"the loss must be a {declared} over the batch's examples, got one with reduction={seen.reduction!r}. The step "
+        f"is rejected, and the posterior is unchanged. Use reduction={declared!r} in the loss, or give an optimiser "
+        f"that has it loss_reduction={seen.reduction!r}."
     )
 
 

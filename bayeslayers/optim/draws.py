@@ -187,7 +187,7 @@ class AveragedDraws(PosteriorGroups):
         # Under sync the ranks refuse a step together, once the gradients have met.
         if not self.sync and not loss.isfinite().all():
             raise FloatingPointError(
-                f"the loss must be finite, got {loss.tolist()}: the step is refused, the posterior is as it was. "
+                f"the loss must be finite, got {loss.tolist()}. The step is rejected, and the posterior is unchanged. "
                 "Lower lr, or look at the batch."
             )
 

@@ -90,7 +90,8 @@ def refuse_not_finite(quantities: Mapping[str, Mapping[Any, Tensor]], names: Map
             if bad := int((~(tensor * ess).isfinite()).sum()):
                 raise FloatingPointError(
                     f"the {quantity} of '{names.get(key, key)}' must be finite, got {bad} of {tensor.numel()} entries "
-                    "that are not: the step is refused, the posterior is as it was. Lower lr, or look at the batch."
+                    "that are not. The step is rejected, and the posterior is unchanged. Lower lr, or look at the "
+                    "batch."
                 )
 
 
@@ -132,8 +133,8 @@ class Snapshot:
     def _refuse(self, quantity: str, parameter: nn.Parameter, outside: Tensor) -> None:
         if entries := int(outside.sum()):
             raise FloatingPointError(
-                f"the {quantity} of '{self._names[parameter]}' would not be finite in {entries} entries: the step is "
-                "refused, the posterior is as it was. Lower lr."
+                f"the {quantity} of '{self._names[parameter]}' would not be finite in {entries} entries. The step is "
+                "rejected, and the posterior is unchanged. Lower lr."
             )
 
     def restore(self) -> None:

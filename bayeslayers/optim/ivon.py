@@ -233,8 +233,8 @@ class IVON(VariationalOptimizer):
             if bad := int((~precision.isfinite()).sum()):
                 raise FloatingPointError(
                     f"the precision of '{self._names[parameter]}' must be finite, got {bad} of {precision.numel()} "
-                    "entries that would not be: the step is refused, the posterior is as it was. Lower lr, or look at "
-                    "the batch."
+                    "entries that would not be. The step is rejected, and the posterior is unchanged. Lower lr, or "
+                    "look at the batch."
                 )
 
     def _new_precision(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:

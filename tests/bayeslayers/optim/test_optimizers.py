@@ -333,7 +333,7 @@ def test_a_bad_loss_or_gradient_is_refused(name, factor):
     train(net, optimizer, range(2))
     before = state_of(net)
     x, y = make_batch(5)
-    with pytest.raises(FloatingPointError, match=r"must be finite, got .* the posterior is (as it was|unchanged)"):
+    with pytest.raises(FloatingPointError, match=r"must be finite, got .* the posterior is unchanged"):
         with optimizer.sampled():
             (F.cross_entropy(net(x), y) * factor).backward()
         optimizer.step()

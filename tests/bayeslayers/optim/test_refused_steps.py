@@ -58,7 +58,7 @@ def test_a_mean_that_would_not_be_finite_refuses_the_step(name, trained):
     lr = optimizer.param_groups[0]["lr"]
     for group in optimizer.param_groups:
         group["lr"] = 1e38 if name not in ("BBB", "IVON") else 3e38
-    with pytest.raises(FloatingPointError, match=r"of '\d\.\w+' would not be finite .*posterior is as it was"):
+    with pytest.raises(FloatingPointError, match=r"of '\d\.\w+' would not be finite .*posterior is unchanged"):
         for _ in range(3):  # a bounded step may need several to get there
             step(optimizer, net)
             before = state(net, optimizer)
