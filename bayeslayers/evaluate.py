@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bayeslayers.batches import Labelled, Unlabelled, input_batches, labelled_batches, with_progress
 from bayeslayers.display import as_text, printable
-from bayeslayers.likelihoods import Likelihood, likelihood_of
+from bayeslayers.likelihoods import Gaussian, Likelihood, likelihood_of
 from bayeslayers.metrics.calibration import Reliability
 from bayeslayers.metrics.classification import ClassificationRecord
 from bayeslayers.metrics.elements import RANKED, as_uncertainty, per_example, uncertainties
@@ -104,8 +104,9 @@ def evaluate(
     if binary); ece, adaptive_ece and classwise_ece; misclassification_auroc_SCORE and misclassification_fpr95_SCORE,
     how well each score finds errors; aurc and coverage_at_risk_RISK of the confidence. With several labels per
     example, as in segmentation, metrics are over positions; adaptive_ece is left out, and miou is added, the mean of
-    `class_iou` over the classes that occur. Regression: rmse; nll; crps; coverage_LEVEL of the central interval,
-    under the Gaussian of the predictive mean and variance. OOD detection: NAME/auroc_SCORE, NAME/fpr95_SCORE.
+    `class_iou` over the classes that occur. Regression: rmse; nll, crps and coverage_LEVEL of the central interval,
+    under the Gaussian of the predictive mean and variance; mixture_nll, under the mixture of all samples. OOD
+    detection: NAME/auroc_SCORE, NAME/fpr95_SCORE.
 
     Scores are confidence, entropy (total uncertainty) and epistemic (the mutual information); for regression they
     are variance and epistemic. docs/evaluation.md defines every metric and names its source.
@@ -139,13 +140,15 @@ def evaluate(
         raise TypeError(f"ood must map names to data, got {type(ood).__name__}. Write ood={{'name': data}}.")
     likelihood = likelihood or likelihood_of(model)
 
-    def predicted(x: Tensor) -> Prediction:
-        prediction = predict(model, x, num_samples, likelihood=likelihood, generator=generator, **options)
+    def predicted(x: Tensor, target: Tensor | None = None) -> Prediction:
+        prediction = predict(
+            model, x, num_samples, likelihood=likelihood, generator=generator, target=target, **options
+        )
         return prediction if recalibration is None else recalibration.apply(prediction)
 
     record, samples = None, 0
     for x, y in labelled_batches("data", _shown(data, "data", progress)):
-        prediction = predicted(x)
+        prediction = predicted(x, y if isinstance(likelihood, Gaussian) and isinstance(y, Tensor) else None)
         if record is None:
             record = ClassificationRecord(prediction, ignore_index) if likelihood.discrete else RegressionRecord()
         record.add(prediction, y)

@@ -72,7 +72,13 @@ class Recalibration:
         share = torch.where(prediction.total > 0, prediction.epistemic / prediction.total, 0).clamp_max(1)
         epistemic = share * total
         return dataclasses.replace(
-            prediction, mean=mean, total=total, aleatoric=total - epistemic, epistemic=epistemic, standard_error=error
+            prediction,
+            mean=mean,
+            total=total,
+            aleatoric=total - epistemic,
+            epistemic=epistemic,
+            standard_error=error,
+            log_prob=None,
         )
 
 

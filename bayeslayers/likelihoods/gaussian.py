@@ -17,6 +17,9 @@ from bayeslayers.likelihoods.base import same_shape
 class Gaussian:
     """A real target with Gaussian noise, whose variance is either known or predicted by the network.
 
+    One variance for all examples that training learns is a parameter of the network, which then gives its log as the
+    second half of its output: the last module of `zoo.create("regressor")` does.
+
     Uncertainties are variances in the target's squared units: aleatoric E[noise variance], epistemic
     Var[mean], total their sum (Kendall & Gal 2017, arXiv 1703.04977, Eq. 9).
 
@@ -35,10 +38,14 @@ class Gaussian:
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the negative log density, summed over an example's elements and averaged over examples."""
+        return -self.log_prob(output, target).mean()
+
+    def log_prob(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the log density of each example's target, summed over its elements, `(n,)`."""
         mean, variance = self.per_draw(output)
         same_shape(mean, target)
         density = 0.5 * ((target - mean).square() / variance + (2 * math.pi * variance).log())
-        return density.sum() / len(target)
+        return -density.flatten(1).sum(1) if density.dim() > 1 else -density
 
     def per_draw(self, output: Tensor) -> tuple[Tensor, Tensor]:
         if self.variance is not None:

@@ -34,7 +34,8 @@ def gaussian_crps(residual: Tensor, variance: Tensor) -> Tensor:
 class RegressionRecord:
     """Running metrics of real targets under N(mean, total), the Gaussian of the predictive mean and variance.
 
-    The predictive distribution is a mixture over posterior samples; `Prediction` keeps its first two moments.
+    The predictive distribution is a mixture over posterior samples; `Prediction` keeps its first two moments, and the
+    log density of targets that `predict` was given.
     """
 
     def __init__(self) -> None:
@@ -42,6 +43,7 @@ class RegressionRecord:
         self._count = 0
         self._sums = torch.zeros(3 + len(INTERVALS), dtype=torch.float64)  # squares, nll, crps, inside each interval
         self._scores: list[dict[str, Tensor]] = []
+        self._log_prob: float | None = 0.0  # summed over examples; None once a prediction has none
 
     def add(self, prediction: Prediction, target: Tensor) -> None:
         """Add a batch.
@@ -57,6 +59,10 @@ class RegressionRecord:
         columns = residual.square(), gaussian_nll(residual, variance), gaussian_crps(residual, variance), *inside
         self._sums += torch.stack([column.double().sum() for column in columns]).cpu()
         self._count += residual.numel()
+        if self._log_prob is not None and prediction.log_prob is not None:
+            self._log_prob += float(prediction.log_prob.double().sum())
+        else:
+            self._log_prob = None
         self.num_examples += len(residual)
         each = residual.reshape(len(residual), -1)
         size = each[:, 0] if each.shape[1] == 1 else each.square().mean(1).sqrt()
@@ -67,10 +73,15 @@ class RegressionRecord:
         return {key: torch.cat([batch[key] for batch in self._scores]) for key in self._scores[0]}
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics; the likelihood of an example is that of all its elements, as in `Gaussian.loss`."""
+        """Return the metrics; the likelihood of an example is that of all its elements, as in `Gaussian.loss`.
+
+        "mixture_nll" is that of the mixture, where the predictions have a log density, "nll" that of the Gaussian.
+        """
         squares, nll, crps, *inside = self._sums.tolist()
+        mixture = {} if self._log_prob is None else {"mixture_nll": -self._log_prob / self.num_examples}
         return {
             "rmse": math.sqrt(squares / self._count),
             "nll": nll / self.num_examples,
+            **mixture,
             "crps": crps / self._count,
         } | {f"coverage_{level}": count / self._count for level, count in zip(INTERVALS, inside, strict=True)}

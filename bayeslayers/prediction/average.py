@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bayeslayers.dtypes import at_least_float32
-from bayeslayers.likelihoods import Categorical, Likelihood
+from bayeslayers.likelihoods import Categorical, Gaussian, Likelihood
 from bayeslayers.outputs import NonFiniteOutputError
 from bayeslayers.prediction.result import Prediction
 
@@ -23,16 +23,18 @@ class Average:
     Args:
         likelihood: Meaning of the outputs.
         group: Consecutive samples that depend on each other, 2 for antithetic pairs; groups are independent.
+        target: Real targets, whose log density under the mixture of all samples is wanted too; None for none.
     """
 
     mean: Tensor
     aleatoric: Tensor
     squares: Tensor  # sum over samples of squared deviations from the mean
     group_squares: Tensor  # the same sum over means of groups
+    log_density: Tensor  # per example, log of the sum over samples of the target's density
     infinite: Tensor | bool = False  # per example, whether an output of any sample was infinite
 
-    def __init__(self, likelihood: Likelihood, group: int = 1):
-        self.likelihood, self.group = likelihood, group
+    def __init__(self, likelihood: Likelihood, group: int = 1, target: Tensor | None = None):
+        self.likelihood, self.group, self.target = likelihood, group, target
         self.count = self.draws = 0  # averaged samples, and all including those that wait
         self._waiting: list[Tensor] = []
 
@@ -49,6 +51,7 @@ class Average:
         self._waiting = []
         # A sigmoid would turn infinity into certainty. A logit of minus infinity legitimately excludes a class.
         infinite = outputs.isposinf() if isinstance(self.likelihood, Categorical) else outputs.isinf()
+        self._add_density(outputs)
         self.infinite = self.infinite | infinite.reshape(*outputs.shape[:2], -1).any(2).any(0)
         parts = self.likelihood.per_draw(outputs.flatten(0, 1))
         means, noise = (part.unflatten(0, outputs.shape[:2]) for part in parts)
@@ -69,6 +72,15 @@ class Average:
                 self.group_squares += group_squares + between / self.group
         self.count = self.draws
 
+    def _add_density(self, outputs: Tensor) -> None:
+        """Add the targets' density under each sample of the outputs `(s, n, *)`, in log space."""
+        if self.target is None:
+            return
+        assert isinstance(self.likelihood, Gaussian)
+        densities = [self.likelihood.log_prob(output, self.target) for output in outputs]
+        before = [self.log_density] if self.count else []
+        self.log_density = torch.stack(before + densities).logsumexp(0)
+
     def error(self) -> Tensor:
         """Return the standard error of the mean; NaN from a single group."""
         if self._waiting:
@@ -81,8 +93,9 @@ class Average:
         error = self.error()
         total, epistemic = self.likelihood.split(self.mean, self.squares / self.count, self.aleatoric)
         self._check_finite(total, batch)
+        log_prob = None if self.target is None else self.log_density - math.log(self.count)
         return Prediction(
-            self.mean, total, self.aleatoric, epistemic, error, self.count, self.likelihood, (self.count,)
+            self.mean, total, self.aleatoric, epistemic, error, self.count, self.likelihood, (self.count,), log_prob
         )
 
     def _check_finite(self, total: Tensor, batch: int) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from bayeslayers.batches import input_batches, with_progress
 from bayeslayers.checks import at_least_one, did_you_mean, positive
-from bayeslayers.likelihoods import Likelihood, likelihood_of
+from bayeslayers.likelihoods import Gaussian, Likelihood, likelihood_of
 from bayeslayers.method import method_of
 from bayeslayers.outputs import TensorNetwork
 from bayeslayers.prediction.average import Average
@@ -62,6 +62,7 @@ def predict(
     generator: torch.Generator | None = None,
     result_device: torch.device | str | None = None,
     progress: bool | None = None,
+    target: Tensor | None = None,
 ) -> Prediction:
     """Return the posterior predictive distribution for some examples, with its uncertainty decomposed.
 
@@ -102,6 +103,8 @@ def predict(
         result_device: Device to which the results of each batch are moved, such as "cpu"; None leaves
             them on the model's device.
         progress: Show a progress bar; None shows it for a DataLoader on a terminal.
+        target: Real targets of the examples of a tensor `x`, for `log_prob` of the prediction: their log density under
+            the mixture of all samples, which mean and variance alone do not determine.
 
     Raises:
         ValueError: If inputs are empty or not finite, a number is out of its range, the method is
@@ -123,6 +126,7 @@ def predict(
     if batch_size is not None:
         at_least_one("batch_size", batch_size)
     likelihood = likelihood or likelihood_of(model)
+    _check_target(target, x, likelihood)
     model = compiled_or_unwrapped(model) if name in _COMPILED else unwrapped(model)
     network = model if name in _CHECKED else TensorNetwork(model)
     number = itertools.count()
@@ -130,7 +134,9 @@ def predict(
     def result(inputs: Tensor) -> Prediction:
         _check_input(inputs)
         batches = inputs.to(device).split(batch_size or len(inputs))
-        averages = _averages(network, batches, plan, METHODS[name], tolerance, likelihood)
+        targets = [None] * len(batches) if target is None else target.to(device).split(batch_size or len(inputs))
+        averages = [Average(likelihood, 2 if antithetic else 1, part) for part in targets]
+        _fill(averages, network, batches, plan, METHODS[name], tolerance)
         part = joined([average.result(next(number)) for average in averages])
         return part if result_device is None else part.to(result_device)
 
@@ -206,16 +212,15 @@ def _stream(x: Iterable[Any], plan: Plan, progress: bool | None) -> Iterator[Ten
         yield batch
 
 
-def _averages(
+def _fill(
+    averages: Sequence[Average],
     model: nn.Module,
     batches: Sequence[Tensor],
     plan: Plan,
     method: Callable[[nn.Module, Plan], Iterator[Run]],
     tolerance: float | None,
-    likelihood: Likelihood,
-) -> list[Average]:
-    """Return each batch's average over samples; each sample goes to all batches that need more."""
-    averages = [Average(likelihood, 2 if plan.antithetic else 1) for _ in batches]
+) -> None:
+    """Fill each batch's average over samples; each sample goes to all batches that need more."""
     unfinished = list(zip(averages, batches, strict=True))
     for run in method(model, plan):
         for average, batch in unfinished:
@@ -225,7 +230,19 @@ def _averages(
             unfinished = [(a, b) for a, b in unfinished if a.draws % _CHECKPOINT or not a.error().max() < tolerance]
             if not unfinished:
                 break
-    return averages
+
+
+def _check_target(target: Tensor | None, x: Any, likelihood: Likelihood) -> None:
+    if target is None:
+        return
+    if not isinstance(likelihood, Gaussian) or not isinstance(x, Tensor):
+        raise ValueError(
+            "target must be None but for a tensor x and a Gaussian likelihood, got one for "
+            f"{'a ' + likelihood.name + ' likelihood' if isinstance(x, Tensor) else type(x).__name__}. Probabilities "
+            "of classes are in `probs`; bl.evaluate takes loaders."
+        )
+    if len(target) != len(x):
+        raise ValueError(f"target must have a row for each of the {len(x)} examples, got {len(target)}.")
 
 
 def _check_input(x: Tensor) -> None:

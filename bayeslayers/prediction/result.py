@@ -48,6 +48,8 @@ class Prediction:
         num_samples: Samples averaged, in the batch that took the most.
         likelihood: The likelihood that gives these numbers their meaning.
         samples_per_batch: Samples averaged in each batch; they differ under a tolerance.
+        log_prob: Log density of the target of each example under the mixture of all samples, `(n,)`, in nats per
+            example; None where `predict` got no target.
     """
 
     mean: Tensor
@@ -58,6 +60,7 @@ class Prediction:
     num_samples: int
     likelihood: Likelihood
     samples_per_batch: tuple[int, ...] = ()
+    log_prob: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -146,7 +149,8 @@ class Prediction:
 
     def to(self, device: torch.device | str) -> Prediction:
         """Return the same prediction with its tensors on a device."""
-        return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in _PARTS})
+        moved = {name: getattr(self, name).to(device) for name in _PARTS}
+        return dataclasses.replace(self, **moved, log_prob=None if self.log_prob is None else self.log_prob.to(device))
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values as numbers and lists, ready for JSON: None stands for NaN."""
@@ -221,7 +225,11 @@ def joined(parts: Sequence[Prediction]) -> Prediction:
     """Return the prediction of several batches as one."""
     tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in _PARTS}
     counts = tuple(count for part in parts for count in part.samples_per_batch)
-    return dataclasses.replace(parts[0], **tensors, num_samples=max(counts), samples_per_batch=counts)
+    scored = [part.log_prob for part in parts if part.log_prob is not None]
+    log_prob = torch.cat(scored) if scored else None
+    return dataclasses.replace(
+        parts[0], **tensors, num_samples=max(counts), samples_per_batch=counts, log_prob=log_prob
+    )
 
 
 def without_nan(value: Any) -> Any:

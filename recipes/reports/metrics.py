@@ -14,6 +14,7 @@ _OF_CLASSES = {"epistemic": "the mutual information of class and weights"}
 _MEANING = {
     r"accuracy": "Share of examples whose most probable class is right. Higher is better.",
     r"nll": "Negative log-likelihood: surprise at the true value, in nats. Lower is better.",
+    r"mixture_nll": "Negative log-likelihood under the mixture of all samples, in nats. Lower is better.",
     r"brier": "Squared distance of the probabilities to the truth, from 0 to 2. Lower is better.",
     r"ece": "Expected calibration error: how far confidence is from accuracy, in 15 equal bins. Lower is better.",
     r"adaptive_ece": "The calibration error in bins of equally many examples. Lower is better.",
@@ -35,7 +36,7 @@ _MEANING = {
     "is better.",
 }
 _HEADLINE = re.compile(
-    "accuracy|nll|brier|ece|aurc|miou|rmse|crps|misclassification_auroc_confidence"
+    "accuracy|(mixture_)?nll|brier|ece|aurc|miou|rmse|crps|misclassification_auroc_confidence"
     "|.+/auroc_(entropy|epistemic|variance)"
 )
 

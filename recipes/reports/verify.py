@@ -167,7 +167,10 @@ def measure(
             f"likelihood must be categorical for data of classes, got {kind}. Correct the posterior's card."
         )
     splits = {"": known, **ood}
-    draws = {name: _draw_blocks(model, split, num_samples, seed) for name, split in splits.items()}
+    draws = {
+        name: _draw_blocks(model, split, num_samples, seed, kind == "gaussian" and not name)
+        for name, split in splits.items()
+    }
     counts = torch.tensor([block.num_samples for block in draws[""]], dtype=torch.float64)
     parts = {name: _pool(blocks, counts) for name, blocks in draws.items()}
     generator = torch.Generator().manual_seed(0)  # of the bootstrap: the same tolerance each time
@@ -199,14 +202,20 @@ def measure(
     return with_errors_found(parts, known.targets) | exact, {key: math.sqrt(value) for key, value in variance.items()}
 
 
-def _draw_blocks(model: nn.Module, split: Examples, num_samples: int, seed: int) -> list[Prediction]:
-    """Return predictions by blocks of draws, which together are those of one `predict` by the card's method."""
+def _draw_blocks(
+    model: nn.Module, split: Examples, num_samples: int, seed: int, scored: bool = False
+) -> list[Prediction]:
+    """Return predictions by blocks of draws, which together are those of one `predict` by the card's method.
+
+    Where `scored`, they have the log density of the targets.
+    """
     generator = torch.Generator().manual_seed(seed)
     number = min(BLOCKS, num_samples)
     sizes = [num_samples // number + (block < num_samples % number) for block in range(number)]
     x = split.inputs(slice(None))
     how: Any = zoo.card_of(model).method
-    return [predict(model, x, size, method=how, batch_size=1000, generator=generator) for size in sizes]
+    target = split.targets if scored else None
+    return [predict(model, x, size, method=how, batch_size=1000, generator=generator, target=target) for size in sizes]
 
 
 def _pool(blocks: Sequence[Prediction], counts: Tensor) -> Prediction:
@@ -221,12 +230,18 @@ def _pool(blocks: Sequence[Prediction], counts: Tensor) -> Prediction:
         within = torch.stack([block.epistemic + (block.mean - mean).square() for block in blocks]).double()
         variance = torch.tensordot(counts, within, 1) / counts.sum()
     total, epistemic = blocks[0].likelihood.split(mean, variance, aleatoric)
-    return dataclasses.replace(blocks[0], mean=mean, total=total, aleatoric=aleatoric, epistemic=epistemic)
+    log_prob = None
+    if logs := [block.log_prob for block in blocks if block.log_prob is not None]:
+        log_prob = (torch.stack(logs).double() + counts.log().unsqueeze(1)).logsumexp(0) - counts.sum().log()
+    return dataclasses.replace(
+        blocks[0], mean=mean, total=total, aleatoric=aleatoric, epistemic=epistemic, log_prob=log_prob
+    )
 
 
 def _select(prediction: Prediction, index: Tensor) -> Prediction:
     chosen = {key: getattr(prediction, key)[index] for key in ("mean", "total", "aleatoric", "epistemic")}
-    return dataclasses.replace(prediction, **chosen)
+    log_prob = None if prediction.log_prob is None else prediction.log_prob[index]
+    return dataclasses.replace(prediction, **chosen, log_prob=log_prob)
 
 
 def _variances(resampled: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -324,7 +324,10 @@ def test_real_targets_equal_the_references(case):
     for level in (0.5, 0.9, 0.95):
         low, high = law.interval(level)
         assert found.metrics[f"coverage_{level}"] == pytest.approx(((low <= target) & (target <= high)).mean())
-    assert list(found.metrics) == ["rmse", "nll", "crps", "coverage_0.5", "coverage_0.9", "coverage_0.95"]
+    names = ["rmse", "nll", "mixture_nll", "crps", "coverage_0.5", "coverage_0.9", "coverage_0.95"]
+    assert list(found.metrics) == names
+    mixture = bl.predict(model, x, 7, generator=generator(1), target=y).log_prob
+    assert found.metrics["mixture_nll"] == pytest.approx(-float(mixture.mean()))
     residual = (
         (y - prediction.mean).square().mean(1).sqrt() if case == "several targets" else (y - prediction.mean)[:, 0]
     )

@@ -225,3 +225,30 @@ def test_parts_join_in_their_order():
 def test_what_cannot_be_asked_is_one_sentence(ask, error, message):
     with pytest.raises(error, match=message):
         ask()
+
+
+@pytest.mark.parametrize(("samples", "shape"), [(5, (6, 2)), (40, (3, 4))])
+def test_log_prob_is_that_of_the_mixture_of_all_samples(samples, shape):
+    outputs = torch.randn(samples, *shape, generator=generator()).double()
+    target = torch.randn(shape[0], shape[1] // 2, generator=generator(1)).double()
+    model, x = Draws(outputs, bl.Gaussian()), torch.zeros(shape[0], 1)
+    prediction = bl.predict(model, x, samples, target=target, sample_chunk=1)
+    mean, log_variance = outputs.chunk(2, 2)
+    law = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    expected = law.log_prob(target).sum(2).exp().mean(0).log()
+    assert_close(prediction.log_prob, expected)
+    assert_close(joined([prediction, prediction]).log_prob, torch.cat([expected, expected]))
+    assert bl.predict(Draws(outputs, bl.Gaussian()), x, samples, sample_chunk=1).log_prob is None
+
+
+@pytest.mark.parametrize(
+    ("x", "target", "likelihood", "error"),
+    [
+        (torch.zeros(3, 1), torch.zeros(3), bl.Categorical(), "got one for a categorical likelihood"),
+        ([torch.zeros(3, 1)], torch.zeros(3, 1), bl.Gaussian(1.0), "got one for list"),
+        (torch.zeros(3, 1), torch.zeros(2, 1), bl.Gaussian(1.0), "a row for each of the 3 examples, got 2"),
+    ],
+)
+def test_a_target_that_does_not_fit_is_rejected(x, target, likelihood, error):
+    with pytest.raises(ValueError, match=error):
+        bl.predict(bl.BayesLinear(1, 1), x, 2, likelihood=likelihood, target=target)
