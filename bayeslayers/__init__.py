@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-from bayeslayers import plots
+from bayeslayers import distributed, plots
 from bayeslayers.continual import posterior_to_prior
 from bayeslayers.convert import ConversionReport, last_layer, norms, register_rule, to_bayesian, to_deterministic
 from bayeslayers.evaluate import Evaluation, evaluate
@@ -72,6 +72,7 @@ __all__ = [
     "SWAG",
     "VOGN",
     "attach_posterior",
+    "distributed",
     "evaluate",
     "kl_divergence",
     "laplace",

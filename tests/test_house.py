@@ -13,8 +13,9 @@ ROOT = Path(__file__).parent.parent
 # A room imports only those above it in its package. A new one takes its place here.
 ORDER = {
     "bayeslayers": """
-        checks files dtypes unwrap outputs display batches distributions likelihoods curvature layers sampling convert
-        storage method optim prediction laplace merge export continual metrics recalibrate evaluate plots
+        checks files dtypes unwrap outputs display batches distributed distributions likelihoods curvature layers
+        sampling convert storage method optim prediction laplace merge export continual metrics recalibrate evaluate
+        plots
     """.split(),
     "zoo": "images normalise backbones registry cost networks transforms untrusted hub loading".split(),
     "recipes": "data image_files training reports tasks cli".split(),

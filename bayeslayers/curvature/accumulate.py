@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -26,14 +26,24 @@ class Part(NamedTuple):
     Attributes:
         fraction: Its share of the examples, in (0, 1].
         start: Where it begins, uniform in [0, 1); behind the last example it goes on at the first.
+        place: Returns how many examples of a larger batch come before these, and how many it has; None, as what it
+            returns may be, where these are all.
     """
 
     fraction: float
     start: float
+    place: Callable[[], tuple[int, int] | None] = lambda: None
 
     def select(self, *tensors: Tensor) -> tuple[float, list[Tensor]]:
         """Return the factor from the sum over the part to that over the batch, and the part of each tensor."""
         n = len(tensors[0])
+        if (place := self.place()) is not None:
+            before, whole = place
+            size, first = max(1, round(self.fraction * whole)), int(self.start * whole)
+            run = torch.arange(first, first + size, device=tensors[0].device) % whole - before
+            run = run[(run >= 0) & (run < n)]
+            # One example times 0 stands for none, of which not all kernels know the sum.
+            return whole / size * (len(run) > 0), [x[run] if len(run) else x[:1] for x in tensors]
         size = max(1, round(self.fraction * n))
         first = int(self.start * n)
         if first + size <= n:

@@ -60,11 +60,12 @@ class LossFunctions(TorchFunctionMode):
 
     Attributes:
         batched: Functions run under `vmap`, and what they return goes backward.
+        paused: Losses are not the user's.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.batched = False
+        self.batched = self.paused = False
         self.clear()
 
     def clear(self) -> None:
@@ -74,7 +75,7 @@ class LossFunctions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # As short as can be: it runs for each function, and torch.compile traces it.
-        if func in _SEEN and not torch.compiler.is_compiling():
+        if func in _SEEN and not self.paused and not torch.compiler.is_compiling():
             return self._call(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 

@@ -51,7 +51,9 @@ def check_likelihood(likelihood: object) -> None:
         )
 
 
-def sampled_loss(likelihood: Likelihood, output: Tensor, generator: Generator = None) -> Tensor:
+def sampled_loss(
+    likelihood: Likelihood, output: Tensor, generator: Generator = None, place: tuple[int, int] | None = None
+) -> Tensor:
     """Return a loss at labels drawn from the output, whose mean squared gradient is the curvature of the true loss.
 
     It is the sum over examples of the negative log-likelihood. If `likelihood.loss` also averages over the
@@ -62,6 +64,8 @@ def sampled_loss(likelihood: Likelihood, output: Tensor, generator: Generator = 
         likelihood: A likelihood that passes `check_likelihood`.
         output: Output of the network.
         generator: Source of the labels.
+        place: Examples before these in a batch that is drawn for as a whole, and all of its examples; None where these
+            are all.
 
     Raises:
         FloatingPointError: If the output is not finite.
@@ -72,6 +76,11 @@ def sampled_loss(likelihood: Likelihood, output: Tensor, generator: Generator = 
             f"the output must be finite, got {bad} of {output.numel()} values that are not. The step is rejected, and "
             "the posterior is unchanged. Lower lr, raise damping, or check the batch."
         )
-    target = _DRAWS[type(likelihood)](*likelihood.per_draw(output.detach()), generator)
+    whole, own = output.detach(), slice(None)
+    if place is not None:
+        own = slice(place[0], place[0] + len(output))
+        whole = output.new_zeros(place[1], *output.shape[1:])
+        whole[own] = output.detach()
+    target = _DRAWS[type(likelihood)](*likelihood.per_draw(whole), generator)[own]
     averaged = target.numel() if likelihood.discrete else len(target)
     return likelihood.loss(output, target) * math.sqrt(averaged * len(target))

@@ -30,12 +30,14 @@ class Averages:
         statistics: The means of what the scopes recorded, once multiplied by `scale`.
         scale: Factor that makes them means over examples; that of the first draw.
         draws: Number of draws so far.
+        weight: Elements of their losses, added up.
     """
 
     def __init__(self) -> None:
         self.statistics: dict[Any, Tensor] = {}
         self.scale = 1.0
         self.draws = 0
+        self.weight = 0.0
 
     def add(self, recorded: Recorded, earlier: Mapping[nn.Parameter, Tensor | None]) -> None:
         """Fold a draw into the means.

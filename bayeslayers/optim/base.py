@@ -11,25 +11,21 @@ from __future__ import annotations
 import abc
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.curvature.counts import Reduction
 from bayeslayers.curvature.elements import refuse_other_reduction
 from bayeslayers.method import predict_by_samples
 from bayeslayers.optim.adam import adam_update
-from bayeslayers.optim.draws import AveragedDraws
-from bayeslayers.optim.groups import Rules
 from bayeslayers.optim.guard import Snapshot, adam_ratio, is_harmless, magnitudes, refuse_not_finite
-from bayeslayers.optim.options import Options
-from bayeslayers.optim.ranks import average_over_ranks, copy_from_first_rank
+from bayeslayers.optim.shared_step import NO_DRAW, SharedStep
 from bayeslayers.sampling.sharing import in_use
 
 
-class VariationalOptimizer(AveragedDraws):
+class VariationalOptimizer(SharedStep):
     """Base of the optimisers of a posterior. A method says what a scope records and how a group moves.
 
     It must have `_scope`, `_record` and `_update`. It may extend `_prepare`, `_clear_record`, `_plan`,
@@ -46,12 +42,6 @@ class VariationalOptimizer(AveragedDraws):
     _step_supports_amp_scaling = True  # see `amp.LossScale`
     _statistic: ClassVar[str] = "curvature"  # what messages call the statistics
     _loss_power: int = 2  # the power of the loss they are proportional to
-    loss_reduction: Reduction = "mean"  # what the loss is of those of the examples
-
-    def __init__(self, model: nn.Module, dataset_size: int, rules: Rules, values: Mapping[str, Any], options: Options):
-        super().__init__(model, dataset_size, rules, values, options)
-        if self.sync:
-            copy_from_first_rank(model.state_dict().values())
 
     @abc.abstractmethod
     def _update(self, group: dict[str, Any]) -> None:
@@ -103,14 +93,26 @@ class VariationalOptimizer(AveragedDraws):
             return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        loss, output = (None, None) if closure is None else self._run(closure)
-        if self._is_left_out():
-            return None
-        if self.sync:
-            self._average_over_ranks()
-        self._refuse_other_use()
+        with self._together():
+            loss, output = (None, None) if closure is None else self._run(closure)
+            if self._is_left_out():
+                return None
+            self._refuse_other_use()
+            if self.sync:  # a rank tells the others of its own numbers, before they are one
+                self._check_numbers()
+        self._finish()
+        return loss if output is None else (loss, output)
+
+    def _finish(self, left: bool = False) -> bool:
+        """Move the posterior by the averages; return whether there were any.
+
+        Args:
+            left: This rank has no data any more, and takes part in the others' steps.
+        """
+        if self.sync and not self._average_over_ranks(left):
+            return False
         try:
-            self._refuse_bad_numbers()
+            self._check_numbers()
             self._plan()
             self._move()
         except FloatingPointError:
@@ -118,7 +120,11 @@ class VariationalOptimizer(AveragedDraws):
             raise
         predict_by_samples(self.model)
         self._forget()
-        return loss if output is None else (loss, output)
+        return True
+
+    def _check_numbers(self) -> None:
+        if self._averages.draws > 0:
+            self._refuse_bad_numbers()
 
     def finalize(self) -> None:
         """Write the posterior to the model. Call it when training ends, before predicting and saving.
@@ -155,19 +161,10 @@ class VariationalOptimizer(AveragedDraws):
         """Take the loss scale out of the statistics."""
         self._averages.scale /= loss_scale**self._loss_power
 
-    def _average_over_ranks(self) -> None:
-        """Replace gradients and statistics by their means over the ranks."""
-        grads = {p: p.grad for p in self._names if p.grad is not None}
-        self._averages.apply_scale()
-        average_over_ranks([*grads.values(), *self._averages.statistics.values()])
-
     def _refuse_other_use(self) -> None:
         """Raise if no draw was made, or the loss is another kind of mean than the optimizer was told."""
-        if self._averages.draws == 0:
-            raise RuntimeError(
-                "step() must follow a backward pass under drawn weights, got none since the last step. Pass a "
-                "closure, or call loss.backward() inside `with optimizer.sampled():`."
-            )
+        if self._averages.draws == 0 and not self.sync:
+            raise RuntimeError(NO_DRAW)
         if self._seen is not None:
             refuse_other_reduction(self._seen, self.loss_reduction, self._loss_scale.value)
 

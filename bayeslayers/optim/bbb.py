@@ -17,6 +17,7 @@ from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.guard import adam_ratio, magnitudes
 from bayeslayers.optim.options import Options
+from bayeslayers.optim.ranks import Sync
 from bayeslayers.sampling import Sampler
 
 _RULES = {"lr": non_negative, "beta1": fraction, "beta2": fraction, "temperature": positive}
@@ -52,7 +53,10 @@ class BBB(VariationalOptimizer):
         generator: Source of the draws, on the model's device; torch's default one if None.
         groups: Parameter groups with hyperparameters of their own, each a dict of `params` and any of
             lr, beta1, beta2, temperature, prior_precision.
-        sync: Average over the ranks of torch.distributed's default group before each step.
+        sync: Average over the ranks of torch.distributed's default group before each step; "bfloat16" sends numbers
+            of that type.
+        num_mc_groups: Sample groups: ranks of a group share their draws, groups have their own. One process runs
+            them all, each on its part of the batch, `optimizer.part(len(x))`.
         how: The former name of `estimator`, which it replaces if given.
 
     Raises:
@@ -85,8 +89,9 @@ class BBB(VariationalOptimizer):
         num_samples: int = 1,
         generator: torch.Generator | None = None,
         groups: Sequence[Mapping[str, Any]] | None = None,
-        sync: bool = False,
+        sync: Sync = False,
         how: Estimator | None = None,
+        num_mc_groups: int = 1,
     ):
         self.estimator: Estimator = estimator if how is None else how
         arguments = locals()

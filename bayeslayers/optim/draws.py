@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -10,12 +11,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from bayeslayers.checks import network
+from bayeslayers.curvature.counts import Reduction
 from bayeslayers.curvature.elements import Elements, LossFunctions
+from bayeslayers.distributed.messages import is_distributed
 from bayeslayers.optim.amp import LossScale
 from bayeslayers.optim.averages import Averages, Recorded
 from bayeslayers.optim.groups import PosteriorGroups, Rules
 from bayeslayers.optim.options import Options
-from bayeslayers.optim.ranks import process_group, spans_ranks
+from bayeslayers.optim.ranks import (
+    Forwards,
+    local_groups,
+    ranks_of_group,
+    refuse_no_group,
+    refusing_unnoticed_wrapper,
+    shared_generator,
+    spans_ranks,
+    wire_dtype,
+)
 from bayeslayers.sampling import Site
 from bayeslayers.sampling.sharing import in_use
 
@@ -35,18 +48,28 @@ class AveragedDraws(PosteriorGroups):
     """
 
     _sampling_counterpart: ClassVar[str | None] = None  # the method that draws weights, for one that computes at means
-    _averages_statistics: ClassVar[bool] = True  # over the ranks of a DistributedDataParallel, too
+    loss_reduction: Reduction = "mean"  # what the loss is of those of the examples
     _keeps_roots: ClassVar[bool] = False  # moves matrix-variate posteriors as such
 
     def __init__(self, model: nn.Module, dataset_size: int, rules: Rules, values: Mapping[str, Any], options: Options):
         self.elements_per_example = options.elements_per_example
         self.num_samples = int(options.num_samples)
-        self.sync = options.sync or (self._averages_statistics and spans_ranks(model))
+        self._wire = wire_dtype(options.sync)
+        self.sync = bool(options.sync) or spans_ranks(model)
+        self.num_mc_groups = int(options.num_mc_groups)
         self._inside = False  # an open scope
-        self._losses = LossFunctions()
+        self._losses, self._forwards = LossFunctions(), Forwards()
+        self._group_generators: list[torch.Generator] = []
         self._forget()
+        self._groups, self._sharing = range(self.num_mc_groups), range(1)  # of this rank; ranks of the same draws
         if self.sync:
-            process_group()  # raises before the model changes
+            refuse_no_group()  # before the model changes
+            network("model", model)
+            self._groups = local_groups(self.num_mc_groups)
+            self._sharing = ranks_of_group(self.num_mc_groups)
+            own = shared_generator(options.generator, next(model.parameters()).device)
+            options = dataclasses.replace(options, generator=own)
+        self._group = self._groups[0]
         super().__init__(model, dataset_size, rules, values, options)
 
     @abc.abstractmethod
@@ -104,7 +127,7 @@ class AveragedDraws(PosteriorGroups):
         self._restore(dict.fromkeys(self._names))
         self._losses.clear()
         try:
-            with in_use(self.model, trains=True), scope(), self._losses:
+            with in_use(self.model, trains=True), self._watched(), self._own_draws(), scope(), self._losses:
                 self._inside = True
                 yield
             self._collect(earlier)
@@ -120,12 +143,66 @@ class AveragedDraws(PosteriorGroups):
         recorded = self._record()
         if recorded is None:
             self._restore(earlier)
-        else:
-            self._averages.add(recorded, earlier)
+            return
+        self._averages.add(recorded, earlier)
+        if self.sync:
+            self._averages.weight += self._weight()
+
+    # What matters where several ranks, or sample groups, make a step together.
+
+    def part(self, count: int) -> slice:
+        """Return which of this rank's examples the present draw is for: all, but for several sample groups of a rank.
+
+        Args:
+            count: Number of this rank's examples.
+        """
+        index, groups = self._group - self._groups[0], len(self._groups)
+        return slice(index * count // groups, (index + 1) * count // groups)
+
+    def _watched(self) -> AbstractContextManager[None]:
+        if not self.sync:
+            return refusing_unnoticed_wrapper(self.model)
+        wanted = self._needs_place() and is_distributed()
+        return self._forwards.watched(self.model, self._sharing if wanted else None)
+
+    def _needs_place(self) -> bool:
+        """Whether what a scope draws depends on which examples of the batch a rank has."""
+        return False
+
+    @contextmanager
+    def _own_draws(self) -> Iterator[None]:
+        """Draw from the generator of the present sample group inside the scope.
+
+        A step seeds the generators of all its groups at once, so that they do not depend on how many ranks there are.
+        """
+        if self.num_mc_groups == 1:
+            yield
+            return
+        if not self._group_generators:
+            device = next(iter(self._sites)).device
+            seeds = torch.randint(2**62, (self.num_mc_groups,), generator=self._generator, device=device).tolist()
+            self._group_generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        shared = self._generator
+        self._generator = self._sampler.generator = self._group_generators[self._group]
+        try:
+            yield
+        finally:
+            self._generator = self._sampler.generator = shared
+
+    def _weight(self) -> float:
+        """Return how many elements the loss of the last scope is a mean over, by which ranks count."""
+        rows = self._forwards.rows
+        if self.loss_reduction == "sum":
+            return rows or 1
+        try:
+            return self._losses.elements(rows, self.elements_per_example).number or 1
+        except ValueError:  # of losses that differ, which matters for squares alone
+            return rows or 1
 
     def _forget(self) -> None:
         """Drop the draws since the last step."""
         self._averages = Averages()
+        self._group_generators = []
         self._seen: Elements | None = None
         self._loss_scale = LossScale()
 
@@ -152,7 +229,7 @@ class AveragedDraws(PosteriorGroups):
         earlier, averages = {p: p.grad for p in self._names}, self._averages
         self._forget()
         try:
-            loss, output = self._run_draws(closure)
+            loss, output = self._run_groups(closure)
         except BaseException:
             self._restore(earlier)
             self._averages = averages
@@ -160,6 +237,21 @@ class AveragedDraws(PosteriorGroups):
         if loss is None:
             self._averages = averages
         return loss, output
+
+    def _run_groups(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
+        """Run the draws of this rank's sample groups; return the mean loss, and the outputs of all their parts."""
+        results = []
+        try:
+            for group in self._groups:
+                self._group = group
+                results.append(self._run_draws(closure))
+        finally:
+            self._group = self._groups[0]
+        if len(results) == 1 or results[0][0] is None:
+            return results[0]
+        outputs = [output for _, output in results]
+        whole = torch.cat(outputs) if isinstance(outputs[0], Tensor) else outputs[-1]
+        return torch.stack([loss for loss, _ in results]).mean(), whole
 
     def _run_draws(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
         """Run the closure in `num_samples` scopes, one after the other; return the means of loss and output."""
@@ -184,8 +276,7 @@ class AveragedDraws(PosteriorGroups):
         return loss, output.detach() if isinstance(output, Tensor) else output
 
     def _refuse_bad_loss(self, loss: Tensor) -> None:
-        # Under sync the ranks refuse a step together, once the gradients have met.
-        if not self.sync and not loss.isfinite().all():
+        if not loss.isfinite().all():
             raise FloatingPointError(
                 f"the loss must be finite, got {loss.tolist()}. The step is rejected, and the posterior is unchanged. "
                 "Lower lr, or look at the batch."

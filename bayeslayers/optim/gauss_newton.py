@@ -66,7 +66,10 @@ class GaussNewton(VariationalOptimizer):
             yield
 
     def _track(self) -> AbstractContextManager[Tracker]:
-        return self._tracker.track(self.curvature_fraction, self._generator)
+        return self._tracker.track(self.curvature_fraction, self._generator, lambda: self._forwards.place)
+
+    def _needs_place(self) -> bool:
+        return self.curvature_fraction < 1
 
     def _clear_record(self) -> None:
         self._tracker.clear()

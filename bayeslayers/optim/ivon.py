@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bayeslayers.checks import fraction, non_negative, positive, radius
+from bayeslayers.distributed.messages import Row
 from bayeslayers.distributions.gaussian import retracted_precision
 from bayeslayers.layers import attach_posterior
 from bayeslayers.optim.adam import momentum_average
@@ -20,11 +21,11 @@ from bayeslayers.optim.defaults import LARGEST_MOVE, start_hessian, with_plain_s
 from bayeslayers.optim.groups import listed
 from bayeslayers.optim.guard import natural_reach
 from bayeslayers.optim.options import Options
+from bayeslayers.optim.ranks import Sync, statistics_of_norms, weighted_sum
+from bayeslayers.optim.shared_step import group_of
 from bayeslayers.sampling import posterior
 
 Estimator = Literal["price", "gradsq"]
-
-
 LR, BETA2 = 0.3, 0.9995  # where no lr is given; its Hessians are noisier than VOGN's, and spoil larger steps
 
 _RULES = {
@@ -55,9 +56,8 @@ class IVON(VariationalOptimizer):
     h_hat is. `weight_decay` sets the priors at the start, prior_precision = ess weight_decay; they
     are buffers beside the parameters from then on, of mean 0 but in Bayesian normalisation layers.
 
-    The loss is the mean over the batch's examples. "price" pairs each gradient with its own draw:
-    `sync` averages the products over ranks, each with draws of its own, in the place of
-    `DistributedDataParallel`, which averages gradients alone and asks for the same draw on all ranks.
+    The loss is the mean over the batch's examples. Under `sync` "gradsq" squares the mean of the gradients of all
+    ranks that share a draw, which sends those of each draw.
 
     Without an `lr` it chooses what else is not given too, from `dataset_size` and the fan-in of the parameters, as
     `optim.defaults` explains. With an `lr` the defaults are those of its authors.
@@ -85,7 +85,10 @@ class IVON(VariationalOptimizer):
             lr, beta1, beta2, hess_init, weight_decay, clip_radius, temperature.
         keep_posterior: Keep precision and prior where the model has them, as a loaded one; hess_init
             and weight_decay then set those of the other parameters, and the scale of `lr`.
-        sync: Average over the ranks of torch.distributed's default group before each step.
+        sync: Average over the ranks of torch.distributed's default group before each step; "bfloat16" sends numbers
+            of that type.
+        num_mc_groups: Sample groups: ranks of a group share their draws, groups have their own. One process runs
+            them all, each on its part of the batch, `optimizer.part(len(x))`.
 
     Raises:
         ValueError: If an argument breaks its rule, or no parameter requires a gradient.
@@ -102,8 +105,6 @@ class IVON(VariationalOptimizer):
         >>> bl.predict(net, x).probs.shape
         torch.Size([8, 3])
     """
-
-    _averages_statistics: ClassVar[bool] = False  # see above: all ranks draw the same weights
 
     def __init__(
         self,
@@ -122,7 +123,8 @@ class IVON(VariationalOptimizer):
         generator: torch.Generator | None = None,
         groups: Sequence[Mapping[str, Any]] | None = None,
         keep_posterior: bool = False,
-        sync: bool = False,
+        sync: Sync = False,
+        num_mc_groups: int = 1,
     ):
         arguments = locals()
         if estimator not in ("price", "gradsq"):
@@ -147,6 +149,7 @@ class IVON(VariationalOptimizer):
         }
         options = Options.among(arguments, groups=with_plain_steps(groups or ()) if chooses else groups)
         super().__init__(model, dataset_size, _RULES, arguments | chosen, options)
+        self._process_group = group_of(self._sharing) if estimator == "gradsq" and self.sync else None
 
     def _make_bayesian(self) -> None:
         """Convert nothing: parameters of any module get a posterior."""
@@ -211,6 +214,8 @@ class IVON(VariationalOptimizer):
                     f"parameter '{name}' must have a posterior, got it unfrozen since. Pass it to add_param_group."
                 )
             statistics[parameter] = self._statistic_of(parameter, parameter.grad)
+        if self.estimator == "gradsq" and len(self._sharing) > 1:
+            self._gradients.append({p: p.grad.clone() for p in statistics if p.grad is not None})
         return Recorded(statistics) if statistics else None
 
     def _statistic_of(self, parameter: nn.Parameter, grad: Tensor) -> Tensor:
@@ -219,6 +224,31 @@ class IVON(VariationalOptimizer):
             return grad.square()
         noise, factor = self._sampler.noise[self._sites[parameter].name]
         return noise * grad if factor == 1 else (noise * grad).mul_(factor)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._gradients: list[dict[nn.Parameter, Tensor]] = []  # of each draw, where ranks share it
+
+    def _reduce(self, rows: Sequence[Row]) -> None:
+        if self._forwards.reduced:  # with them the statistics, whose draw all ranks share
+            return
+        if self.estimator == "gradsq" and len(self._sharing) > 1:
+            self._square_means(rows)
+        if self.estimator == "price" or len(self._sharing) < len(rows):
+            super()._reduce(rows)
+
+    def _square_means(self, rows: Sequence[Row]) -> None:
+        """Replace gradients and their squares by those of the mean over the ranks that share the draws."""
+        weights = [rows[rank].numbers[0] for rank in self._sharing]
+        parameters = [p for p in self._names if p.grad is not None]
+        own = [[draw.get(p, p.new_zeros(p.shape)) for p in parameters] for draw in self._gradients]
+        draws = own or [[torch.zeros_like(p) for p in parameters] for _ in range(int(rows[0].numbers[1]))]
+        share = self._averages.weight / (sum(weights) or 1.0)
+        norms = statistics_of_norms(self.model) if len(self._sharing) == len(rows) else []
+        weighted_sum([*(g for draw in draws for g in draw), *norms], share, self._wire, self._process_group)
+        for parameter, *gradients in zip(parameters, *draws, strict=True):
+            parameter.grad = torch.stack(gradients).mean(0)
+            self._averages.statistics[parameter] = torch.stack(gradients).square_().mean(0)
 
     def _plan(self) -> None:
         """Compute the new precisions, which must be finite in all groups."""

@@ -11,6 +11,7 @@ from torch import nn
 from bayeslayers.likelihoods import Likelihood
 from bayeslayers.optim.kronecker import Fisher, KroneckerFactored, Schedule
 from bayeslayers.optim.options import Options
+from bayeslayers.optim.ranks import Sync
 
 
 class NoisyKFAC(KroneckerFactored):
@@ -62,7 +63,10 @@ class NoisyKFAC(KroneckerFactored):
         groups: Parameter groups with hyperparameters of their own, each a dict of `params` and any of
             lr, beta1, factor_lr, temperature, damping, prior_precision.
         deterministic_lr: Learning rate of parameters that are not Bayesian; None for `lr`.
-        sync: Average over the ranks of torch.distributed's default group before each step.
+        sync: Average over the ranks of torch.distributed's default group before each step; "bfloat16" sends numbers
+            of that type.
+        num_mc_groups: Sample groups: ranks of a group share their draws, groups have their own. One process runs
+            them all, each on its part of the batch, `optimizer.part(len(x))`.
         elements_per_example: Elements that an example's loss is a mean over, for fisher="empirical"; see `VOGN`.
 
     The loss is a mean over the batch's examples. Under `torch.compile` use `fisher="empirical"`.
@@ -102,8 +106,9 @@ class NoisyKFAC(KroneckerFactored):
         generator: torch.Generator | None = None,
         groups: Sequence[Mapping[str, Any]] | None = None,
         deterministic_lr: float | None = None,
-        sync: bool = False,
+        sync: Sync = False,
         elements_per_example: float | None = None,
+        num_mc_groups: int = 1,
     ):
         arguments = locals()
         super().__init__(
@@ -173,7 +178,7 @@ class KFAC(KroneckerFactored):
         generator: torch.Generator | None = None,
         groups: Sequence[Mapping[str, Any]] | None = None,
         deterministic_lr: float | None = None,
-        sync: bool = False,
+        sync: Sync = False,
         elements_per_example: float | None = None,
     ):
         arguments = locals()

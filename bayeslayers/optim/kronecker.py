@@ -104,8 +104,7 @@ class KroneckerFactored(VariationalOptimizer):
 
     @contextmanager
     def _scope(self, noise: Mapping[str, Tensor] | None) -> Iterator[None]:
-        steps = max((state.get("step", 0) for state in self.state.values()), default=0)
-        self._tracks = steps % self.update_every == 0
+        self._tracks = self._is_update()
         self._sums: dict[str, Tensor] = {}
         self._examples = 0
         with self._draw(noise):
@@ -116,6 +115,13 @@ class KroneckerFactored(VariationalOptimizer):
             hook = self.model.register_forward_hook(self._sample_labels) if samples else nullcontext()
             with hook, self._tracker.track():
                 yield
+
+    def _is_update(self) -> bool:
+        """Whether the coming step moves the factors."""
+        return max((state.get("step", 0) for state in self.state.values()), default=0) % self.update_every == 0
+
+    def _needs_place(self) -> bool:
+        return self.fisher == "sampled" and self._is_update()
 
     def _sample_labels(self, model: nn.Module, inputs: Any, output: Any) -> None:
         """Add the factors at labels drawn given the output of a forward pass, before the pass of the user's loss."""
@@ -128,11 +134,21 @@ class KroneckerFactored(VariationalOptimizer):
             )
         if not output.requires_grad or not torch.is_grad_enabled():
             return
-        with full_precision(output.device.type):
-            sums, examples = self._tracker.sums_of(sampled_loss(self.likelihood, output, self._generator))
+        with full_precision(output.device.type), self._losses_paused():
+            sums, examples = self._tracker.sums_of(
+                sampled_loss(self.likelihood, output, self._generator, self._forwards.place)
+            )
         self._examples += examples
         for name, value in sums.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    @contextmanager
+    def _losses_paused(self) -> Iterator[None]:
+        self._losses.paused = True
+        try:
+            yield
+        finally:
+            self._losses.paused = False
 
     def _clear_record(self) -> None:
         # Sampled factors stay: those of a forward pass whose backward is still to come are among them, and

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from bayeslayers.checks import at_least_one, positive
+from bayeslayers.optim.ranks import Sync
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,10 @@ class Options:
             from the first batches, where the method has a curvature.
         num_samples: Draws per `step(closure)`.
         generator: Source of the draws; torch's default one if None.
-        sync: Average over the ranks of the default process group before each step. A model in a
-            `DistributedDataParallel` of several ranks, which averages gradients alone, turns it on, but not for IVON.
+        sync: Average over the ranks of the default process group before each step; "bfloat16" sends numbers in that
+            type. A model in a `DistributedDataParallel` of several ranks turns it on.
+        num_mc_groups: Sample groups: ranks of one group share their draws, those of different groups have draws of
+            their own.
         elements_per_example: Elements that an example's loss is a mean over; None for those that are seen.
 
     Raises:
@@ -40,11 +43,13 @@ class Options:
     init_precision: float | Literal["curvature"] | None = None
     num_samples: int = 1
     generator: torch.Generator | None = None
-    sync: bool = False
+    sync: Sync = False
+    num_mc_groups: int = 1
     elements_per_example: float | None = None
 
     def __post_init__(self):
         at_least_one("num_samples", self.num_samples)
+        at_least_one("num_mc_groups", self.num_mc_groups)
         for name in ("elements_per_example", "prior_precision"):
             if (value := getattr(self, name)) is not None:
                 positive(name, value)

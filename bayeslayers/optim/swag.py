@@ -17,6 +17,7 @@ from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.guard import magnitudes, natural_reach
 from bayeslayers.optim.options import Options
+from bayeslayers.optim.ranks import Sync
 from bayeslayers.sampling.sharing import in_use
 
 _RULES = {"lr": non_negative, "beta1": fraction, "temperature": positive}
@@ -97,7 +98,7 @@ class SWAG(VariationalOptimizer):
         temperature: float = 1.0,
         groups: Sequence[Mapping[str, Any]] | None = None,
         deterministic_lr: float | None = None,
-        sync: bool = False,
+        sync: Sync = False,
     ):
         arguments = locals()
         self.start_step = at_least_one("start_step", start_step)

@@ -23,6 +23,7 @@ from bayeslayers.optim.defaults import (
 from bayeslayers.optim.gauss_newton import RULES, GaussNewton
 from bayeslayers.optim.groups import listed
 from bayeslayers.optim.options import Options
+from bayeslayers.optim.ranks import Sync
 
 
 class VOGN(GaussNewton):
@@ -66,7 +67,10 @@ class VOGN(GaussNewton):
         groups: Parameter groups with hyperparameters of their own, each a dict of `params` and any of
             lr, beta1, precision_lr, temperature, damping, clip_radius, prior_precision.
         deterministic_lr: Learning rate of parameters that are not Bayesian; None for `lr`, 1e-3 without one.
-        sync: Average over the ranks of torch.distributed's default group before each step.
+        sync: Average over the ranks of torch.distributed's default group before each step; "bfloat16" sends numbers
+            of that type.
+        num_mc_groups: Sample groups: ranks of a group share their draws, groups have their own. One process runs
+            them all, each on its part of the batch, `optimizer.part(len(x))`.
         vectorise: Run the draws of `step(closure)` at once, by `torch.func.vmap`. The closure leaves
             `backward` to the optimizer then. Faster for small networks and batches alone.
         clip_radius: Bound on each entry of the mean's step before `lr`, > 0; None for no bound with an `lr` of
@@ -102,10 +106,11 @@ class VOGN(GaussNewton):
         curvature_fraction: float = 1.0,
         groups: Sequence[Mapping[str, Any]] | None = None,
         deterministic_lr: float | None = None,
-        sync: bool = False,
+        sync: Sync = False,
         vectorise: bool = False,
         elements_per_example: float | None = None,
         clip_radius: float | None = None,
+        num_mc_groups: int = 1,
     ):
         arguments, chooses = locals(), lr is None
         bound = LARGEST_MOVE if chooses else math.inf  # of the move; `_scale_steps` makes it one of the step
@@ -208,7 +213,7 @@ class OGN(GaussNewton):
         curvature_fraction: float = 1.0,
         groups: Sequence[Mapping[str, Any]] | None = None,
         deterministic_lr: float | None = None,
-        sync: bool = False,
+        sync: Sync = False,
         elements_per_example: float | None = None,
     ):
         arguments = locals()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -95,20 +95,26 @@ class Tracker:
         self._uses.clear()
 
     @contextmanager
-    def track(self, fraction: float = 1.0, generator: torch.Generator | None = None) -> Iterator[Tracker]:
+    def track(
+        self,
+        fraction: float = 1.0,
+        generator: torch.Generator | None = None,
+        place: Callable[[], tuple[int, int] | None] = lambda: None,
+    ) -> Iterator[Tracker]:
         """Sum squared per-example gradients inside the scope, from zero.
 
         Args:
             fraction: Part of each batch, in (0, 1], from which the sums of linear and convolution
                 weights are estimated.
             generator: Source of that part.
+            place: Where the examples are in a larger batch, as for `Part`.
         """
         self.clear()
         self._part = None
         self._switches.gradients = self._switches.curvature = True
         if fraction < 1:
             device = None if generator is None else generator.device
-            self._part = Part(fraction, float(torch.rand((), generator=generator, device=device)))
+            self._part = Part(fraction, float(torch.rand((), generator=generator, device=device)), place)
         outer = current()
         leaves = {layer: self._leaves_of(name, layer) for name, layer in self.layers.items()}
         with opened(replace(outer, leaves={**outer.leaves, **leaves})), self._watch():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import math
-import os
 
 import hypothesis
 import pytest
@@ -462,41 +461,6 @@ def test_grad_scaler_leaves_the_step_as_it_is(estimator, clips):
             nn.utils.clip_grad_norm_(net.parameters(), 0.1)
         scaler.step(optimizer)
     assert_close(nets[1].state_dict(), nets[0].state_dict(), rtol=1e-10, atol=1e-12)
-
-
-def steps_on_rank(rank: int, folder: str) -> None:
-    """Train with `sync` on one batch and draw per rank; the first rank writes what it got."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    for estimator in ESTIMATORS:
-        net = make(Recurrent)
-        optimizer = make_optimizer(net, estimator=estimator, sync=True)
-        for step in range(3):
-            scope(net, optimizer, 2 * step + rank)
-            optimizer.step()
-        torch.save(state_of(net, optimizer), f"{folder}/{estimator}{rank}")
-    torch.distributed.destroy_process_group()
-
-
-def scope(net: nn.Module, optimizer: bl.IVON, seed: int) -> None:
-    x, y = make_batch(seed)
-    with optimizer.sampled(noise=make_noise(net, seed)):
-        F.cross_entropy(net(x), y).backward()
-
-
-def test_two_ranks_are_one_process_with_the_draws_of_both(tmp_path, monkeypatch):
-    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(steps_on_rank, (str(tmp_path),), nprocs=2)
-    for estimator in ESTIMATORS:
-        net = make(Recurrent)
-        optimizer = make_optimizer(net, estimator=estimator)
-        for step in range(3):
-            for rank in range(2):
-                scope(net, optimizer, 2 * step + rank)
-            optimizer.step()
-        for rank in range(2):
-            synced = torch.load(tmp_path / f"{estimator}{rank}", weights_only=True)
-            assert_close(synced, state_of(net, optimizer), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -360,7 +360,7 @@ class TestSeveralDevices:
         assert not method(DistributedDataParallel(mlp()), dataset_size=N).sync
 
     def test_ivon_draws_the_same_weights_on_all_ranks(self, distributed):
-        assert not bl.IVON(distributed, dataset_size=N).sync
+        assert bl.IVON(distributed, dataset_size=N).sync
 
     @pytest.mark.parametrize("method", [*METHODS, bl.IVON])
     def test_replicas_do_not_see_samples(self, method):
