@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -121,9 +122,8 @@ def start(
 
 def versions() -> dict[str, str]:
     """Return the versions that ranks must have in common."""
-    from bayeslayers import __version__
-
-    return {"bayeslayers": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    own = sys.modules["bayeslayers"].__version__  # which imports this module
+    return {"bayeslayers": own, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def _device(device: str | torch.device | None, place: Place) -> torch.device:
