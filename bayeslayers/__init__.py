@@ -30,7 +30,7 @@ from bayeslayers.layers import (
 from bayeslayers.likelihoods import Bernoulli, Categorical, Gaussian
 from bayeslayers.merge import merge
 from bayeslayers.optim import BBB, IVON, KFAC, OGN, SWAG, VOGN, NoisyKFAC
-from bayeslayers.prediction import Prediction, predict
+from bayeslayers.prediction import Prediction, SlidingWindow, predict
 from bayeslayers.prediction.linearised import linearised_moments, linearised_outputs
 from bayeslayers.recalibrate import Recalibration, recalibrate
 from bayeslayers.sampling import kl_divergence, posterior, sampled, tracked
@@ -69,6 +69,7 @@ __all__ = [
     "PosteriorError",
     "Prediction",
     "Recalibration",
+    "SlidingWindow",
     "SWAG",
     "VOGN",
     "attach_posterior",

@@ -118,7 +118,7 @@ def evaluate(
         num_samples: Posterior samples per batch.
         likelihood: As for `predict`.
         generator: Source of the samples; every batch has its own.
-        ignore_index: Label that all metrics leave out, or None.
+        ignore_index: Label that all metrics leave out; None for that of the likelihood, if it has one.
         recalibration: Applied to every prediction, if given.
         progress: Whether to show a progress bar.
         **options: Further arguments of `predict`, such as `method` and `batch_size`.
@@ -139,6 +139,8 @@ def evaluate(
     if not isinstance(ood, Mapping | None):
         raise TypeError(f"ood must map names to data, got {type(ood).__name__}. Write ood={{'name': data}}.")
     likelihood = likelihood or likelihood_of(model)
+    if ignore_index is None:
+        ignore_index = getattr(likelihood, "ignore_index", None)
 
     def predicted(x: Tensor, target: Tensor | None = None) -> Prediction:
         prediction = predict(

@@ -17,6 +17,7 @@ import bayeslayers as bl
 from bayeslayers.checks import at_least_one, did_you_mean
 from bayeslayers.layers import DEFAULT_INIT_PRECISION, DEFAULT_PRIOR_PRECISION
 from bayeslayers.storage.card import Card
+from zoo.encoder_weights import fill_encoder, read_weights
 from zoo.normalise import Normalise, image_size
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -48,7 +49,7 @@ class Source(NamedTuple):
 
 def build(
     name: str,
-    pretrained: bool = False,
+    pretrained: bool | str = False,
     *,
     num_classes: int | None = None,
     in_channels: int | None = None,
@@ -65,7 +66,8 @@ def build(
 
     Args:
         name: "torchvision:NAME", "timm:NAME", or "smp:ARCHITECTURE/ENCODER".
-        pretrained: Load the library's weights, which it downloads, as means. The card does not record this.
+        pretrained: Load the library's weights, which it downloads, as means. The card does not record this. For
+            segmentation also the name of an encoder's weights, or a file of them, see `zoo.encoder_weights`.
         num_classes: Outputs; None for 1000, and 2 for segmentation.
         in_channels: Channels of the input; None for those of `input_size`, else 3.
         input_size: Shape of one example; None for that of the library's weights.
@@ -91,7 +93,7 @@ def build(
     _check_arguments(name, {**arguments, **chosen})
     for key, value in chosen.items():
         _check_patterns(key, [value] if isinstance(value, str) else value or [])
-    source = LIBRARIES[library](network, bool(pretrained))
+    source = LIBRARIES[library](network, pretrained)
     size = _size(source.size, in_channels, input_size)
     classes = at_least_one("num_classes", source.num_classes if num_classes is None else num_classes)
     try:
@@ -161,8 +163,15 @@ def _check_name(kind: str, name: str, names: Iterable[str]) -> None:
         raise ValueError(f"unknown {kind} {name!r}.{did_you_mean(name, names)}")
 
 
-def _torchvision(network: str, pretrained: bool) -> Source:
+def _no_choice(library: str, pretrained: bool | str) -> None:
+    if isinstance(pretrained, str):
+        raise ValueError(f"pretrained must be True or False for {library}'s networks, got {pretrained!r}.")
+
+
+def _torchvision(network: str, pretrained: bool | str) -> Source:
     from torchvision import models
+
+    _no_choice("torchvision", pretrained)
 
     # These two also return auxiliary outputs, and transform their input in a way that depends on the weights.
     names = set(models.list_models(module=models)) - {"googlenet", "inception_v3"}
@@ -190,8 +199,10 @@ def _torchvision(network: str, pretrained: bool) -> Source:
     return Source(make, (3, preset.crop_size[0], preset.crop_size[0]), preset.mean, preset.std)
 
 
-def _timm(network: str, pretrained: bool) -> Source:
+def _timm(network: str, pretrained: bool | str) -> Source:
     import timm
+
+    _no_choice("timm", pretrained)
 
     _check_name("timm model", network, [*timm.list_models(), *timm.list_pretrained()])
     default = timm.get_pretrained_cfg(network)
@@ -200,31 +211,38 @@ def _timm(network: str, pretrained: bool) -> Source:
     def make(num_classes: int, size: tuple[int, int, int], arguments: dict[str, Any]) -> nn.Module:
         if config.get("fixed_input_size") and size[1:] != tuple(config["input_size"][1:]):
             arguments = {"img_size": size[1:], **arguments}
-        return timm.create_model(network, pretrained, num_classes=num_classes, in_chans=size[0], **arguments)
+        return timm.create_model(network, bool(pretrained), num_classes=num_classes, in_chans=size[0], **arguments)
 
     mean, std = config.get("mean") or IMAGENET_MEAN, config.get("std") or IMAGENET_STD
     return Source(make, tuple(config.get("input_size", (3, 224, 224))), mean, std)
 
 
-def _smp(network: str, pretrained: bool) -> Source:
+def _smp(network: str, pretrained: bool | str) -> Source:
     import segmentation_models_pytorch as smp
     import timm
 
     architecture, _, encoder = network.partition("/")
+    available: list[str] = []
+    weights: Any = True
     architectures = {kind.__name__: kind for kind in smp.MODEL_ARCHITECTURES_MAPPING.values()}
     _check_name("smp architecture", architecture, architectures)
     if encoder.startswith("tu-"):
         _check_name("timm encoder", encoder[3:], [*timm.list_models(), *timm.list_pretrained()])
-        weights: Any = True
     else:
         _check_name("smp encoder", encoder, smp.encoders.get_encoder_names())
         available = list(smp.encoders.encoders[encoder]["pretrained_settings"])
         weights = "imagenet" if "imagenet" in available else available[0]
+    weights = pretrained if pretrained in available else weights
+    file = pretrained if isinstance(pretrained, str) and pretrained != weights else None
+    tensors = None if file is None else read_weights(file)
 
     def make(num_classes: int, size: tuple[int, int, int], arguments: dict[str, Any]) -> nn.Module:
         kind: Any = architectures[architecture]
-        encoder_weights = weights if pretrained else None
-        return kind(encoder, encoder_weights=encoder_weights, in_channels=size[0], classes=num_classes, **arguments)
+        encoder_weights = weights if pretrained and file is None else None
+        net = kind(encoder, encoder_weights=encoder_weights, in_channels=size[0], classes=num_classes, **arguments)
+        if tensors is not None:
+            fill_encoder(net.encoder, tensors, str(file))
+        return net
 
     if not pretrained:
         return Source(make, any_size=True, num_classes=2)
@@ -238,4 +256,4 @@ def _smp(network: str, pretrained: bool) -> Source:
     return Source(make, mean=mean, std=std, any_size=True, num_classes=2)
 
 
-LIBRARIES: dict[str, Callable[[str, bool], Source]] = {"torchvision": _torchvision, "timm": _timm, "smp": _smp}
+LIBRARIES: dict[str, Callable[[str, bool | str], Source]] = {"torchvision": _torchvision, "timm": _timm, "smp": _smp}

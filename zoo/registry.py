@@ -30,12 +30,13 @@ def list_models() -> list[str]:
     return sorted(_BUILDERS)
 
 
-def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def create(name: str, pretrained: bool | str = False, **kwargs: Any) -> nn.Module:
     """Build a network of Bayesian layers, untrained or with ordinary weights as its means.
 
     Args:
         name: One of `list_models()`, or "torchvision:NAME", "timm:NAME", "smp:ARCHITECTURE/ENCODER".
-        pretrained: Load the library's ordinary weights, for a network of another library.
+        pretrained: Load the library's ordinary weights, for a network of another library; for "smp:" also the name of
+            the encoder's weights, or the path of a file of them.
         kwargs: Arguments of its builder, plain values, so that a posterior can record them; for a network of
             another library those of `zoo.backbones.build`.
 

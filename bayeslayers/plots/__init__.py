@@ -6,10 +6,16 @@ atomically, as PNG, SVG or PDF according to the suffix.
 
 from bayeslayers.plots.functions import decision_boundary, regression_bands
 from bayeslayers.plots.panels import predictive_panels, segmentation_panels
-from bayeslayers.plots.quality import reliability_diagram, risk_coverage_curve, score_histograms
+from bayeslayers.plots.quality import (
+    accuracy_by_confidence,
+    reliability_diagram,
+    risk_coverage_curve,
+    score_histograms,
+)
 from bayeslayers.plots.training import signal_to_noise, training_curves, training_gif
 
 __all__ = [
+    "accuracy_by_confidence",
     "decision_boundary",
     "predictive_panels",
     "regression_bands",

@@ -74,7 +74,7 @@ def predictive_panels(
 
 def segmentation_panels(
     images: Tensor,
-    targets: Tensor,
+    targets: Tensor | None,
     prediction: Prediction,
     *,
     class_names: Sequence[str] | None = None,
@@ -90,7 +90,7 @@ def segmentation_panels(
 
     Args:
         images: `(n, c, h, w)` in [0, 1], grey or RGB.
-        targets: Class per pixel, `(n, h, w)`.
+        targets: Class per pixel, `(n, h, w)`; None where it is unknown, and no labels are shown.
         prediction: Prediction for the images: of classes `(n, c, h, w)`, or binary `(n, h, w)` or `(n, 1, h, w)`.
         class_names: Names of the classes; their numbers if None.
         palette: A matplotlib colour per class; None takes colours that colour-blind readers can distinguish.
@@ -110,40 +110,53 @@ def segmentation_panels(
             f"class_names and palette must have an entry for each of {classes} classes, got {len(names)} and "
             f"{len(colours)}."
         )
-    targets = targets.detach().cpu().long()
     predicted, total, epistemic = (
         values.detach().reshape(shape).cpu() for values in (prediction.labels, prediction.total, prediction.epistemic)
     )
-    void = targets == ignore_index if ignore_index is not None else torch.zeros_like(targets, dtype=torch.bool)
-    if (bad := targets[~void]).numel() and not 0 <= int(bad.min()) <= int(bad.max()) < classes:
-        raise ValueError(f"targets must be from 0 to {classes - 1}, got {int(bad.min())} to {int(bad.max())}.")
+    labels = None if targets is None else _with_void(targets, ignore_index, classes)
 
+    titles = ["image", *["label"] * (labels is not None), "prediction", "entropy", "mutual information"]
     width = 2.3
     height = width * shape[1] / shape[2]
-    figure = new_figure(5 * width, (height + 0.1) * len(images) + 1.4)
-    axes = figure.subplots(len(images) + 1, 5, squeeze=False, height_ratios=[height] * len(images) + [0.1])
-    for axis, title in zip(axes[0], ("image", "label", "prediction", "entropy", "mutual information"), strict=True):
+    figure = new_figure(len(titles) * width, (height + 0.1) * len(images) + 1.4)
+    ratios = [height] * len(images) + [0.1]
+    axes = figure.subplots(len(images) + 1, len(titles), squeeze=False, height_ratios=ratios)
+    for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=11)
     for row, image in enumerate(images):
         _show(axes[row, 0], image)
-        _show(axes[row, 1], _coloured(targets[row].masked_fill(void[row], classes), [*colours, _VOID]))
-        _show(axes[row, 2], _coloured(predicted[row], colours))
-    _draw_maps(figure, list(axes[:, 3]), total, math.log(classes))
-    _draw_maps(figure, list(axes[:, 4]), epistemic, max(float(epistemic.max()), 1e-6))
-    for axis in axes[-1, :3]:
+        if labels is not None:
+            _show(axes[row, 1], _coloured(labels[row], [*colours, _VOID]))
+        _show(axes[row, -3], _coloured(predicted[row], colours))
+    _draw_maps(figure, list(axes[:, -2]), total, math.log(classes))
+    _draw_maps(figure, list(axes[:, -1]), epistemic, max(float(epistemic.max()), 1e-6))
+    for axis in axes[-1, :-2]:
         axis.axis("off")
-    occurring = sorted({*targets[~void].unique().tolist(), *predicted.unique().tolist()})
-    entries = [(colours[k], names[k]) for k in occurring] + [(_VOID, "ignored")] * bool(void.any())
-    legend_below(figure, _patches(entries))
+    occurring = {*predicted.unique().tolist(), *([] if labels is None else labels.unique().tolist())}
+    entries = [(colours[k], names[k]) for k in sorted(occurring - {classes})]
+    legend_below(figure, _patches(entries + [(_VOID, "ignored")] * (classes in occurring)))
     return finish(figure, path)
 
 
-def _check_pixels(prediction: Prediction, targets: Tensor, shape: tuple[int, ...]) -> None:
+def _with_void(targets: Tensor, ignore_index: int | None, classes: int) -> Tensor:
+    """Return labels on the CPU, `classes` for ignored ones.
+
+    Raises:
+        ValueError: If another label is not a class.
+    """
+    targets = targets.detach().cpu().long()
+    void = targets == ignore_index if ignore_index is not None else torch.zeros_like(targets, dtype=torch.bool)
+    if (bad := targets[~void]).numel() and not 0 <= int(bad.min()) <= int(bad.max()) < classes:
+        raise ValueError(f"targets must be from 0 to {classes - 1}, got {int(bad.min())} to {int(bad.max())}.")
+    return targets.masked_fill(void, classes)
+
+
+def _check_pixels(prediction: Prediction, targets: Tensor | None, shape: tuple[int, ...]) -> None:
     """Raise unless prediction and targets are classes of pixels `(n, h, w)`."""
-    likelihood = prediction.likelihood
-    if not likelihood.discrete or prediction.total.numel() != math.prod(shape) or targets.shape != shape:
+    likelihood, given = prediction.likelihood, shape if targets is None else tuple(targets.shape)
+    if not likelihood.discrete or prediction.total.numel() != math.prod(shape) or given != shape:
         raise ValueError(
-            f"targets and prediction must be classes of shape {shape} as the images, got {tuple(targets.shape)} and "
+            f"targets and prediction must be classes of shape {shape} as the images, got {given} and "
             f"{likelihood.name} of shape {tuple(prediction.total.shape)}."
         )
 

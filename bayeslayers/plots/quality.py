@@ -89,6 +89,39 @@ def reliability_diagram(evaluation: Evaluation, path: str | Path | None = None) 
     return finish(figure, path)
 
 
+def accuracy_by_confidence(evaluation: Evaluation, path: str | Path | None = None) -> Figure:
+    """Plot the accuracy of the predictions whose confidence is at least a threshold, and how many these are.
+
+    A useful confidence makes the curve rise. Thresholds are the edges of the reliability diagram's bins, so that a
+    segmentation needs no more memory than a few numbers.
+    Source: Lakshminarayanan et al. 2017 (arXiv 1612.01474), section 3.6.
+
+    Args:
+        evaluation: Evaluation of a classifier.
+        path: File to write, or None.
+
+    Raises:
+        ValueError: If the evaluation has no reliability diagram.
+    """
+    reliability = evaluation.reliability
+    if reliability is None:
+        raise ValueError(f"evaluation must be of classes to have a confidence, got a {evaluation.likelihood} one.")
+    edges, accuracy, count = (array(part) for part in (reliability.edges, reliability.accuracy, reliability.count))
+    hits = np.where(count > 0, accuracy, 0) * count
+    kept, right = np.cumsum(count[::-1])[::-1], np.cumsum(hits[::-1])[::-1]
+    some = kept > 0
+    figure = new_figure(5, 4.2)
+    axis = figure.subplots()
+    axis.plot(
+        edges[:-1][some], (right[some] / kept[some]), color=BLUE, marker="o", ms=3, label="accuracy of those kept"
+    )
+    axis.plot(edges[:-1], kept / kept[0], color=ORANGE, ls="--", label="share that is kept")
+    axis.set(xlim=(0, 1), ylim=(0, 1.02))
+    label(axis, "Accuracy against confidence", "least confidence", "share")
+    legend_below(figure, axis.get_legend_handles_labels()[0])
+    return finish(figure, path)
+
+
 def risk_coverage_curve(evaluations: Evaluation | Mapping[str, Evaluation], path: str | Path | None = None) -> Figure:
     """Plot the error rate of the predictions that are kept when the least confident ones are rejected.
 

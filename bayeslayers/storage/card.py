@@ -154,12 +154,19 @@ def likelihood_in(card: Card) -> Likelihood:
     parameters, kind = card.likelihood_parameters or {}, KINDS[likelihood_named(card.likelihood).name]
     known = [field.name for field in dataclasses.fields(kind)]
     for key, value in parameters.items():
-        if key not in known or isinstance(value, bool) or not isinstance(value, int | float | None):
+        if key not in known or not all(map(_is_number, value if isinstance(value, list) else [value])):
             raise ValueError(
                 f"likelihood_parameters of {card.likelihood!r} must be numbers named {' or '.join(known) or 'nothing'}"
                 f", got {key!r}: {value!r:.40}."
             )
-    return kind(**parameters)
+    try:
+        return kind(**parameters)
+    except TypeError as error:  # a list where a number belongs
+        raise ValueError(str(error)) from None
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def likelihood_fields(likelihood: Any) -> dict[str, Any]:

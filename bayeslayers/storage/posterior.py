@@ -10,11 +10,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from bayeslayers.files import write_atomically
+from bayeslayers.layers import POSTERIOR_SUFFIXES
 from bayeslayers.sampling import sites_of
 from bayeslayers.storage.card import Card, PosteriorError, card_from_json, first_bad_field, likelihood_in
 from bayeslayers.storage.claims import chosen_likelihood, refuse_unwritten
@@ -33,7 +35,7 @@ from bayeslayers.unwrap import unwrapped
 _CONFIG_BYTES = 4 * 2**20  # the names of some 100,000 classes
 
 
-def save_posterior(model: nn.Module, folder: str | Path, **fields: Any) -> Card:
+def save_posterior(model: nn.Module, folder: str | Path, *, half: bool = False, **fields: Any) -> Card:
     """Write a model's posterior to a folder: weights, `config.json` and a model card.
 
     The folder is written under a temporary name and renamed when complete, so that an interruption
@@ -44,6 +46,10 @@ def save_posterior(model: nn.Module, folder: str | Path, **fields: Any) -> Card:
         model: Model with Bayesian layers, also in torch's wrappers (`DataParallel`, `AveragedModel`, `torch.compile`):
             the network inside is saved, under its own names.
         folder: Folder to make or replace.
+        half: Store means and precisions in 16 bits, half of the file. Means become float16, or bfloat16 where one
+            exceeds its range: a mean moves by 0.05 % at most, and by 0.4 % in bfloat16. Precisions become bfloat16,
+            and standard deviations move by 0.2 % at most. Statistics of norms keep their precision. A network that
+            loads the posterior keeps its own dtype.
         fields: Fields of the `Card`; the others come from `model.card`, if there is one. The likelihood is
             `model.likelihood`, if there is one; `likelihood` may also be an object such as `Gaussian(0.3)`.
 
@@ -58,7 +64,8 @@ def save_posterior(model: nn.Module, folder: str | Path, **fields: Any) -> Card:
     """
     folder, network = Path(os.path.expanduser(folder)).resolve(), unwrapped(model)
     sites_of(network)
-    weights = save_tensors(_checked_tensors(network))
+    tensors = _checked_tensors(network)
+    weights = save_tensors(halved(tensors, {name for name, _ in network.named_parameters()}) if half else tensors)
     own = getattr(network, "card", None)
     card = own if isinstance(own, Card) else Card()
     fields = {"name": folder.name} | fields | chosen_likelihood(network, fields)
@@ -82,6 +89,26 @@ def _checked_tensors(network: nn.Module) -> dict[str, Tensor]:
     for name, tensor in state.items():
         check_values(name, tensor, "model")
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+
+
+def halved(tensors: dict[str, Tensor], means: set[str]) -> dict[str, Tensor]:
+    """Return the tensors of a network with means and precisions in 16 bits.
+
+    Args:
+        tensors: Its state.
+        means: Names of its parameters.
+    """
+    precisions = {name + POSTERIOR_SUFFIXES[0] for name in means}
+
+    def stored(name: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.element_size() <= 2:
+            return tensor
+        if name in precisions:
+            return tensor.bfloat16()
+        fits = tensor.numel() == 0 or float(tensor.abs().max()) <= torch.finfo(torch.float16).max
+        return tensor.to(torch.float16 if fits else torch.bfloat16) if name in means else tensor
+
+    return {name: stored(name, tensor) for name, tensor in tensors.items()}
 
 
 def write_folder(folder: Path, contents: dict[str, bytes]) -> None:
@@ -157,6 +184,11 @@ class Stored:
     card: Card
     weights: Weights
     files: dict[str, bytes]
+
+    @property
+    def half(self) -> bool:
+        """Whether `save_posterior` stored it in half precision."""
+        return torch.bfloat16 in self.weights.dtypes.values()
 
 
 def read_posterior(folder: str | Path) -> Stored:

@@ -69,6 +69,7 @@ class Weights:
                 kind = _kind(tensor) if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise PosteriorError(f"{path}: tensor '{name}' must be of real numbers, got {kind}.")
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
 
     def check_shapes(self, model: nn.Module) -> None:
         """Check names, shapes and dtypes of the tensors against a model's, which may be on the meta device.

@@ -24,6 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_posterior(parser)
     images = "image files of any size, grey or RGB, and folders of them"
     parser.add_argument("images", nargs="+", type=typed_path, metavar="IMAGE", help=images)
+    folder = "folder for masks and panels, of a posterior of segmentations (%(default)s)"
+    parser.add_argument("--output", type=typed_path, default=Path(), metavar="FOLDER", help=folder)
     parser.add_argument("--invert", action="store_true", help="swap black and white first (MNIST is white on black)")
     add_method(parser)
     add_samples(parser)
@@ -32,17 +34,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Predict the class of images, with its uncertainty."""
+    """Predict the class of images or of their pixels, with its uncertainty."""
     paths = _images(arguments.images)
     import torch
 
     import bayeslayers as bl
     import zoo
+    from recipes.cli.predict_scenes import predict_scenes
     from recipes.training.devices import device_named
+    from zoo.networks.segmentation import labels_pixels
 
     device = device_named(arguments.device or "cpu")
     model = zoo.load(arguments.posterior).to(device)
     card, convert = zoo.card_of(model), zoo.transforms(model)
+    if labels_pixels(card):
+        return predict_scenes(model, paths, arguments)
     x = torch.stack([_input(path, convert) for path in paths])
     x = 1 - x if arguments.invert else x
     prediction = bl.predict(

@@ -1,16 +1,17 @@
-"""Random crops and flips of a batch of images."""
+"""Random crops and flips of images, and of the labels of their pixels."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayeslayers.checks import non_negative
+from bayeslayers.checks import fraction, non_negative
 from zoo.normalise import check_resize
 
 
@@ -64,3 +65,79 @@ class Augmentation:
             columns = torch.where(mirrored, columns.flip(1), columns)
         crops = x[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (n, h, w, c)
         return crops.permute(0, 3, 1, 2)
+
+
+@dataclass
+class SceneAugmentation:
+    """How training images are varied together with a label for each pixel.
+
+    Attributes:
+        crop: Height and width of the crops, >= 1; None for the model's input size.
+        scale: Smallest and largest factor of an image's size, whose logarithm is drawn uniformly, > 0. A crop that
+            would exceed the image is taken at the smallest factor at which it fits.
+        flip: Mirror every other image, at random.
+        brightness: Largest relative change of the mean, in [0, 1).
+        contrast: Largest relative change of the deviations from the mean, in [0, 1).
+    """
+
+    crop: list[int] | None = None
+    scale: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    flip: bool = False
+    brightness: float = 0.0
+    contrast: float = 0.0
+
+    def check(self) -> None:
+        """Refuse an augmentation that breaks a rule, by name."""
+        if self.crop is not None and (len(self.crop) != 2 or min(self.crop) < 1):
+            raise ValueError(f"augmentation.crop must be a height and a width >= 1, got {self.crop}.")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < math.inf:
+            raise ValueError(
+                f"augmentation.scale must be the smallest and the largest factor, both > 0, got {self.scale}."
+            )
+        fraction("augmentation.brightness", self.brightness)
+        fraction("augmentation.contrast", self.contrast)
+
+    def __call__(
+        self, image: Tensor, labels: Tensor, size: tuple[int, int], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Return a random crop of an image and of its labels.
+
+        Args:
+            image: Bytes `(c, h, w)`.
+            labels: Class per pixel `(h, w)`; they take the nearest pixel's where the image is interpolated.
+            size: Height and width of the result.
+            generator: Source of the choices, of which an image always takes six.
+
+        Returns:
+            The image as float in [0, 1], `(c, *size)`, and its labels `(*size)`.
+        """
+        draws = torch.rand(6, generator=generator).tolist()
+        low, high = map(math.log, self.scale)
+        fits = max(side / extent for side, extent in zip(size, labels.shape, strict=True))
+        factor = max(math.exp(low + (high - low) * draws[0]), fits)
+        rows, columns = (
+            _window(round(side / factor), extent, place)
+            for side, extent, place in zip(size, labels.shape, draws[1:3], strict=True)
+        )
+        x, y = image[:, rows, columns].float() / 255, labels[rows, columns]
+        if x.shape[1:] != size:
+            x = F.interpolate(x[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
+            y = F.interpolate(y[None, None].float(), size, mode="nearest-exact")[0, 0].to(labels.dtype)
+        if self.flip and draws[3] < 0.5:
+            x, y = x.flip(2), y.flip(1)
+        mean, (brightness, contrast) = x.mean(), (2 * draw - 1 for draw in draws[4:])
+        return _lit(x, mean, 1 + self.brightness * brightness, 1 + self.contrast * contrast), y
+
+
+def _window(side: int, extent: int, place: float) -> slice:
+    """Return a window of at most `extent` pixels at a place in [0, 1)."""
+    side = min(max(side, 1), extent)
+    start = int(place * (extent - side + 1))
+    return slice(start, start + side)
+
+
+def _lit(x: Tensor, mean: Tensor, brightness: float, contrast: float) -> Tensor:
+    """Return an image whose mean and deviations from it have been multiplied, within [0, 1]."""
+    if brightness == contrast == 1:
+        return x
+    return (contrast * (x - mean) + brightness * mean).clamp(0, 1)

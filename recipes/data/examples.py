@@ -10,13 +10,27 @@ import torch
 from torch import Tensor
 
 
+class Targets(Protocol):
+    """Targets that are read when they are asked for, such as a label for each pixel of many images."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Tensor | slice, /) -> Tensor:
+        """Return the targets of some examples, `(n, *)`."""
+        ...
+
+    def digest(self) -> str:
+        """Return a word that tells them from others."""
+        ...
+
+
 class Examples(Protocol):
     """Some examples with their targets."""
 
     def __len__(self) -> int: ...
 
     @property
-    def targets(self) -> Tensor:
+    def targets(self) -> Tensor | Targets:
         """Targets, `(n, *)`: class indices, a label for each pixel, real numbers."""
         ...
 
@@ -76,6 +90,28 @@ class InOrder:
 def num_batches(count: int, batch_size: int) -> int:
     """Return how many batches `shuffled` yields of so many examples from the start of an epoch."""
     return max(1, count // batch_size)
+
+
+def limited_index(count: int, limit: int) -> Tensor:
+    """Return the numbers of `limit` of `count` examples, in order and always the same.
+
+    One is drawn from each of `limit` stretches: sets often lie class by class, which the first ones would see
+    one class of; classes that take turns could be missed by examples at equal distances.
+    """
+    edges = torch.arange(limit + 1) * count // limit
+    return edges[:-1] + torch.randint(2**62, (limit,), generator=torch.Generator().manual_seed(0)) % edges.diff()
+
+
+def held_out_index(count: int, held_out: int) -> tuple[Tensor, Tensor]:
+    """Return the numbers of `count` examples without those held out, and these: at random, but always the same.
+
+    Raises:
+        ValueError: If none would be left.
+    """
+    if held_out >= count:
+        raise ValueError(f"validation must leave training examples, got {held_out} of {count}.")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order[held_out:].sort().values, order[:held_out].sort().values
 
 
 def shuffled(

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bayeslayers.checks import did_you_mean
 from recipes.data.examples import Points
 from recipes.data.names import short_name
+from recipes.data.segmentation_sets import load_scenes
 from recipes.data.split import Split, load_split, sides
 
 SLICES = Path(__file__).parents[1] / "assets" / "slices"
@@ -41,6 +43,8 @@ def load_slice(name: str, size: Sequence[int] | None = None, resize: int | None 
     labels = tensors["labels"].long()
     if "images" not in tensors:
         return Points(tensors["x"], labels)
+    if labels.dim() == 3:  # a label for each pixel, of a network that takes any size
+        return Split(tensors["images"], labels, [])
     whole, crop = sides(size, resize)
     return Split(tensors["images"], labels, [], whole and whole[1:], crop)
 
@@ -61,6 +65,22 @@ def write_slice(name: str, data_root: str | Path | None = None, count: int = 300
         raise ValueError(f"count must be from 1 to the {len(split)} examples of {name}, got {count}.")
     index = torch.arange(count) * (len(split) // count)
     return _save_slice(short_name(name), "images", split.images[index], split.labels[index])
+
+
+def write_scene_slice(name: str, size: tuple[int, int], count: int, data_root: str | Path | None = None) -> Path:
+    """Write pictures of a test split at equal distances, made smaller, with the nearest pixels' labels as its slice.
+
+    Args:
+        name: Data set with a label for each pixel.
+        size: Height and width.
+        count: Pictures.
+        data_root: Folder of data, as for `load_scenes`.
+    """
+    scenes = load_scenes(name, data_root, "test")
+    scenes = scenes.taken(torch.arange(count) * len(scenes) // count)
+    x = F.interpolate(scenes.inputs(slice(None)), size, mode="bilinear", antialias=True)
+    labels = F.interpolate(scenes.targets[:][:, None].float(), size, mode="nearest-exact")[:, 0].long()
+    return _save_slice(name, "images", (255 * x).round().clamp(0, 255).byte(), labels)
 
 
 def save_slice(name: str, points: Points) -> Path:

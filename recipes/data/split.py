@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bayeslayers.checks import did_you_mean
 from recipes.data.augmentation import Augmentation
-from recipes.data.examples import shuffled
+from recipes.data.examples import held_out_index, limited_index, shuffled
 from recipes.data.image_files import ImageFiles, check_colours, read_folder, read_npz
 from zoo.transforms import fitted, middle
 
@@ -68,16 +68,10 @@ class Split:
         return fitted(x, self.size)
 
     def limited(self, limit: int | None) -> Split:
-        """Return `limit` examples from all over the split, in its order and always the same; all if None.
-
-        One is drawn from each of `limit` stretches: sets often lie class by class, which the first ones would see
-        one class of; classes that take turns could be missed by examples at equal distances.
-        """
+        """Return `limit` examples from all over the split, in its order and always the same; all if None."""
         if limit is None or limit >= len(self):
             return self
-        edges = torch.arange(limit + 1) * len(self) // limit
-        within = torch.randint(2**62, (limit,), generator=torch.Generator().manual_seed(0)) % edges.diff()
-        return self.taken(edges[:-1] + within)
+        return self.taken(limited_index(len(self), limit))
 
     def taken(self, index: Tensor) -> Split:
         """Return the examples of these numbers."""
@@ -90,10 +84,8 @@ class Split:
         Raises:
             ValueError: If none would be left.
         """
-        if count >= len(self):
-            raise ValueError(f"validation must leave training examples, got {count} of {len(self)}.")
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
-        return self.taken(order[count:].sort().values), self.taken(order[:count].sort().values)
+        rest, out = held_out_index(len(self), count)
+        return self.taken(rest), self.taken(out)
 
 
 def load_split(

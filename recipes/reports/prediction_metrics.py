@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from bayeslayers.metrics import RegressionRecord, classification_metrics, ood_auroc
+from bayeslayers.metrics.classification import ClassificationRecord
 from bayeslayers.metrics.ranking import Levels
 from bayeslayers.prediction import Prediction
 
 
 def target_metrics(prediction: Prediction, targets: Tensor) -> dict[str, float]:
     """Return how good predictions of classes, of a yes or no, or of real targets are."""
+    if prediction.likelihood.discrete and targets.dim() == 3:  # of pixels
+        pixels = ClassificationRecord(prediction, _ignored(prediction))
+        pixels.add(prediction, targets)
+        found = pixels.metrics()
+        return {key: found[key] for key in ("miou", "accuracy", "nll", "brier", "ece")}
     if prediction.likelihood.discrete:
         return classification_metrics(prediction, targets)
     record = RegressionRecord()
@@ -44,8 +51,16 @@ def with_errors_found(parts: Mapping[str, Prediction], targets: Tensor) -> dict[
     found, known = prediction_metrics(parts, targets), parts[""]
     if not known.likelihood.discrete:
         return found
-    levels = Levels.of(1 - known.confidence.flatten(), (known.labels != targets).flatten())
-    return found | {"misclassification_auroc_confidence": levels.auroc()}
+    counted = targets != _ignored(known) if _ignored(known) is not None else torch.ones_like(targets, dtype=torch.bool)
+    wrong = (known.labels != targets)[counted]
+    found["misclassification_auroc_confidence"] = Levels.of(1 - known.confidence[counted], wrong).auroc()
+    if targets.dim() == 3:
+        found["misclassification_auroc_entropy"] = Levels.of(known.total[counted], wrong).auroc()
+    return found
+
+
+def _ignored(prediction: Prediction) -> int | None:
+    return getattr(prediction.likelihood, "ignore_index", None)
 
 
 def _per_example(values: Tensor) -> Tensor:

@@ -23,10 +23,11 @@ import bayeslayers as bl
 import zoo
 from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.prediction import Prediction, predict
-from recipes.data.examples import Examples
-from recipes.data.slices import load_slice, sliced
-from recipes.data.split import NAMES, load_split
+from bayeslayers.storage.posterior import read_posterior
+from recipes.data.slices import sliced
+from recipes.data.split import NAMES
 from recipes.reports.prediction_metrics import suffix, target_metrics, with_errors_found
+from recipes.reports.verify_data import InMemory, as_predicted, read_slice, read_test_split
 
 BLOCKS, RESAMPLES = 16, 64  # blocks of draws, and bootstrap samples of them
 DEVIATIONS = 6.0  # tolerated standard deviations: 1 metric in 40,000 by chance, by Student's t of 15 degrees
@@ -56,8 +57,8 @@ def verify(name: str | Path, data_root: str | Path | None = None, seed: int | No
     """Re-evaluate a posterior, and compare each metric with its card's.
 
     A card with `verification` is checked on the bundled slice. The card's `metrics` are checked on the
-    whole test split where `data_root` is given, or there is no `verification`. OOD metrics of data that has no
-    name in `load_split` are not measured.
+    whole test split where `data_root` is given, or there is no `verification`; of a segmentation
+    on so many of its pictures as memory holds. OOD metrics of data that has no name in `load_split` are not measured.
 
     Args:
         name: A posterior, as for `zoo.load`.
@@ -74,13 +75,13 @@ def verify(name: str | Path, data_root: str | Path | None = None, seed: int | No
         raise ValueError(f"card of {card.name!r} must claim metrics, got none.")
     checks = []
     if card.verification:
-        known = _slice(_dataset(card), card)
-        ood = {name: _slice(name, card) for name in _ood_names(card.verification)}
+        known = read_slice(_dataset(card), card)
+        ood = {name: read_slice(name, card) for name in _ood_names(card.verification)}
         checks += compare(model, card.verification, known, ood, f"{_dataset(card)} slice", seed)
     if data_root is not None or not card.verification:
-        known = _test_split(_dataset(card), data_root, card)
+        known = read_test_split(_dataset(card), data_root, card)
         reachable = [name for name in _ood_names(card.metrics) if name in (*NAMES, *sliced())]
-        ood = {name: _test_split(name, data_root, card) for name in reachable}
+        ood = {name: read_test_split(name, data_root, card) for name in reachable}
         checks += compare(model, card.metrics, known, ood, _dataset(card), seed)
     return checks
 
@@ -100,21 +101,22 @@ def record(name: str | Path) -> bl.Card:
     folder = zoo.resolve(name)
     model = zoo.load(folder)
     card = zoo.card_of(model)
-    known = _slice(_dataset(card), card)
-    ood = {name: _slice(name, card) for name in _ood_names(card.metrics) if name in sliced()}
+    known = read_slice(_dataset(card), card)
+    ood = {name: read_slice(name, card) for name in _ood_names(card.metrics) if name in sliced()}
     of_means = card.metrics.get("num_samples", 0) < 2
     num_samples, seed = _settings({} if of_means else card.metrics, None)
     values, _ = measure(model, known, ood, num_samples, seed)
     settings = {"test_examples": len(known), "num_samples": num_samples, "seed": seed}
     rounded = {key: round(value, 5) for key, value in values.items() if not math.isnan(value)}
-    return bl.save_posterior(model, folder, name=card.name, verification=rounded | settings)
+    half = read_posterior(folder).half
+    return bl.save_posterior(model, folder, name=card.name, verification=rounded | settings, half=half)
 
 
 def compare(
     model: nn.Module,
     claimed: Mapping[str, float],
-    known: Examples,
-    ood: Mapping[str, Examples],
+    known: InMemory,
+    ood: Mapping[str, InMemory],
     data: str,
     seed: int | None = None,
 ) -> list[Check]:
@@ -146,8 +148,8 @@ def compare(
 
 def measure(
     model: nn.Module,
-    known: Examples,
-    ood: Mapping[str, Examples],
+    known: InMemory,
+    ood: Mapping[str, InMemory],
     num_samples: int,
     seed: int,
     of: int = 0,
@@ -190,8 +192,9 @@ def measure(
             chosen = {name: _select(part, index[name]) for name, part in parts.items()}
             resampled.append(with_errors_found(chosen, known.targets[index[""]]))
         variance = {key: v + abs(len(known) / of - 1) * _variances(resampled)[key] for key, v in variance.items()}
+    network = as_predicted(model)
     means = {
-        name: predict(model, split.inputs(slice(None)), method="mean", batch_size=1000)
+        name: predict(network, split.inputs(slice(None)), method="mean", batch_size=1000)
         for name, split in splits.items()
     }
     exact = {
@@ -203,7 +206,7 @@ def measure(
 
 
 def _draw_blocks(
-    model: nn.Module, split: Examples, num_samples: int, seed: int, scored: bool = False
+    model: nn.Module, split: InMemory, num_samples: int, seed: int, scored: bool = False
 ) -> list[Prediction]:
     """Return predictions by blocks of draws, which together are those of one `predict` by the card's method.
 
@@ -215,7 +218,10 @@ def _draw_blocks(
     x = split.inputs(slice(None))
     how: Any = zoo.card_of(model).method
     target = split.targets if scored else None
-    return [predict(model, x, size, method=how, batch_size=1000, generator=generator, target=target) for size in sizes]
+    network = as_predicted(model)
+    return [
+        predict(network, x, size, method=how, batch_size=1000, generator=generator, target=target) for size in sizes
+    ]
 
 
 def _pool(blocks: Sequence[Prediction], counts: Tensor) -> Prediction:
@@ -274,15 +280,3 @@ def _dataset(card: bl.Card) -> str:
 def _ood_names(metrics: Mapping[str, float]) -> list[str]:
     """Return the names of the data sets whose OOD metrics tell them from the posterior's own."""
     return sorted({found[1] for key in metrics if (found := re.fullmatch("ood_auroc_(.+?)(_epistemic)?", key))})
-
-
-def _test_split(name: str, data_root: str | Path | None, card: bl.Card) -> Examples:
-    """Return a test split as a posterior takes it; that of a data set that nothing but its slice is of, the slice."""
-    if name in sliced() and name not in NAMES:
-        return _slice(name, card)
-    return load_split(name, data_root, train=False, size=card.input_size, resize=card.resize)
-
-
-def _slice(name: str, card: bl.Card) -> Examples:
-    """Return a slice as a posterior takes it."""
-    return load_slice(name, card.input_size, card.resize)

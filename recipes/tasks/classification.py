@@ -22,6 +22,7 @@ from recipes.tasks.images import Config, read_splits, read_test_splits
 from recipes.tasks.posterior_task import PosteriorTask, Splits
 from recipes.training.run_folder import DEFAULT_COLUMNS, Column
 from recipes.training.tally import Tally
+from zoo.networks.segmentation import labels_pixels
 
 MISTAKES = 24  # the most confident ones, which a report shows
 
@@ -67,6 +68,8 @@ class Classification(PosteriorTask):
             return f"posterior must be one of classes, got a {card.likelihood} one."
         if len(card.input_size) != 3:
             return f"posterior must take images, got one for inputs of shape {tuple(card.input_size)}."
+        if labels_pixels(card):
+            return "posterior must give a class for an image, got one that gives a class for each pixel."
         return ""
 
     @classmethod

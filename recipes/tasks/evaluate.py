@@ -43,7 +43,8 @@ def evaluate(
     command, name = request.command(), card.name if Path(request.posterior).is_dir() else request.posterior
     request = dataclasses.replace(request, posterior=name, data=short_name(request.data), ood=list(ood))
     request = dataclasses.replace(request, method=request.method or card.method)
-    result = measure(model, request, data, ood, command, progress)
+    request = dataclasses.replace(request, batch_size=task.batch_size(request.batch_size))
+    result = measure(task.as_measured(model), request, data, ood, command, progress)
     return dataclasses.replace(result, sections=task.sections(model, request, data, result.evaluation))
 
 

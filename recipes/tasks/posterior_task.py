@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import bayeslayers as bl
 import zoo
@@ -86,6 +86,7 @@ class PosteriorTask(Task):
         reported: Further metrics of the card.
         likelihood: That of the network; None for what its card says.
         score: The uncertainty whose AUROC on OOD data the card records: "entropy", or "variance" of real targets.
+        largest_batch: Most examples that are measured at once; None for as many as a run asks for.
     """
 
     columns: ClassVar[tuple[Column, ...]]
@@ -93,6 +94,7 @@ class PosteriorTask(Task):
     reported: ClassVar[tuple[str, ...]] = ()
     likelihood: ClassVar[Likelihood | None] = None
     score: ClassVar[str] = "entropy"
+    largest_batch: ClassVar[int | None] = None
     config: RunConfig
     model: nn.Module
     splits: Splits
@@ -105,6 +107,16 @@ class PosteriorTask(Task):
 
     def check_model(self) -> None:
         """Refuse a network whose outputs are not what the targets need; whatever it draws is to be its own."""
+
+    @classmethod
+    def as_measured(cls, model: nn.Module) -> nn.Module:
+        """Return a network as it predicts what is measured, such as window by window."""
+        return model
+
+    @classmethod
+    def batch_size(cls, asked: int) -> int:
+        """Return how many examples are measured at once."""
+        return min(asked, cls.largest_batch or asked)
 
     @classmethod
     def sections(
@@ -126,7 +138,7 @@ class PosteriorTask(Task):
         raise ValueError(cls.refusal(card))
 
     def card_fields(self) -> dict[str, Any]:
-        """Return what the card records of the data: `class_names`, `resize`, see `bl.save_posterior`."""
+        """Return what the card records of the data, and how it is stored: arguments of `bl.save_posterior`."""
         return {}
 
     # What follows from it.
@@ -177,14 +189,15 @@ class PosteriorTask(Task):
             raise
 
     def measure_epoch(self) -> dict[str, float]:
-        found = evaluate_network(self.model, self.epoch_request(), self.splits.held_out).metrics
+        network = self.as_measured(self.model)
+        found = evaluate_network(network, self.epoch_request(), self.splits.held_out).metrics
         return {f"{self.splits.split}_{name}": found[name] for name in self.logged}
 
     def measure(self, rows: Sequence[Mapping[str, float]], progress: bool) -> dict[str, float]:
         if self.config.laplace:
             self.model = fit_laplace(self.model, self.config, self.splits.train)
         request, splits = self._request(self.config.evaluation.num_samples, trained=True), self.splits
-        self.result = measure(self.model, request, splits.test, splits.ood, self.command, progress)
+        self.result = measure(self.as_measured(self.model), request, splits.test, splits.ood, self.command, progress)
         return self.card_metrics(self.result)
 
     def write(self, rows: Sequence[Mapping[str, float]], metrics: Mapping[str, float]) -> str:
@@ -217,7 +230,7 @@ class PosteriorTask(Task):
             seed=how.seed,
             method=self.method(trained),
             limit=config.limit,
-            batch_size=how.batch_size,
+            batch_size=self.batch_size(how.batch_size),
         )
 
     def method(self, trained: bool) -> str:
@@ -268,7 +281,10 @@ class PosteriorTask(Task):
 
 def _digest(data: Examples) -> str:
     """Return a word for the targets of a split, which tells data sets of one name apart."""
-    return hashlib.sha256(data.targets.numpy().tobytes()).hexdigest()[:16]
+    targets = data.targets
+    return (
+        hashlib.sha256(targets.numpy().tobytes()).hexdigest()[:16] if isinstance(targets, Tensor) else targets.digest()
+    )
 
 
 def fit_laplace(model: nn.Module, config: RunConfig, data: Examples) -> nn.Module:

@@ -15,11 +15,21 @@ def _classification() -> type[Task]:
     return Classification
 
 
+def _segmentation() -> type[Task]:
+    from recipes.tasks.segmentation import Segmentation
+
+    return Segmentation
+
+
 def _toy2d() -> type[Task]:
     from recipes.tasks.toy2d import ToyExperiment
 
     return ToyExperiment
 
 
-TASKS: dict[str, Callable[[], type[Task]]] = {"classification": _classification, "toy2d": _toy2d}
+TASKS: dict[str, Callable[[], type[Task]]] = {
+    "classification": _classification,
+    "segmentation": _segmentation,
+    "toy2d": _toy2d,
+}
 DEFAULT = "classification"

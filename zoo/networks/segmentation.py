@@ -11,9 +11,17 @@ from torch import Tensor, nn
 
 import bayeslayers as bl
 from bayeslayers.checks import at_least_one
+from bayeslayers.storage.card import Card
 from zoo.networks.norms import Norm, conv, norm_named
 from zoo.normalise import Normalise, image_size
 from zoo.registry import register
+
+NAMES = ("unet_small", "segnet_basic")
+
+
+def labels_pixels(card: Card) -> bool:
+    """Whether the network that a card describes has an output for each pixel."""
+    return card.builder in NAMES or (card.builder or "").startswith("smp:")
 
 
 def _block(c_in: int, c_out: int, kernel: int, norm: Norm) -> list[nn.Module]:
