@@ -7,6 +7,7 @@ from bayeslayers.continual import posterior_to_prior
 from bayeslayers.convert import ConversionReport, last_layer, norms, register_rule, to_bayesian, to_deterministic
 from bayeslayers.evaluate import Evaluation, evaluate
 from bayeslayers.export import to_exported, to_onnx
+from bayeslayers.inputs import Inputs
 from bayeslayers.laplace import LaplaceFit, laplace
 from bayeslayers.layers import (
     BayesBatchNorm1d,
@@ -62,6 +63,7 @@ __all__ = [
     "Evaluation",
     "Gaussian",
     "IVON",
+    "Inputs",
     "LaplaceFit",
     "KFAC",
     "NoisyKFAC",

@@ -2,47 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
-Labelled: TypeAlias = Iterable[Any] | tuple[Tensor, Tensor]
-Unlabelled: TypeAlias = Iterable[Any] | Tensor
+from bayeslayers.inputs import TARGETS, Batch, as_batch, is_batch
+
+Labelled: TypeAlias = Iterable[Any] | tuple[Any, Tensor]
+Unlabelled: TypeAlias = Iterable[Any] | Batch | Mapping[str, Any]
 
 
-def labelled_batches(name: str, data: Labelled) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches (x, y) of `data`; a tuple of two tensors is one batch.
+def labelled_batches(name: str, data: Labelled) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield the batches (x, y) of `data`; a tuple (x, y) is one batch.
+
+    x is a tensor, `Inputs`, a mapping of keyword arguments or a tuple of positional ones. A batch may also be one
+    mapping whose targets have the key "labels" or "label", as loaders of tokenizers give them.
 
     Raises:
         TypeError: If it yields anything else.
         ValueError: If it is empty.
     """
-    whole = isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data)
+    whole = isinstance(data, Mapping) or (
+        isinstance(data, tuple)
+        and (all(isinstance(part, Tensor) for part in data) or (len(data) == 2 and is_batch(data[0])))
+        and isinstance(data[-1], Tensor)
+    )
     for batch in _batches(name, data, whole):
-        if not (
-            isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
-        ):
-            raise TypeError(f"{name} must yield batches (x, y) of tensors, got {_kind(batch)}.")
-        yield batch[0], batch[1]
+        x, y = _labelled(batch)
+        if x is None or not isinstance(y, Tensor):
+            raise TypeError(
+                f"{name} must yield batches (x, y) of tensors, or mappings with the key 'labels', got {_kind(batch)}."
+            )
+        yield x, y
 
 
-def input_batches(name: str, data: Unlabelled) -> Iterator[Tensor]:
-    """Yield the inputs of the batches of `data`, which are x or (x, ...); a tensor is one batch.
+def _labelled(batch: Any) -> tuple[Batch | None, Any]:
+    if isinstance(batch, Mapping):
+        return as_batch(batch), next((batch[key] for key in TARGETS if key in batch), None)
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return as_batch(batch[0]), batch[1]
+    return None, None
+
+
+def input_batches(name: str, data: Unlabelled) -> Iterator[Batch]:
+    """Yield the inputs of the batches of `data`, which are x or (x, ...); one batch x is taken whole.
+
+    x is a tensor, `Inputs` or a mapping of keyword arguments, whose "labels" are left out; in (x, ...) also a tuple
+    of positional ones.
 
     Raises:
         TypeError: If it yields anything else.
         ValueError: If it is empty.
     """
-    for batch in _batches(name, data, isinstance(data, Tensor)):
-        x = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        if not isinstance(x, Tensor):
+    for batch in _batches(name, data, is_batch(data)):
+        x = as_batch(batch[0] if isinstance(batch, tuple | list) and batch else batch)
+        if x is None:
             raise TypeError(f"{name} must yield tensors x or batches (x, y), got {_kind(batch)}.")
         yield x
 
 
-def _batches(name: str, data: Iterable[Any], whole: bool) -> Iterator[Any]:
-    if not isinstance(data, Iterable):
+def _batches(name: str, data: Any, whole: bool) -> Iterator[Any]:
+    if not (whole or isinstance(data, Iterable)):
         raise TypeError(f"{name} must be a loader, another iterable of batches, or tensors, got {_kind(data)}.")
     empty = True
     for batch in (data,) if whole else data:

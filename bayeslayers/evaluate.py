@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bayeslayers.batches import Labelled, Unlabelled, input_batches, labelled_batches, with_progress
 from bayeslayers.display import as_text, printable
+from bayeslayers.inputs import Batch, Inputs
 from bayeslayers.likelihoods import Gaussian, Likelihood, likelihood_of
 from bayeslayers.metrics.calibration import Reliability
 from bayeslayers.metrics.classification import ClassificationRecord
@@ -113,15 +114,16 @@ def evaluate(
 
     Args:
         model: Model with Bayesian layers.
-        data: A loader or other iterable of batches (x, y), or one tuple (x, y) of tensors.
-        ood: Out-of-distribution data by name: iterables of x or (x, y), or one tensor.
+        data: A loader or other iterable of batches (x, y), or one tuple (x, y). x is a tensor, `Inputs`, a mapping of
+            keyword arguments or a tuple of positional ones; a batch may also be one mapping with a key "labels".
+        ood: Out-of-distribution data by name: iterables of x or (x, y), or one batch x.
         num_samples: Posterior samples per batch.
         likelihood: As for `predict`.
         generator: Source of the samples; every batch has its own.
         ignore_index: Label that all metrics leave out; None for that of the likelihood, if it has one.
         recalibration: Applied to every prediction, if given.
         progress: Whether to show a progress bar.
-        **options: Further arguments of `predict`, such as `method` and `batch_size`.
+        **options: Further arguments of `predict`, such as `method`, `output` and `batch_size`.
 
     Raises:
         TypeError: If `data` or `ood` yields no tensors.
@@ -142,7 +144,7 @@ def evaluate(
     if ignore_index is None:
         ignore_index = getattr(likelihood, "ignore_index", None)
 
-    def predicted(x: Tensor, target: Tensor | None = None) -> Prediction:
+    def predicted(x: Batch, target: Tensor | None = None) -> Prediction:
         prediction = predict(
             model, x, num_samples, likelihood=likelihood, generator=generator, target=target, **options
         )
@@ -186,6 +188,6 @@ def _ood_detection(
 
 def _shown(data: Any, name: str, progress: bool) -> Any:
     """Return `data`, whose batches move a progress bar if wanted."""
-    if not progress or isinstance(data, tuple | Tensor) or not isinstance(data, Iterable):
+    if not progress or isinstance(data, tuple | Tensor | Inputs | Mapping) or not isinstance(data, Iterable):
         return data
     return with_progress(name, data)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from bayeslayers.checks import at_least_one
 from bayeslayers.convert import last_layer, to_deterministic
+from bayeslayers.inputs import Batch, Inputs, as_batch, leaves, on_tensors, repeated
 from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.method import DEFAULT_METHOD, method_of
-from bayeslayers.outputs import tensor_output
+from bayeslayers.outputs import Output, check_output, tensor_output
 from bayeslayers.sampling import Sampler, Site, sites_of
 from bayeslayers.unwrap import unwrapped
 
@@ -28,7 +29,9 @@ _ONE_FILE_BYTES = 2**31 - 2**20  # protobuf's limit for a file, less room for th
 
 
 class FixedDraws(nn.Module):
-    """The posterior predictive over samples that are drawn once: inputs `(n, *)` to a tuple of the parts in `OUTPUTS`.
+    """The posterior predictive over samples that are drawn once: inputs to a tuple of the parts in `OUTPUTS`.
+
+    Its inputs are those of the network, tensors `(n, *)`.
 
     Each sample is a network of torch.nn layers, in `networks`; they share the tensors without a posterior. Memory
     and file size are `num_samples` times the sampled weights. The predictions are those of `predict` with the method
@@ -41,6 +44,8 @@ class FixedDraws(nn.Module):
         likelihood: Meaning of the outputs; None takes `model.likelihood`, else `Categorical()`.
         generator: Source of the samples, on the model's device; torch's default one if None. `predict` draws
             the same samples from it, so that the outputs agree to rounding.
+        output: Which part of what the network returns, as in `predict`.
+        keywords: Names under which the network takes the last inputs.
 
     Raises:
         ValueError: If no layer is Bayesian or `num_samples` < 1.
@@ -53,8 +58,12 @@ class FixedDraws(nn.Module):
         num_samples: int = 16,
         likelihood: Likelihood | None = None,
         generator: torch.Generator | None = None,
+        output: Output | None = None,
+        keywords: Sequence[str] = (),
     ):
         super().__init__()
+        check_output(output)
+        self.output, self.keywords = output, tuple(keywords)
         at_least_one("num_samples", num_samples)
         self.likelihood = likelihood or likelihood_of(model)
         model = unwrapped(model)
@@ -75,8 +84,11 @@ class FixedDraws(nn.Module):
                 self.networks.append(network)
         self.eval().requires_grad_(False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        draws = [self.likelihood.per_draw(tensor_output(network(x))) for network in self.networks]
+    def forward(self, *args: Any) -> tuple[Tensor, ...]:
+        positional = len(args) - len(self.keywords)
+        args, kwargs = args[:positional], dict(zip(self.keywords, args[positional:], strict=True))
+        outputs = (tensor_output(network(*args, **kwargs), self.output) for network in self.networks)
+        draws = [self.likelihood.per_draw(output) for output in outputs]
         means, noise = (torch.stack(column) for column in zip(*draws, strict=True))
         mean, aleatoric = means.mean(0), noise.mean(0)
         total, epistemic = self.likelihood.split(mean, (means - mean).square().mean(0), aleatoric)
@@ -98,11 +110,12 @@ def _check_method(model: nn.Module, sites: Sequence[Site]) -> None:
 
 def to_exported(
     model: nn.Module,
-    example: Tensor,
+    example: Batch | Mapping[str, Any],
     num_samples: int = 16,
     *,
     likelihood: Likelihood | None = None,
     generator: torch.Generator | None = None,
+    output: Output | None = None,
 ) -> ExportedProgram:
     """Return a `torch.export` program of fixed posterior samples, for batches of any size.
 
@@ -111,10 +124,13 @@ def to_exported(
 
     Args:
         model: Model with Bayesian layers, left unchanged.
-        example: A batch of inputs `(n, *)` such as the program will get; all sizes but n are fixed.
+        example: A batch of inputs `(n, *)` such as the program will get, as for `predict`; all sizes but n are
+            fixed, and so are values that are no tensors. The program takes keyword arguments by position, in the
+            order of the example.
         num_samples: Posterior samples, >= 1.
         likelihood: Meaning of the outputs; None takes `model.likelihood`, else `Categorical()`.
         generator: Source of the samples, on the model's device; torch's default one if None.
+        output: As for `FixedDraws`.
 
     Raises:
         ValueError: If no layer is Bayesian, `num_samples` < 1 or `example` is not a batch.
@@ -122,27 +138,46 @@ def to_exported(
     """
     from torch.export import Dim, export  # slow to import
 
-    if not isinstance(example, Tensor) or example.dim() == 0 or len(example) == 0:
-        found = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+    batch = _example(example)
+    draws = FixedDraws(model, num_samples, likelihood, generator, output, list(batch.kwargs))
+    n, arguments = Dim("n"), (*batch.args, *batch.kwargs.values())
+    shapes = on_tensors(lambda x: {0: n} if x.dim() else None, arguments)
+    return export(draws, arguments, dynamic_shapes={"args": shapes})
+
+
+def _example(example: object) -> Inputs:
+    """Return a batch of two examples or more, because torch.export would take a size of 1 for a constant."""
+    batch = as_batch(example) if not isinstance(example, list) else None
+    alone = isinstance(batch, Tensor)
+    if batch is None or (alone and batch.dim() == 0) or len(batch) == 0:
+        found = tuple(batch.shape) if alone else type(example).__name__
         raise ValueError(f"example must be a batch of one input or more, got {found}.")
-    draws = FixedDraws(model, num_samples, likelihood, generator)
-    # torch.export would take a size of 1 for a constant.
-    example = torch.cat([example, example]) if len(example) == 1 else example
-    return export(draws, (example,), dynamic_shapes=({0: Dim("n")},))
+    batch = repeated(batch, 2) if len(batch) == 1 else batch
+    return Inputs(batch) if isinstance(batch, Tensor) else batch
+
+
+def _names(example: object) -> list[str]:
+    """Return the names of a program's inputs: "x" for one, else those of keyword arguments, or numbered."""
+    batch = _example(example)
+    keys = [f"x{index}" for index, _ in enumerate(leaves(batch.args))]
+    keys += [key for key, value in batch.kwargs.items() for _ in leaves(value)]
+    return ["x"] if len(keys) == 1 and not batch.kwargs else keys
 
 
 def to_onnx(
     model: nn.Module,
     path: str | Path,
-    example: Tensor,
+    example: Batch | Mapping[str, Any],
     num_samples: int = 16,
     *,
     likelihood: Likelihood | None = None,
     generator: torch.Generator | None = None,
+    output: Output | None = None,
 ) -> Path:
     """Write an ONNX file of fixed posterior samples, for batches of any size; needs the extra `bayeslayers[onnx]`.
 
-    The input is "x", and the outputs are those named in `OUTPUTS`, whatever the network calls its own tensors.
+    One input is called "x", several are called x0, x1 or by their keywords. The outputs are those named in `OUTPUTS`,
+    whatever the network calls its own tensors.
     Weights beyond 2 GB go into a second file, `PATH.data`. The written file is checked, and loaded by onnxruntime
     if that is installed.
 
@@ -153,6 +188,7 @@ def to_onnx(
         num_samples: Posterior samples, >= 1; the file holds the weights of each.
         likelihood: As for `to_exported`.
         generator: As for `to_exported`.
+        output: As for `to_exported`.
 
     Returns:
         The path.
@@ -170,10 +206,12 @@ def to_onnx(
         raise ImportError(
             f"to_onnx needs onnx and onnxscript, got: {error}. pip install 'bayeslayers[onnx]'."
         ) from None
-    exported = to_exported(model, example, num_samples, likelihood=likelihood, generator=generator)
+    exported = to_exported(model, example, num_samples, likelihood=likelihood, generator=generator, output=output)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's and its libraries' own deprecations
-        program = torch.onnx.export(exported, input_names=["x"], output_names=list(OUTPUTS), dynamo=True, verbose=False)
+        program = torch.onnx.export(
+            exported, input_names=_names(example), output_names=list(OUTPUTS), dynamo=True, verbose=False
+        )
     assert program is not None
     _name_apart(program)
     size = sum(t.numel() * t.element_size() for t in exported.state_dict.values())

@@ -18,9 +18,10 @@ from bayeslayers.convert.selection import Selectors
 from bayeslayers.curvature.counts import IGNORED
 from bayeslayers.curvature.elements import Elements, LossFunctions, refuse_empty
 from bayeslayers.distributions.gaussian import in_double
+from bayeslayers.inputs import Batch, call, on_tensors
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.likelihoods import Likelihood, likelihood_of
-from bayeslayers.outputs import tensor_output
+from bayeslayers.outputs import Output, check_output, tensor_output
 from bayeslayers.sampling import Site, evaluation_mode, posterior
 from bayeslayers.sampling.tracker import Tracker, layers_of
 from bayeslayers.storage.card import ABOUT_DATA, Card
@@ -60,6 +61,7 @@ def laplace(
     temperature: float = 1.0,
     progress: bool = False,
     elements_per_example: float | None = None,
+    output: Output | None = None,
 ) -> Network:
     """Return a trained network with its Laplace posterior; its attribute `laplace` is the `LaplaceFit`.
 
@@ -86,7 +88,7 @@ def laplace(
         model: Trained network, left unchanged. The result is a copy; an ordinary network is converted by
             `to_bayesian` first. Frozen weights get a posterior too. For a wrapper of torch (`DataParallel`,
             `AveragedModel`, `torch.compile`) the result is a copy of the network inside.
-        data: Training data: a loader, another iterable of batches (x, y), or one batch.
+        data: Training data: a loader, another iterable of batches (x, y), or one batch; as for `evaluate`.
         likelihood: Meaning of the outputs, which becomes the result's `likelihood`; None takes
             `model.likelihood`, else `Categorical()`.
         prior_precision: Precision p0 of the prior of all weights. "marglik" finds one for all layers,
@@ -98,6 +100,7 @@ def laplace(
         progress: Whether to show a progress bar.
         elements_per_example: Elements (pixels, labels) that `likelihood.loss` averages over for each
             example; None finds their number for this library's likelihoods and most others, see `VOGN`.
+        output: Which part of what the network returns, as in `predict`.
 
     Raises:
         ValueError: If an argument breaks its rule, or no prior precision maximises the evidence.
@@ -117,6 +120,7 @@ def laplace(
     positive("temperature", temperature)
     if elements_per_example is not None:
         positive("elements_per_example", elements_per_example)
+    check_output(output)
     if isinstance(prior_precision, str):
         if prior_precision not in ("marglik", "marglik_per_layer"):
             raise ValueError(
@@ -131,7 +135,7 @@ def laplace(
     batches = labelled_batches(
         "data", with_progress("laplace", data) if progress and not isinstance(data, tuple) else data
     )
-    squares, log_likelihood, examples = _one_pass(net, sites, batches, meaning, elements_per_example)
+    squares, log_likelihood, examples = _one_pass(net, sites, batches, meaning, elements_per_example, output)
     curvature = {name: square / temperature for name, square in squares.items()}
     found = _set_prior_precision(sites, curvature, prior_precision)
     with torch.no_grad():
@@ -167,9 +171,10 @@ def _bayesian_copy(model: Network, layers: Selectors | None) -> tuple[Network, C
 def _one_pass(
     net: nn.Module,
     sites: Sequence[Site],
-    batches: Iterator[tuple[Tensor, Tensor]],
+    batches: Iterator[tuple[Batch, Tensor]],
     likelihood: Likelihood,
     elements_per_example: float | None,
+    output: Output | None,
 ) -> tuple[dict[str, Tensor], float, int]:
     """Return sums of squared per-example gradients by name, the log likelihood, and the number of examples.
 
@@ -184,7 +189,7 @@ def _one_pass(
     total, examples, elements = 0.0, 0, 0.0
     with torch.enable_grad(), evaluation_mode(net):
         for x, y in batches:
-            seen, loss = _add_squares(squares, net, tracker, sites, x, y, likelihood, elements_per_example)
+            seen, loss = _add_squares(squares, net, tracker, sites, x, y, likelihood, elements_per_example, output)
             total += loss * seen.number
             examples += seen.examples
             elements += seen.number
@@ -202,10 +207,11 @@ def _add_squares(
     net: nn.Module,
     tracker: Tracker,
     sites: Sequence[Site],
-    x: Tensor,
+    x: Batch,
     y: Tensor,
     likelihood: Likelihood,
     elements_per_example: float | None,
+    output: Output | None,
 ) -> tuple[Elements, float]:
     """Add the squared gradients of a batch's summed loss; return its elements and their mean loss."""
     refuse_empty(len(y))
@@ -213,7 +219,8 @@ def _add_squares(
         return Elements(0.0, 0), 0.0
     device = sites[0].mean.device
     with tracker.track(), LossFunctions() as losses:
-        loss = likelihood.loss(tensor_output(net(x.to(device))), y.to(device))
+        found = tensor_output(call(net, on_tensors(lambda part: part.to(device), x)), output)
+        loss = likelihood.loss(found, y.to(device))
         if not loss.isfinite():
             raise FloatingPointError(f"the loss must be finite, got {loss.item()} on a batch of {len(y)} examples.")
         loss.backward()

@@ -107,12 +107,12 @@ def recalibrate(
 
     Args:
         model: Model with Bayesian layers.
-        data: Held-out data, not the training data: a loader or other iterable of batches (x, y), or one tuple.
+        data: Held-out data, not the training data: batches (x, y) as for `evaluate`.
         num_samples: Posterior samples per batch.
         likelihood: As for `predict`.
         generator: Source of the samples; every batch has its own.
         ignore_index: Label that is left out.
-        **options: Further arguments of `predict`, such as `method` and `batch_size`.
+        **options: Further arguments of `predict`, such as `method`, `output` and `batch_size`.
 
     Raises:
         TypeError: If `data` yields no tensors.

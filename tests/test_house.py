@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 # A room imports only those above it in its package. A new one takes its place here.
 ORDER = {
     "bayeslayers": """
-        checks files dtypes unwrap outputs display batches distributed distributions likelihoods curvature layers
-        sampling convert storage method optim prediction laplace merge export continual metrics recalibrate evaluate
+        checks files dtypes unwrap inputs outputs display batches distributed distributions likelihoods curvature
+        layers sampling convert storage method optim prediction laplace merge export continual metrics recalibrate evaluate
         plots
     """.split(),
     "zoo": "images normalise encoder_weights backbones registry cost networks transforms untrusted hub loading".split(),

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bayeslayers.inputs import Batch
+from bayeslayers.outputs import Output
 from bayeslayers.unwrap import holds_compiled
 
-Run: TypeAlias = Callable[[Tensor], Iterator[Tensor]]
+Run: TypeAlias = Callable[[Batch], Iterator[Tensor]]
 
 # Measured on 2 CPU cores with LeNet-5, ResNet-20 and an MLP at batches of 1 to 512: several samples at
 # once save up to half the time until the largest layer output outgrows the cache, and cost time beyond it.
@@ -35,6 +37,7 @@ class Plan:
         generator: Source of the samples; torch's default one if None.
         antithetic: Samples come in pairs, mean + noise and mean - noise.
         checkpoint: Sampling may stop at its multiples, so no chunk crosses one.
+        output: Which part of what the network returns is predicted.
     """
 
     num_samples: int
@@ -42,6 +45,7 @@ class Plan:
     generator: torch.Generator | None = None
     antithetic: bool = False
     checkpoint: int | None = None
+    output: Output | None = None
 
     def counts(self, at_once: AtOnce) -> Iterator[int]:
         """Yield the sizes of the next chunks, until there are `num_samples` samples."""
@@ -73,7 +77,7 @@ class AtOnce:
         self._largest, self._budget = 1, _CACHE_BYTES
         self._thread = threading.get_ident()
 
-    def outputs(self, forward: Callable[[slice, Tensor], Tensor], count: int, batch: Tensor) -> Iterator[Tensor]:
+    def outputs(self, forward: Callable[[slice, Batch], Tensor], count: int, batch: Batch) -> Iterator[Tensor]:
         """Yield the outputs of `count` samples, as pieces of `forward(samples, batch)`."""
         with self._measuring():
             start = 0

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from bayeslayers.distributions.noise import StandardNormal
+from bayeslayers.inputs import Batch
 from bayeslayers.layers import BayesianLayer, can_draw_output
 from bayeslayers.layers.perturbation import LocalReparameterization, Op, Perturbation
 from bayeslayers.prediction.chunks import AtOnce, Plan, Run
@@ -66,6 +67,7 @@ class _Networks:
         self._means = [site.mean.detach() for site in self._sites]
         self._deviations = [site.deviation for site in self._sites]
         self._stacks: list[Tensor] = []
+        self._device = sites[0].mean.device
         correlated = any(getattr(site.module, "roots", None) is not None for site in self._sites)
         self._sampler = Sampler(self._sites, frozen=True) if correlated else None
         self.bytes = sum(mean.numel() * mean.element_size() for mean in self._means)
@@ -99,15 +101,15 @@ class _Networks:
                 for site, stack, _ in columns:
                     stack[index] = site.value
 
-    def outputs(self, draws: slice, batch: Tensor) -> Tensor:
+    def outputs(self, draws: slice, batch: Batch) -> Tensor:
         """Return the outputs of some of the sampled networks, `(s, n, *)`."""
         stacks = [stack[draws] for stack in self._stacks]
         if (size := draws.stop - draws.start) == 1:
             return self._forward(batch, None, *(stack[0] for stack in stacks)).unsqueeze(0)
         with _NO_WARNINGS.held():  # torch warns of ops without a batching rule, which are only slower
-            return vmap(partial(self._forward, batch))(batch.new_empty(size), *stacks)
+            return vmap(partial(self._forward, batch))(torch.empty(size, device=self._device), *stacks)
 
-    def _forward(self, batch: Tensor, draw: Tensor | None, *weights: Tensor) -> Tensor:
+    def _forward(self, batch: Batch, draw: Tensor | None, *weights: Tensor) -> Tensor:
         perturbations = {
             layer: perturbation if draw is None else _EachDraw(perturbation, draw)
             for layer, perturbation in self._perturbed.items()

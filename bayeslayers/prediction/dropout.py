@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from bayeslayers.inputs import Batch, call, device_of, on_rows, repeated
 from bayeslayers.layers.base import POSTERIOR_SUFFIXES
-from bayeslayers.outputs import tensor_output
+from bayeslayers.outputs import Output, tensor_output
 from bayeslayers.prediction.chunks import AtOnce, Plan, Run
 from bayeslayers.prediction.randomness import Randomness
 
@@ -38,16 +39,16 @@ def dropout_draws(model: nn.Module, plan: Plan) -> Iterator[Run]:
     network, folds = _copy(model, [*model.parameters(), *model.buffers()]), None
     at_once = AtOnce(network, plan)
 
-    def forward(draws: slice, batch: Tensor) -> Tensor:
+    def forward(draws: slice, batch: Batch) -> Tensor:
         nonlocal folds
         if folds is None:
-            folds = _switch_on(model, network, batch[:1])
+            folds = _switch_on(model, network, on_rows(lambda x: x[:1], batch), plan.output)
         number = draws.stop - draws.start
         with Randomness(plan.generator):
             if not folds:
-                return torch.stack([tensor_output(network(batch)) for _ in range(number)])
-            rows = batch.repeat(number, *[1] * (batch.dim() - 1)) if number > 1 else batch
-            return tensor_output(network(rows)).unflatten(0, (number, -1))
+                return torch.stack([tensor_output(call(network, batch), plan.output) for _ in range(number)])
+            rows = repeated(batch, number) if number > 1 else batch
+            return tensor_output(call(network, rows), plan.output).unflatten(0, (number, -1))
 
     for count in plan.counts(at_once):
         yield partial(at_once.outputs, forward, count)
@@ -62,16 +63,17 @@ class _Draw(NamedTuple):
     path: tuple[str, ...]
 
 
-def _switch_on(model: nn.Module, network: nn.Module, example: Tensor) -> bool:
+def _switch_on(model: nn.Module, network: nn.Module, example: Batch, part: Output | None) -> bool:
     """Put the modules with dropout in training mode, and return whether samples may be folded into the batch.
 
     Args:
         model: The network, in eval mode.
         network: Its copy, whose modes are set.
         example: A batch of one example.
+        part: Which part of what the network returns is predicted.
     """
-    two, four = (example.repeat(rows, *[1] * (example.dim() - 1)) for rows in (2, 4))
-    expected = tensor_output(model(two)).shape
+    two, four = (repeated(example, rows) for rows in (2, 4))
+    expected = tensor_output(call(model, two), part).shape
     drawn = _drawn_in_training(model, two)
     names = {name: module for name, module in model.named_modules() if not isinstance(module, _NormBase)}
     on = {draw.path[-1] for draw in drawn}
@@ -89,12 +91,12 @@ def _switch_on(model: nn.Module, network: nn.Module, example: Tensor) -> bool:
         if not missing or on == names.keys():
             break
         on |= _enclosing([draw for draw in drawn if draw[:2] in missing], on) or names.keys()
-    _check_changes(model, trial, output, expected)
+    _check_changes(model, trial, tensor_output(output, part), expected)
     _set_training(network, on)
     return [(draw.operation, 2 * draw.count) for draw in found] == [draw[:2] for draw in _run(trial, four)[0]]
 
 
-def _drawn_in_training(model: nn.Module, x: Tensor) -> list[_Draw]:
+def _drawn_in_training(model: nn.Module, x: Batch) -> list[_Draw]:
     """Return what a network draws in training mode, with its normalisation layers in eval mode."""
     trial, path = _copy(model, _posterior_tensors(model)), []
     _set_training(trial, (name for name, module in trial.named_modules() if not isinstance(module, _NormBase)))
@@ -110,12 +112,12 @@ def _drawn_in_training(model: nn.Module, x: Tensor) -> list[_Draw]:
         ) from error
 
 
-def _run(network: nn.Module, x: Tensor, path: Iterable[str] = ()) -> tuple[list[_Draw], object]:
+def _run(network: nn.Module, x: Batch, path: Iterable[str] = ()) -> tuple[list[_Draw], object]:
     """Run a network once, with a generator of its own, and return what it drew and its output."""
     draws: list[_Draw] = []
-    generator = torch.Generator(x.device).manual_seed(0)
+    generator = torch.Generator(device_of(x)).manual_seed(0)
     with Randomness(generator, lambda operation, count: draws.append(_Draw(operation, count, tuple(path)))):
-        return draws, network(x)
+        return draws, call(network, x)
 
 
 def _enclosing(draws: Iterable[_Draw], on: set[str]) -> set[str]:
@@ -124,10 +126,9 @@ def _enclosing(draws: Iterable[_Draw], on: set[str]) -> set[str]:
     return {name for name in nearest if name is not None}
 
 
-def _check_changes(model: nn.Module, trial: nn.Module, output: object, expected: torch.Size) -> None:
+def _check_changes(model: nn.Module, trial: nn.Module, output: Tensor, expected: torch.Size) -> None:
     """Raise if the modules do more than dropout in training mode."""
-    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    if shape != tuple(expected):
+    if (shape := tuple(output.shape)) != tuple(expected):
         raise ValueError(
             f"method 'dropout' must not change what the model returns, got {shape} instead of {tuple(expected)} with "
             "the modules that drop something in training mode. Move dropout to modules of its own."

@@ -11,7 +11,8 @@ holds, and underfit. Source: Immer et al. 2021 (arXiv 2008.08400).
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayeslayers.checks import at_least_one
 from bayeslayers.dtypes import at_least_float32
+from bayeslayers.inputs import Batch, as_batch, leaves, on_rows, on_tensors, split
 from bayeslayers.layers import BayesLinear
-from bayeslayers.outputs import tensor_output
+from bayeslayers.outputs import Output, TensorNetwork
 from bayeslayers.sampling import Sampler, Site, evaluation_mode, sites_of
 from bayeslayers.sampling.sharing import Shared
 from bayeslayers.unwrap import unwrapped
@@ -32,7 +34,9 @@ _COVARIANCE_BYTES = 2**30  # of one example
 _CHUNK_BYTES = 2**29  # of Jacobians at a time: those of ResNet-18 with 10 outputs, for one example
 
 
-def linearised_moments(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def linearised_moments(
+    model: nn.Module, x: Batch | Mapping[str, Any], output: Output | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the mean `(n, c)` of the linearised network's outputs, and their covariance `(n, c, c)`.
 
     The covariance is between the outputs of one example; other shapes than `(n, c)` are flattened. The model
@@ -41,7 +45,8 @@ def linearised_moments(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         model: Model with Bayesian layers.
-        x: Inputs, examples in dimension 0; moved to the model's device.
+        x: Inputs, examples in dimension 0; moved to the model's device. A tensor, `Inputs`, or a mapping.
+        output: Which part of what the model returns, as in `predict`.
 
     Raises:
         ValueError: If no layer is Bayesian, an example's covariance takes more than 1 GiB, or the network cannot be
@@ -55,12 +60,16 @@ def linearised_moments(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         >>> mean.shape, covariance.shape
         (torch.Size([5, 3]), torch.Size([5, 3, 3]))
     """
-    mean, spread = _moments(model, x)
+    mean, spread = _moments(model, x, output)
     return mean, spread if spread.dim() == 3 else spread.diag_embed()
 
 
 def linearised_outputs(
-    model: nn.Module, x: Tensor, num_samples: int, generator: torch.Generator | None = None
+    model: nn.Module,
+    x: Batch | Mapping[str, Any],
+    num_samples: int,
+    generator: torch.Generator | None = None,
+    output: Output | None = None,
 ) -> Tensor:
     """Return samples `(s, n, c)` of the linearised network's outputs, independent between examples.
 
@@ -68,16 +77,17 @@ def linearised_outputs(
 
     Args:
         model: Model with Bayesian layers.
-        x: Inputs, examples in dimension 0; moved to the model's device.
+        x: Inputs, as for `linearised_moments`.
         num_samples: Samples, >= 1; they cost little compared with the covariance.
         generator: Source of the samples, on the model's device; torch's default one if None.
+        output: As for `linearised_moments`.
 
     Raises:
         ValueError: As for `linearised_moments`, or if `num_samples` < 1.
         TypeError: As for `linearised_moments`.
     """
     at_least_one("num_samples", num_samples)
-    mean, spread = _moments(model, x)
+    mean, spread = _moments(model, x, output)
     noise = torch.randn(num_samples, *spread.shape[:2], generator=generator, dtype=spread.dtype, device=spread.device)
     if spread.dim() == 3:
         deviation = torch.einsum("nij,snj->sni", _square_root(spread), noise)
@@ -94,15 +104,20 @@ def _square_root(covariance: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _moments(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def _moments(model: nn.Module, x: Batch | Mapping[str, Any], output: Output | None) -> tuple[Tensor, Tensor]:
     """Return the outputs' mean, and their covariance `(n, c, c)`, or their variance `(n, c)` if independent."""
-    model = unwrapped(model)
+    if not isinstance(model, TensorNetwork):
+        model = TensorNetwork(unwrapped(model), output)
     sites = sites_of(model)
-    x = x.to(sites[0].mean.device)
+    batch = as_batch(x)
+    if batch is None:
+        raise TypeError(f"x must be a tensor, bl.Inputs or a mapping of inputs, got {type(x).__name__}.")
+    device = sites[0].mean.device
+    batch = on_tensors(lambda part: part.to(device), batch)
     function = _OfNoise(model, sites)
     # Only this attention kernel has rules for vmap.
     with evaluation_mode(model), _MATH_ATTENTION.held():
-        mean, variance = _of_head(function, sites, x)
+        mean, variance = _of_head(function, sites, batch)
         if variance is not None:
             return mean, variance
         outputs, weights = mean[0].numel(), sum(zero.numel() for zero in function.zeros)
@@ -114,7 +129,7 @@ def _moments(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         size = max(1, _CHUNK_BYTES // (outputs * weights * mean.element_size()))
         rows = max(1, _CHUNK_BYTES // (2 * weights * mean.element_size())) if size == 1 else outputs
         try:
-            parts = [vmap(lambda each: function.covariance(each, rows))(chunk) for chunk in x.split(size)]
+            parts = [_each_covariance(function, piece, rows) for piece in split(batch, size)]
         except RuntimeError as error:  # a module that vmap does not support, or too little memory
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
@@ -137,13 +152,16 @@ class _OfNoise:
         self.sampler = Sampler(sites, frozen=True)
         self.zeros = [torch.zeros_like(site.mean) for site in sites]
 
-    def __call__(self, x: Tensor, noise: Sequence[Tensor]) -> Tensor:
+    def __call__(self, batch: Batch, noise: Sequence[Tensor]) -> Tensor:
         with self.sampler.draw(dict(zip(self.names, noise, strict=True))):
-            return tensor_output(self.model(x))
+            return self.model(batch)
 
-    def covariance(self, example: Tensor, rows: int) -> Tensor:
-        """Return the covariance of the outputs for one example, from blocks of `rows` rows of the Jacobian."""
-        output, pull = vjp(lambda *noise: self(example.unsqueeze(0), noise).flatten(), *self.zeros)[:2]
+    def covariance(self, example: Batch, rows: int) -> Tensor:
+        """Return the covariance of the outputs for a batch of one example.
+
+        It comes from blocks of `rows` rows of the Jacobian.
+        """
+        output, pull = vjp(lambda *noise: self(example, noise).flatten(), *self.zeros)[:2]
         unit = torch.eye(len(output), dtype=output.dtype, device=output.device)
 
         def jacobian(block: Tensor) -> list[Tensor]:
@@ -159,7 +177,18 @@ class _OfNoise:
         return torch.cat(products)
 
 
-def _of_head(function: _OfNoise, sites: Sequence[Site], x: Tensor) -> tuple[Tensor, Tensor | None]:
+def _each_covariance(function: _OfNoise, batch: Batch, rows: int) -> Tensor:
+    """Return the covariance for each example of a batch, as a batch of its own."""
+    tensors = [x for x in leaves(batch) if x.dim()]
+
+    def covariance(*example: Tensor) -> Tensor:
+        own = iter(example)
+        return function.covariance(on_rows(lambda _: next(own).unsqueeze(0), batch), rows)
+
+    return vmap(covariance)(*tensors)
+
+
+def _of_head(function: _OfNoise, sites: Sequence[Site], batch: Batch) -> tuple[Tensor, Tensor | None]:
     """Return the outputs, and their variance if they come from one linear layer that alone is uncertain.
 
     No two outputs then share a weight, so they are independent, and no Jacobian is needed:
@@ -171,7 +200,7 @@ def _of_head(function: _OfNoise, sites: Sequence[Site], x: Tensor) -> tuple[Tens
         or layer.roots is not None
         or any(site.module is not layer or len(site.places) > 1 for site in sites)
     ):
-        return function(x, function.zeros), None
+        return function(batch, function.zeros), None
     thread = threading.get_ident()  # others may call the model
 
     def note(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -180,7 +209,7 @@ def _of_head(function: _OfNoise, sites: Sequence[Site], x: Tensor) -> tuple[Tens
 
     handle = layer.register_forward_pre_hook(note)
     try:
-        output = function(x, function.zeros)
+        output = function(batch, function.zeros)
     finally:
         handle.remove()
     # The layer's first input is deterministic. The check ensures that nothing follows the layer, in place or by a hook.

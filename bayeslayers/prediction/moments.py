@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from bayeslayers.inputs import Batch
 from bayeslayers.layers import BayesianLayer
-from bayeslayers.outputs import tensor_output
+from bayeslayers.outputs import Output, selected, tensor_output
 from bayeslayers.prediction.chunks import Plan, Run
 from bayeslayers.prediction.moment_rules import RULES, Moments, no_rule, rectified
 
@@ -41,8 +42,8 @@ def moment_points(model: nn.Module, plan: Plan) -> Iterator[Run]:
     """
     graph = _traced(model)
 
-    def run(batch: Tensor) -> Iterator[Tensor]:
-        mean, variance = _propagated(graph, batch)
+    def run(batch: Batch) -> Iterator[Tensor]:
+        mean, variance = _propagated(graph, batch, plan.output)
         deviation = variance.sqrt()
         channels = mean.shape[1] if mean.dim() > 1 else 1
         for point in standard_points(plan.num_samples, channels).to(mean):
@@ -109,10 +110,12 @@ def _traced(model: nn.Module) -> fx.GraphModule:
         ) from None
 
 
-def _propagated(graph: fx.GraphModule, x: Tensor) -> Moments:
+def _propagated(graph: fx.GraphModule, x: Batch, part: Output | None = None) -> Moments:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be one tensor for method 'moments', got {x!r}. Use method='sample' or 'local'.")
     interpreter = _Propagation(graph)
     interpreter.extra_traceback = False  # errors stay one sentence
-    output = interpreter.run(x)
+    output = selected(interpreter.run(x), part)
     return output if isinstance(output, Moments) else Moments(tensor_output(output), torch.zeros_like(output))
 
 

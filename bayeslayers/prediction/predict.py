@@ -6,19 +6,20 @@ import itertools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from bayeslayers.batches import input_batches, with_progress
 from bayeslayers.checks import at_least_one, did_you_mean, positive
+from bayeslayers.inputs import Batch, as_batch, check_inputs, is_batch, on_tensors, split
 from bayeslayers.likelihoods import Gaussian, Likelihood, likelihood_of
 from bayeslayers.method import method_of
-from bayeslayers.outputs import TensorNetwork
+from bayeslayers.outputs import Output, TensorNetwork, check_output
 from bayeslayers.prediction.average import Average
 from bayeslayers.prediction.chunks import Plan, Run
 from bayeslayers.prediction.draws import linearised_draws, local_draws, means, weight_draws
@@ -45,12 +46,12 @@ METHODS: dict[str, Callable[[nn.Module, Plan], Iterator[Run]]] = {
 _WITHOUT_DRAWS = ("mean", "moments")
 _OF_ANY_NETWORK = ("mean", "dropout")  # need no posterior
 _COMPILED = ("sample", "mean")  # call the network as a whole; the others need its modules
-_CHECKED = ("moments", "dropout")  # check the outputs themselves
+_OF_MODULES = ("moments", "dropout")  # read or copy the modules, and call the network themselves
 
 
 def predict(
     model: nn.Module,
-    x: Tensor | Iterable[Any],
+    x: Batch | Mapping[str, Any] | Iterable[Any],
     num_samples: int = 64,
     *,
     tolerance: float | None = None,
@@ -59,6 +60,7 @@ def predict(
     method: Method | None = None,
     antithetic: bool = False,
     likelihood: Likelihood | None = None,
+    output: Output | None = None,
     generator: torch.Generator | None = None,
     result_device: torch.device | str | None = None,
     progress: bool | None = None,
@@ -72,8 +74,10 @@ def predict(
     Args:
         model: Model with Bayesian layers; for "mean" and "dropout" any network. For `DataParallel`,
             `DistributedDataParallel` and `AveragedModel` the network inside is called.
-        x: Inputs, examples in dimension 0; or a DataLoader or another iterable of such batches, each
-            x or (x, ...). They are moved to the model's device. All batches see the same samples.
+        x: Inputs, examples in dimension 0: a tensor, `Inputs` of several, or a mapping of keyword arguments,
+            as tokenizers return it, whose "labels" are left out. Or a DataLoader or another iterable of such
+            batches, each x or (x, ...); in (x, ...), a tuple x holds positional arguments. They are moved to the
+            model's device. All batches see the same samples.
         num_samples: Posterior samples, >= 1; with a tolerance, their maximum.
         tolerance: Standard error of the mean, > 0, below which a batch needs no more samples. It applies to
             every probability, or to every real mean. The error is checked every 16 samples, and a warning
@@ -99,6 +103,9 @@ def predict(
             "sample". Functions that are linear in the weights then have no Monte-Carlo error; the standard
             error is that of pairs.
         likelihood: Meaning of the outputs; None takes `model.likelihood`, else `Categorical()`.
+        output: What is predicted where the model returns more than one tensor: a key or an attribute
+            ("logits"), an index, or a function of what it returns. None takes a tensor as it is, and "logits" of a
+            mapping that has them, as the models of transformers do.
         generator: Source of the samples, on the model's device; torch's default one if None.
         result_device: Device to which the results of each batch are moved, such as "cpu"; None leaves
             them on the model's device.
@@ -109,7 +116,7 @@ def predict(
     Raises:
         ValueError: If inputs are empty or not finite, a number is out of its range, the method is
             unknown or does not fit the model or the other arguments, or no layer is Bayesian.
-        TypeError: If `x` yields anything but tensors, or the model returns anything but one tensor.
+        TypeError: If `x` yields no tensors, or the output is anything but one tensor.
         FloatingPointError: If the prediction is not finite; it is a ValueError too.
 
     Example:
@@ -120,28 +127,31 @@ def predict(
     """
     name = method_of(model) if method is None else method
     device = _device(unwrapped(model), name)
-    if generator is None and not isinstance(x, Tensor):
+    whole = as_batch(x) if is_batch(x) else None
+    if generator is None and whole is None:
         generator = _seeded(device)
-    plan = _plan(num_samples, tolerance, sample_chunk, name, antithetic, generator)
+    check_output(output)
+    plan = _plan(num_samples, tolerance, sample_chunk, name, antithetic, generator, output)
     if batch_size is not None:
         at_least_one("batch_size", batch_size)
     likelihood = likelihood or likelihood_of(model)
-    _check_target(target, x, likelihood)
+    _check_target(target, whole, likelihood)
     model = compiled_or_unwrapped(model) if name in _COMPILED else unwrapped(model)
-    network = model if name in _CHECKED else TensorNetwork(model)
+    network = model if name in _OF_MODULES else TensorNetwork(model, output)
     number = itertools.count()
 
-    def result(inputs: Tensor) -> Prediction:
-        _check_input(inputs)
-        batches = inputs.to(device).split(batch_size or len(inputs))
-        targets = [None] * len(batches) if target is None else target.to(device).split(batch_size or len(inputs))
+    def result(inputs: Batch) -> Prediction:
+        check_inputs(inputs)
+        size = batch_size or len(inputs)
+        batches = split(on_tensors(lambda part: part.to(device), inputs), size)
+        targets = [None] * len(batches) if target is None else target.to(device).split(size)
         averages = [Average(likelihood, 2 if antithetic else 1, part) for part in targets]
         _fill(averages, network, batches, plan, METHODS[name], tolerance)
         part = joined([average.result(next(number)) for average in averages])
         return part if result_device is None else part.to(result_device)
 
     with torch.no_grad(), in_use(model, trains=False), evaluation_mode(model), at_means(model):
-        found = result(x) if isinstance(x, Tensor) else joined([result(batch) for batch in _stream(x, plan, progress)])
+        found = joined([result(batch) for batch in ((whole,) if whole is not None else _stream(x, plan, progress))])
     if name == "moments":
         found = replace(found, standard_error=torch.full_like(found.standard_error, math.nan))
     if tolerance is not None and not (missed := float(found.standard_error.max())) < tolerance:
@@ -160,6 +170,7 @@ def _plan(
     method: str,
     antithetic: bool,
     generator: torch.Generator | None,
+    output: Output | None,
 ) -> Plan:
     at_least_one("num_samples", num_samples)
     if method not in METHODS:
@@ -181,7 +192,7 @@ def _plan(
     if antithetic and num_samples % 2:
         raise ValueError(f"num_samples must be even for antithetic pairs, got {num_samples}.")
     chunk = None if sample_chunk == "auto" else int(sample_chunk)
-    return Plan(int(num_samples), chunk, generator, antithetic, None if tolerance is None else _CHECKPOINT)
+    return Plan(int(num_samples), chunk, generator, antithetic, None if tolerance is None else _CHECKPOINT, output)
 
 
 def _device(model: nn.Module, method: str) -> torch.device:
@@ -199,7 +210,7 @@ def _seeded(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
 
 
-def _stream(x: Iterable[Any], plan: Plan, progress: bool | None) -> Iterator[Tensor]:
+def _stream(x: Any, plan: Plan, progress: bool | None) -> Iterator[Batch]:
     """Yield the inputs of each batch; the generator is reset for each, so that all batches see the same samples."""
     if hasattr(x, "__array__"):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}. torch.as_tensor converts arrays.")
@@ -215,7 +226,7 @@ def _stream(x: Iterable[Any], plan: Plan, progress: bool | None) -> Iterator[Ten
 def _fill(
     averages: Sequence[Average],
     model: nn.Module,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     plan: Plan,
     method: Callable[[nn.Module, Plan], Iterator[Run]],
     tolerance: float | None,
@@ -232,21 +243,14 @@ def _fill(
                 break
 
 
-def _check_target(target: Tensor | None, x: Any, likelihood: Likelihood) -> None:
+def _check_target(target: Tensor | None, x: Batch | None, likelihood: Likelihood) -> None:
     if target is None:
         return
-    if not isinstance(likelihood, Gaussian) or not isinstance(x, Tensor):
+    if not isinstance(likelihood, Gaussian) or x is None:
         raise ValueError(
-            "target must be None but for a tensor x and a Gaussian likelihood, got one for "
-            f"{'a ' + likelihood.name + ' likelihood' if isinstance(x, Tensor) else type(x).__name__}. Probabilities "
-            "of classes are in `probs`; bl.evaluate takes loaders."
+            "target must be None but for one batch x and a Gaussian likelihood, got one for "
+            f"{'an iterable of batches' if x is None else f'a {likelihood.name} likelihood'}. Probabilities of classes "
+            "are in `probs`; bl.evaluate takes loaders."
         )
     if len(target) != len(x):
         raise ValueError(f"target must have a row for each of the {len(x)} examples, got {len(target)}.")
-
-
-def _check_input(x: Tensor) -> None:
-    if x.dim() == 0 or len(x) == 0:
-        raise ValueError(f"x must hold at least one example in dimension 0, got shape {tuple(x.shape)}.")
-    if x.is_floating_point() and (bad := int((~x.isfinite()).sum())):
-        raise ValueError(f"x must be finite, got {bad} of {x.numel()} values that are NaN or infinite.")

@@ -31,7 +31,7 @@ KINDS = {
     "tuple": (lambda out: (out, out), "tuple of Tensor, Tensor"),
     "list": (lambda out: [out], "list of Tensor"),
     "dict": (lambda out: {"out": out, "aux": out}, "dict of 'out', 'aux'"),
-    "mapping": (lambda out: ModelOutput(logits=out), "ModelOutput of 'logits'"),
+    "mapping": (lambda out: ModelOutput(scores=out), "ModelOutput of 'scores'"),
     "object": (Wrapped, "Wrapped"),
     "none": (lambda out: None, "None"),
     "labels": (lambda out: out.argmax(1), "one of torch.int64"),
@@ -86,7 +86,7 @@ def test_it_is_the_same_sentence_at_every_entrance(kind, entrance):
 
 
 def test_a_long_tuple_is_not_listed_whole():
-    with pytest.raises(TypeError, match=r"got tuple of int, int, int, int, int, \.\.\.\. Wrap"):
+    with pytest.raises(TypeError, match=r"got tuple of int, int, int, int, int, \.\.\.\. Say which part"):
         tensor_output(tuple(range(100)))
 
 

@@ -19,6 +19,7 @@ bert.eval()
 assert torch.equal(bert(ids).logits, bert(ids).logits)
 with bl.sampled(bert):
     assert not torch.equal(bert(ids).logits, logits)
+assert prediction.probs.shape == (256, 2) and prediction.epistemic.max() > 0
 assert {site.name for site in bl.posterior(bert)} == {name for name, _ in bert.named_parameters()}
 """
 

@@ -346,7 +346,7 @@ def test_gradients_are_those_of_the_loss_alone(fisher):
 
 @pytest.mark.parametrize("fisher", ["sampled", "empirical"])
 def test_grad_scaler_leaves_the_step_as_it_is(fisher, monkeypatch):
-    monkeypatch.setattr("test_vogn.squared_error", loss_of)
+    monkeypatch.setattr("support.steps.squared_error", loss_of)
     nets = [make_mixed_net(), make_mixed_net()]
     for net, enabled in zip(nets, (False, True), strict=True):
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
