@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = {
     "bayeslayers": """
         checks files dtypes unwrap inputs outputs display batches distributed distributions likelihoods curvature
-        layers sampling convert storage method optim prediction laplace merge export continual metrics recalibrate evaluate
-        plots
+        layers sampling convert storage method optim prediction laplace merge export continual metrics recalibrate
+        evaluate plots
     """.split(),
     "zoo": "images normalise encoder_weights backbones registry cost networks transforms untrusted hub loading".split(),
     "recipes": "data image_files training reports tasks cli".split(),
