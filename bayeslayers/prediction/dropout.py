@@ -91,7 +91,7 @@ def _switch_on(model: nn.Module, network: nn.Module, example: Batch, part: Outpu
         if not missing or on == names.keys():
             break
         on |= _enclosing([draw for draw in drawn if draw[:2] in missing], on) or names.keys()
-    _check_changes(model, trial, tensor_output(output, part), expected)
+    _check_changes(model, trial, _shape(output, part), tuple(expected))
     _set_training(network, on)
     return [(draw.operation, 2 * draw.count) for draw in found] == [draw[:2] for draw in _run(trial, four)[0]]
 
@@ -126,11 +126,19 @@ def _enclosing(draws: Iterable[_Draw], on: set[str]) -> set[str]:
     return {name for name in nearest if name is not None}
 
 
-def _check_changes(model: nn.Module, trial: nn.Module, output: Tensor, expected: torch.Size) -> None:
+def _shape(output: object, part: Output | None) -> object:
+    """Return the shape of the output that is predicted, the name of a type where there is none."""
+    try:
+        return tuple(tensor_output(output, part).shape)
+    except (TypeError, ValueError):
+        return type(output).__name__
+
+
+def _check_changes(model: nn.Module, trial: nn.Module, shape: object, expected: object) -> None:
     """Raise if the modules do more than dropout in training mode."""
-    if (shape := tuple(output.shape)) != tuple(expected):
+    if shape != expected:
         raise ValueError(
-            f"method 'dropout' must not change what the model returns, got {shape} instead of {tuple(expected)} with "
+            f"method 'dropout' must not change what the model returns, got {shape} instead of {expected} with "
             "the modules that drop something in training mode. Move dropout to modules of its own."
         )
     before = dict(model.named_buffers())

@@ -441,8 +441,12 @@ X, Y = logits_of("plain", 6)
     [
         ({"data": []}, ValueError, "data must hold at least one batch, got none"),
         ({"data": 3}, TypeError, "data must be a loader, another iterable of batches, or tensors, got int"),
-        ({"data": X}, TypeError, r"data must yield batches \(x, y\) of tensors, got Tensor"),
-        ({"data": (X,)}, TypeError, r"data must yield batches \(x, y\) of tensors, got tuple of Tensor"),
+        ({"data": X}, TypeError, r"data must yield batches \(x, y\) of tensors, or mappings .*, got Tensor"),
+        (
+            {"data": (X,)},
+            TypeError,
+            r"data must yield batches \(x, y\) of tensors, or mappings .*, got tuple of Tensor",
+        ),
         ({"data": [(X, Y.numpy())]}, TypeError, r"got tuple of Tensor, ndarray"),
         ({"data": (X[:0], Y[:0])}, ValueError, r"x must hold at least one example in dimension 0, got shape \(0, 4\)"),
         ({"data": (X, Y[:4])}, ValueError, r"target must have the shape \(6,\), got \(4,\)"),

@@ -302,7 +302,7 @@ def folded():
         ({"prior_precision": [1.0]}, TypeError, "prior_precision must be a number"),
         ({"temperature": -1}, ValueError, "temperature must be a finite number > 0, got -1"),
         ({"data": []}, ValueError, "data must hold at least one batch"),
-        ({"data": [images()]}, TypeError, r"data must yield batches \(x, y\) of tensors, got Tensor"),
+        ({"data": [images()]}, TypeError, r"data must yield batches \(x, y\) of tensors, or mappings .*, got Tensor"),
         ({"layers": "head"}, ValueError, "include must name modules of the network, got 'head'"),
         (
             {"data": (images() * math.nan, labels())},
