@@ -6,9 +6,10 @@ and one extra leaf per parameter. The leaf plays no part in the forward; the bac
 over examples of the squared per-example gradients, in the units of the loss that was back-propagated. So autograd adds
 up several backward passes, and no hook keeps inputs alive.
 
-Dimension 0 of every operand runs over examples. A further leaf, the tally, receives
-`[examples, 1, backward pass]` per use of the op: that is how a module used twice in one pass, or one that sees
-another number of examples than its neighbours, is found out instead of giving a wrong number.
+Dimension 0 of every operand runs over examples, or a `Layout` says where they are. Modules that run several times in
+one call of the model add their uses up before squaring (`uses`). A further leaf, the tally, receives
+`[examples, 1, backward pass]` per use of the op: that is how a module used in two calls, or one that sees another
+number of examples than its neighbours, is found out instead of giving a wrong number.
 """
 
 from bayeslayers.curvature.affine import AFFINE

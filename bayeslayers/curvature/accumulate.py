@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bayeslayers.dtypes import at_least_float32
+
+if TYPE_CHECKING:
+    from bayeslayers.curvature.watch import Watch
 
 # Per-example gradients live in chunks of this size. On a CPU a chunk that stays in the cache is up
 # to 4 times faster than one that does not (measured on (256, 256) weights, 16 positions).
@@ -74,6 +77,8 @@ class Leaves(NamedTuple):
         kind: What the leaves receive: sums of squares, or the Kronecker factors.
         part: The part of the batch that a weight's sum of squares is estimated from; None for all of it.
         passes: What a pass fills; None for everything.
+        name: Name of the module.
+        watch: State of the tracker, which adds up the uses of a module that runs several times; None for no such.
     """
 
     tensors: Mapping[str, Tensor]
@@ -81,6 +86,8 @@ class Leaves(NamedTuple):
     kind: Kind = "squares"
     part: Part | None = None
     passes: Passes | None = None
+    name: str = ""
+    watch: Watch | None = None
 
 
 def chunks(examples: int, elements: int, like: Tensor) -> Iterator[slice]:

@@ -7,13 +7,14 @@ of the paper (Osawa et al. 2019). The per-example gradient sums over positions *
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from torch import Tensor
 
 from bayeslayers.curvature.accumulate import sum_of_squares
-from bayeslayers.curvature.rule import CurvatureRule, Use
+from bayeslayers.curvature.layout import Layout
+from bayeslayers.curvature.rule import CurvatureRule, Tensors, Use
 
 
 class _Affine(CurvatureRule):
@@ -30,6 +31,23 @@ class _Affine(CurvatureRule):
         (x_hat,), (scale, shift) = inputs, tensors
         y = x_hat * _broadcast(scale, x_hat, settings)
         return y if shift is None else y + _broadcast(shift, x_hat, settings)
+
+    def example_dims(self, inputs: tuple[Tensor, ...], tensors: Tensors, settings: tuple[int, ...]) -> Iterable[int]:
+        return (0, *settings)
+
+    def as_positions(self, use: Use, g: Tensor, layout: Layout, examples: int) -> tuple[Use, Tensor]:
+        features = [d + 1 for d in range(1, g.dim()) if d not in use.settings]  # of the parameters, once unfolded
+        positions = [d for d in range(1, g.dim() + 1) if d not in features]
+
+        def of(x: Tensor) -> Tensor:
+            x = layout.examples_first(x, examples).permute(0, *positions, *features)
+            return x.flatten(1, len(positions))
+
+        return use._replace(inputs=(of(use.inputs[0]),), settings=(1,)), of(g)
+
+    def per_example(self, use: Use, g: Tensor) -> Tensors:
+        scale = _sum_positions(g * use.inputs[0], use.settings)
+        return scale, None if use.tensors[1] is None else _sum_positions(g, use.settings)
 
     def squares(self, use: Use, g: Tensor) -> Sequence[Tensor | None]:
         (x_hat,), (scale, _), positions = use.inputs, cast(Any, use.tensors), use.settings

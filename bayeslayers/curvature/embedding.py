@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bayeslayers.curvature.layout import Layout
 from bayeslayers.curvature.rule import CurvatureRule, Tensors, Use
 from bayeslayers.dtypes import at_least_float32
 
@@ -27,6 +28,23 @@ class _Embedding(CurvatureRule):
 
     def has_examples(self, inputs: tuple[Tensor, ...], tensors: Tensors) -> bool:
         return inputs[0].dim() > 0
+
+    def example_dims(self, inputs: tuple[Tensor, ...], tensors: Tensors, settings: int | None) -> Iterable[int]:
+        return range(inputs[0].dim())
+
+    def as_positions(self, use: Use, g: Tensor, layout: Layout, examples: int) -> tuple[Use, Tensor]:
+        ids = layout.examples_first(use.inputs[0], examples).flatten(1)
+        return use._replace(inputs=(ids,)), layout.examples_first(g, examples).flatten(1, -2)
+
+    def per_example(self, use: Use, g: Tensor) -> Tensors:
+        (ids,), (weight,), padding = use.inputs, cast(Any, use.tensors), use.settings
+        examples, (rows, features) = len(ids), weight.shape
+        keys = torch.arange(examples, device=ids.device)[:, None] * rows + ids.reshape(examples, -1)
+        added = g.new_zeros(examples * rows, features).index_add(0, keys.flatten(), g.reshape(-1, features))
+        added = added.view(examples, rows, features)
+        if padding is not None:
+            added[:, padding] = 0
+        return (added,)
 
     def squares(self, use: Use, g: Tensor) -> Sequence[Tensor | None]:
         (ids,), (weight,), padding = use.inputs, cast(Any, use.tensors), use.settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bayeslayers.curvature.accumulate import chunks, sum_of_squares
 from bayeslayers.curvature.kronecker import column_products
+from bayeslayers.curvature.layout import Layout
 from bayeslayers.curvature.rule import FactoredRule, Tensors, Use
 from bayeslayers.dtypes import at_least_float32, full_precision
 
@@ -29,6 +30,17 @@ class _Linear(FactoredRule):
 
     def has_examples(self, inputs: tuple[Tensor, ...], tensors: Tensors) -> bool:
         return inputs[0].dim() > 1
+
+    def example_dims(self, inputs: tuple[Tensor, ...], tensors: Tensors, settings: Any) -> Iterable[int]:
+        return range(inputs[0].dim() - 1)
+
+    def as_positions(self, use: Use, g: Tensor, layout: Layout, examples: int) -> tuple[Use, Tensor]:
+        x, g = (layout.examples_first(each, examples).flatten(1, -2) for each in (use.inputs[0], g))
+        return use._replace(inputs=(x,)), g
+
+    def per_example(self, use: Use, g: Tensor) -> Tensors:
+        x, g = (each.unsqueeze(1).flatten(1, -2) for each in (use.inputs[0], g))  # (n, p, features)
+        return g.mT @ x, None if use.tensors[1] is None else g.sum(1)
 
     def squares(self, use: Use, g: Tensor) -> Sequence[Tensor | None]:
         (x,), weight, part = use.inputs, cast(Tensor, use.tensors[0]), use.part

@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 
-from bayeslayers.curvature.accumulate import FACTORS, Kind, Leaves, Part, Passes, chunks, owned, sum_of_squares, tally
+from bayeslayers.curvature.accumulate import FACTORS, Leaves, chunks, sum_of_squares
+from bayeslayers.curvature.layout import Layout
+from bayeslayers.curvature.op import Backward, Op, Plan, Tensors, Use
+from bayeslayers.curvature.watch import Observed
 from bayeslayers.dtypes import at_least_float32, autocast_operand, full_precision
 
 if TYPE_CHECKING:
     from torch import nn
-
-Tensors: TypeAlias = tuple[Tensor | None, ...]
-
-
-class Use(NamedTuple):
-    """One use of an op, as its backward pass finds it.
-
-    Attributes:
-        inputs: The op's inputs, with the examples in dimension 0.
-        tensors: Its parameters, in the order of the rule's `tensors`; None for an absent one.
-        settings: What the op takes besides, as a convolution's stride.
-        needs: What is asked for: a flag for the gradient of each input, that of each tensor, and each sum of curvature.
-        part: The part of the batch that sums of squares may be estimated from; None for all of it.
-    """
-
-    inputs: tuple[Tensor, ...]
-    tensors: Tensors
-    settings: Any
-    needs: tuple[bool, ...]
-    part: Part | None = None
-
-
-Backward: TypeAlias = Callable[[Use, Tensor], Sequence[Tensor | None]]
 
 
 class CurvatureRule(abc.ABC):
@@ -78,6 +59,29 @@ class CurvatureRule(abc.ABC):
             tensors: Likewise.
         """
         return True
+
+    def example_dims(self, inputs: tuple[Tensor, ...], tensors: Tensors, settings: Any) -> Iterable[int]:
+        """Return the dimensions of the inputs in which the examples may be, alone or folded with others.
+
+        Args:
+            inputs: As for `forward`.
+            tensors: Likewise.
+            settings: Likewise.
+        """
+        return (0,)
+
+    def as_positions(self, use: Use, g: Tensor, layout: Layout, examples: int) -> tuple[Use, Tensor] | None:
+        """Return a use with the examples in dimension 0 and all positions in dimension 1, so that uses can be joined.
+
+        None if the op has no such form; then its uses are added by `per_example`.
+
+        Args:
+            use: The use.
+            g: Gradient of the output.
+            layout: Where the examples are in the inputs and the output.
+            examples: How many there are.
+        """
+        return None
 
     def per_example(self, use: Use, g: Tensor) -> Tensors:
         """Return the per-example gradients `(n, *shape)` of the tensors, in their order.
@@ -184,8 +188,16 @@ class CurvatureRule(abc.ABC):
             ]
         else:
             found = [leaves.tensors[key] for key in FACTORS]
-        plan = _Plan(self, len(inputs), settings, leaves.kind, leaves.part, leaves.passes)
-        return _Op.apply(plan, *inputs, *tensors, *found, leaves.tally)
+        place = None
+        if (watch := leaves.watch) is not None and not torch.compiler.is_compiling():
+            if watch.observed is not None:
+                dims = tuple(self.example_dims(inputs, tensors, settings))
+                watch.observed.setdefault(leaves.name, []).append(Observed(inputs[0].detach().clone(), dims))
+                return self.forward(inputs, tensors, settings)
+            if peek_interpreter_stack() is None:  # not under vmap
+                place = watch.enter(leaves.name, self, inputs, tensors, settings)
+        plan = Plan(self, len(inputs), settings, leaves.kind, leaves.part, leaves.passes, place)
+        return Op.apply(plan, *inputs, *tensors, *found, leaves.tally)
 
 
 class FactoredRule(CurvatureRule):
@@ -235,50 +247,6 @@ def rule_of(kind: type) -> CurvatureRule:
     else:
         return rule
     raise TypeError(f"{type(rule).__name__}.tensors must be {rules}, got {names!r}: rule of {kind.__name__}.")
-
-
-class _Plan(NamedTuple):
-    rule: CurvatureRule
-    inputs: int
-    settings: Any
-    kind: Kind
-    part: Part | None
-    passes: Passes | None
-
-
-class _Op(torch.autograd.Function):
-    """An op whose backward pass returns its curvature, as the gradients of leaves that play no part in the forward."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(plan, *operands):
-        first, end = plan.inputs, plan.inputs + len(plan.rule.tensors)
-        return owned(plan.rule.forward(operands[:first], operands[first:end], plan.settings))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.plan, *operands = inputs
-        ctx.recomputed_in = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
-        ctx.size = 0 if ctx.plan.kind == "squares" else len(operands[-3])  # of the first factor
-        ctx.save_for_backward(*operands[: ctx.plan.inputs + len(ctx.plan.rule.tensors)])
-
-    @staticmethod
-    def backward(ctx, g):
-        plan, saved, needs = ctx.plan, ctx.saved_tensors, ctx.needs_input_grad[1:-1]
-        rule, first = plan.rule, plan.inputs
-        if plan.passes is not None:
-            middle = len(saved) - first
-            gradients, curvature = plan.passes.gradients, plan.passes.curvature
-            switches = [True] * first + [gradients] * middle + [curvature] * (len(needs) - first - middle)
-            needs = tuple([need and on for need, on in zip(needs, switches, strict=True)])
-        use = Use(saved[:first], saved[first:], plan.settings, needs, plan.part)
-        if plan.kind == "squares":
-            found = rule.kernel_for(g.device.type)(use, g)
-        else:
-            found = rule.factors(use, g, ctx.size)
-        grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
-        return (None, *grads, tally(len(g), ctx.recomputed_in))
 
 
 def _needed(use: Use, i: int, count: int) -> bool:

@@ -124,7 +124,8 @@ class BayesianLayer(nn.Module):
             return tuple(means.values()), None, None
         drawn = scope.drawn.get(self, NOTHING)
         tensors = tuple([drawn.get(name, mean) for name, mean in means.items()])
-        return tensors, scope.leaves.get(self) if torch.is_grad_enabled() else None, scope.perturbations.get(self)
+        tracks = torch.is_grad_enabled() or scope.observes
+        return tensors, scope.leaves.get(self) if tracks else None, scope.perturbations.get(self)
 
     def compute(self, *inputs: Tensor, settings: Any = ()) -> Tensor:
         """Return the output of the layer's rule, which is all that most layers' forward has to do.

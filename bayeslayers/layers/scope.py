@@ -26,11 +26,13 @@ class Scope:
         drawn: The drawn tensors of a module by their parameters' names.
         perturbations: How a layer draws its output, where no weight of it is drawn.
         leaves: Where a layer's curvature goes.
+        observes: Layers get their leaves without gradients too, for the model is looked at.
     """
 
     drawn: Mapping[nn.Module, Mapping[str, Tensor]] = field(default_factory=dict)
     perturbations: Mapping[nn.Module, Perturbation] = field(default_factory=dict)
     leaves: Mapping[nn.Module, Leaves] = field(default_factory=dict)
+    observes: bool = False
 
     def __contains__(self, module: nn.Module) -> bool:
         """Return whether the scope has something for a module."""
@@ -87,4 +89,7 @@ def scope_for(module: nn.Module) -> Scope:
 
 
 def _agree(one: Scope, other: Scope, module: nn.Module) -> bool:
-    return all(getattr(one, part).get(module) is getattr(other, part).get(module) for part in Scope.__slots__)
+    return all(
+        getattr(one, part).get(module) is getattr(other, part).get(module)
+        for part in ("drawn", "perturbations", "leaves")
+    )

@@ -1,67 +1,112 @@
-"""Whether dimension 0 of a layer's input runs over the examples: by provenance, for sizes agree by accident.
+"""Where the examples are in a layer's input: by provenance, for sizes agree by accident.
 
-The examples of a batch are rolled by one, and the rows of each layer's input must roll likewise. That
-holds whatever a network does to all examples alike, batch statistics included.
+The examples of a batch are rolled by one, and what rolls likewise in a layer's input are the examples. That holds
+whatever a network does to all examples alike, batch statistics included.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from bayeslayers.curvature.layout import CONSTANT, Layout, find_layout, is_close
+from bayeslayers.curvature.watch import Observed, Watch
+from bayeslayers.layers.scope import current, opened
 from bayeslayers.sampling.sharing import evaluation_mode
 
-Inputs = dict[str, list[Tensor]]
+Inputs = dict[str, list[Observed]]
+Layouts = dict[str, list[Layout | None]]
 
 
-def refuse_other_rows(model: nn.Module, layers: Mapping[str, nn.Module], args: Any, kwargs: Any) -> bool:
-    """Raise if the rows of a layer's input are not the examples of the model's; return whether that was tried.
+def examples_of(args: Any, kwargs: Any) -> int:
+    """Return how many examples a call of the model has: the size of dimension 0 of its first tensor, 0 without one.
+
+    Args:
+        args: Arguments of the call.
+        kwargs: Likewise.
+    """
+    values, _ = tree_flatten((args, kwargs))
+    return next((len(v) for v in values if isinstance(v, Tensor) and v.dim() > 0), 0)
+
+
+def find_layouts(model: nn.Module, watch: Watch, args: Any, kwargs: Any) -> bool:
+    """Find where the examples are in the inputs of each layer, in each of its uses; return whether that was tried.
 
     The model runs two times more, in eval mode and without gradients. Buffers, modes and torch's random
     numbers are as they were. A model that cannot be run so, or whose outputs are random in eval mode,
     passes, and so does a layer with another number of rows, which is found by it.
 
     Args:
-        model: Model that is called as a whole.
-        layers: Layers by name.
+        model: Model that is called as a whole, in a scope in which its layers are tracked.
+        watch: State of the tracker, which gets the layouts.
         args: Arguments of the call; the first tensor has the examples in dimension 0.
         kwargs: Likewise.
 
     Raises:
-        RuntimeError: If a layer has other rows.
+        RuntimeError: If a layer has as many rows as there are examples, and they are others.
     """
-    values, structure = tree_flatten((args, kwargs))
-    first = next((v for v in values if isinstance(v, Tensor) and v.dim() > 0), None)
-    if first is None or (examples := len(first)) < 2:
+    examples = examples_of(args, kwargs)
+    if examples < 2:
         return False
+    values, structure = tree_flatten((args, kwargs))
     batched = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.dim() > 0 and len(v) == examples]
     with _undisturbed(model):
         state = torch.get_rng_state()
         try:
-            before = _inputs_of(model, layers, args, kwargs)
-            wrong: list[str] = []
+            before = _inputs_of(model, watch, args, kwargs)
+            tried: list[Layouts] = []
             for rolled in _choices(batched):
                 torch.set_rng_state(state)
                 moved = [v.roll(1, 0) if i in rolled else v for i, v in enumerate(values)]
-                wrong = _unlike(before, _inputs_of(model, layers, *tree_unflatten(moved, structure)), examples)
-                if not wrong:
-                    return True
-            random = _unlike(before, _inputs_of(model, layers, args, kwargs), examples, roll=0)
+                after = _inputs_of(model, watch, *tree_unflatten(moved, structure))
+                tried.append({name: _layouts(uses, after.get(name, []), examples) for name, uses in before.items()})
+                if _unknown(tried[-1]) == 0:
+                    break
+            layouts = min(tried, key=_unknown)
+            suspects = _suspects(before, layouts, examples)
+            again = _inputs_of(model, watch, args, kwargs) if suspects else {}
         except Exception:  # whatever a model raises outside its own mode
             return False
-    if found := next((name for name in wrong if name not in random), None):
-        raise RuntimeError(
-            f"dimension 0 of the input of layer '{found}' must run over the examples, got {examples} rows there that "
-            f"are not the {examples} examples: they do not move with them. Keep examples in dimension 0 (a linear "
-            "layer takes (n, *, features)), use IVON, or exclude the layer from the Bayesian ones."
-        )
+    for name, i in suspects:
+        if is_close(before[name][i].input, again[name][i].input):  # else the network is random
+            raise RuntimeError(
+                f"dimension 0 of the input of layer '{name}' must run over the examples, got {examples} rows there "
+                f"that are not the {examples} examples: they do not move with them. Keep examples in dimension 0 (a "
+                "linear layer takes (n, *, features)), use IVON, or exclude the layer from the Bayesian ones."
+            )
+    watch.layouts = layouts
     return True
+
+
+def _suspects(before: Inputs, layouts: Layouts, examples: int) -> list[tuple[str, int]]:
+    """Return the uses whose rows are as many as the examples, and others."""
+    return [
+        (name, i)
+        for name, found in layouts.items()
+        for i, (use, layout) in enumerate(zip(before[name], found, strict=True))
+        if layout in (None, CONSTANT) and use.input.shape[:1] == (examples,)
+    ]
+
+
+def _unknown(layouts: Layouts) -> int:
+    """Return in how many uses the examples were not found."""
+    return sum(found.count(None) for found in layouts.values())
+
+
+def _layouts(before: list[Observed], after: list[Observed], examples: int) -> list[Layout | None]:
+    """Return where the examples are in each use of a layer."""
+    if len(before) != len(after):
+        return [None] * len(before)
+    pairs = zip(before, after, strict=True)
+    return [find_layout(old.input, new.input, examples, old.dims) for old, new in pairs]
 
 
 def _choices(batched: list[int]) -> Iterator[set[int]]:
@@ -72,42 +117,15 @@ def _choices(batched: list[int]) -> Iterator[set[int]]:
             yield {batched[0], *chosen, *(batched[4:] if size == len(others) else ())}
 
 
-def _inputs_of(model: nn.Module, layers: Mapping[str, nn.Module], args: Any, kwargs: Any) -> Inputs:
-    """Run a model's forward, and return what each layer was called with."""
-    found: Inputs = {name: [] for name in layers}
-
-    def keep(name: str, inputs: Any, named: Any) -> None:
-        tensors = [v for v in (*inputs, *named.values()) if isinstance(v, Tensor)]
-        found[name].append(tensors[0].detach().clone())
-
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, a, k, name=name: keep(name, a, k), with_kwargs=True)
-        for name, layer in layers.items()
-        if layer is not model
-    ]
+def _inputs_of(model: nn.Module, watch: Watch, args: Any, kwargs: Any) -> Inputs:
+    """Run a model's forward, and return what the ops of its layers were called with."""
+    watch.observed = found = {}
     try:
-        model.forward(*args, **kwargs)
+        with opened(replace(current(), observes=True)), torch.compiler.set_stance("force_eager"):
+            model.forward(*args, **kwargs)
     finally:
-        for hook in hooks:
-            hook.remove()
+        watch.observed = None
     return found
-
-
-def _unlike(before: Inputs, after: Inputs, examples: int, roll: int = 1) -> list[str]:
-    """Return the layers whose rows, where there are as many as examples, have not rolled with these."""
-    return [
-        name
-        for name, inputs in before.items()
-        for old, new in zip(inputs, after[name], strict=False)
-        if old.dim() > 0 and len(old) == examples and not _close(new, old.roll(roll, 0))
-    ]
-
-
-def _close(new: Tensor, old: Tensor) -> bool:
-    if new.shape != old.shape or not old.is_floating_point():
-        return torch.equal(new, old)
-    tolerance = torch.finfo(old.dtype).eps ** 0.5  # kernels round each row by its place
-    return bool((new - old).abs().max() <= tolerance * old.abs().max())
 
 
 @contextmanager
@@ -117,7 +135,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     devices = [device] if device.type == "cuda" else []
     try:
-        with torch.no_grad(), evaluation_mode(model), torch.random.fork_rng(devices):
+        with torch.no_grad(), evaluation_mode(model), torch.random.fork_rng(devices), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the call itself gives them
             yield
     finally:
         with torch.no_grad():

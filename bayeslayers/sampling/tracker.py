@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 
 from bayeslayers.curvature.accumulate import FACTORS, Leaves, Part, Passes
+from bayeslayers.curvature.watch import ONE_CALL, Watch
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.layers.scope import current, opened
-from bayeslayers.sampling.provenance import refuse_other_rows
+from bayeslayers.sampling.provenance import examples_of, find_layouts
 from bayeslayers.sampling.sites import Site
 
 
@@ -73,7 +74,8 @@ class Tracker:
 
     def __init__(self, layers: Mapping[str, BayesianLayer], kronecker: bool = False, model: nn.Module | None = None):
         self.layers = layers
-        self._model, self._scopes_to_watch, self._looked = model, 3, False
+        self._model, self._looks_left, self._looked = model, 3, False
+        self._watch = Watch()
         self.leaves: dict[str, Tensor] = {}
         self._tallies: dict[str, Tensor] = {}
         self._part: Part | None = None
@@ -93,6 +95,7 @@ class Tracker:
             leaf.grad = None
         self._seen.clear()
         self._uses.clear()
+        self._watch.clear()
 
     @contextmanager
     def track(
@@ -117,27 +120,38 @@ class Tracker:
             self._part = Part(fraction, float(torch.rand((), generator=generator, device=device)), place)
         outer = current()
         leaves = {layer: self._leaves_of(name, layer) for name, layer in self.layers.items()}
-        with opened(replace(outer, leaves={**outer.leaves, **leaves})), self._watch():
+        with opened(replace(outer, leaves={**outer.leaves, **leaves})), self._watching():
             yield self
 
     @contextmanager
-    def _watch(self) -> Iterator[None]:
-        """Look once at where the rows of the layers' inputs come from, in the first call of the model as a whole."""
-        if self._model is None or self._looked or self._scopes_to_watch == 0:
+    def _watching(self) -> Iterator[None]:
+        """Know in the scope when the model is called as a whole, and look at the first such call."""
+        if self._model is None:
             yield
             return
-        self._scopes_to_watch -= 1
-        hook = self._model.register_forward_pre_hook(self._look, with_kwargs=True)
+        hooks = [
+            self._model.register_forward_pre_hook(self._open, with_kwargs=True),
+            self._model.register_forward_hook(self._close),
+        ]
         try:
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
-    def _look(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling() or self._looked or not torch.is_grad_enabled():
+    def _open(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return
-        if peek_interpreter_stack() is None:  # not under vmap
-            self._looked = refuse_other_rows(model, self.layers, args, kwargs)
+        if peek_interpreter_stack() is not None or (examples := examples_of(args, kwargs)) == 0:  # under vmap
+            return
+        if not self._looked and self._looks_left:
+            self._looks_left -= 1
+            self._looked = find_layouts(model, self._watch, args, kwargs)
+        self._watch.open_call(examples)
+
+    def _close(self, model: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._watch.close_call()
 
     def sums_of(self, loss: Tensor) -> tuple[dict[str, Tensor], int]:
         """Return the sums that a loss gives, by the leaves' names, and the number of its examples.
@@ -147,14 +161,18 @@ class Tracker:
         """
         leaves = {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
         self._switches.gradients, self._switches.curvature = False, True
+        self._watch.captured = {}
         try:
             grads = torch.autograd.grad(
                 loss, [*leaves.values(), *self._tallies.values()], retain_graph=True, allow_unused=True
             )
+            found = self._watch.captured
         finally:
             self._switches.gradients, self._switches.curvature = True, False
+            self._watch.captured = None
         counts = [int(tally[0]) for tally in grads[len(leaves) :] if tally is not None]
         sums = {name: grad for name, grad in zip(leaves, grads, strict=False) if grad is not None}
+        sums |= {name: found[id(leaf)] for name, leaf in leaves.items() if id(leaf) in found}
         return sums, max(counts, default=0)
 
     def _leaves_of(self, name: str, layer: BayesianLayer) -> Leaves:
@@ -165,9 +183,10 @@ class Tracker:
             self._tallies[name] = tally
         prefix, tally = f"{name}." if name else "", self._tallies[name]
         if self._kronecker and (factors := self._factors_of(prefix, layer)) is not None:
-            return Leaves(factors, tally, "factors", passes=self._switches)
+            return Leaves(factors, tally, "factors", passes=self._switches, name=name, watch=self._watch)
         squares = {key: self._leaf(prefix + key, layer._parameters.get(key)) for key in layer.rule.tensors}
-        return Leaves({key: leaf for key, leaf in squares.items() if leaf is not None}, tally, part=self._part)
+        found = {key: leaf for key, leaf in squares.items() if leaf is not None}
+        return Leaves(found, tally, part=self._part, name=name, watch=self._watch)
 
     def _factors_of(self, prefix: str, layer: BayesianLayer) -> dict[str, Tensor] | None:
         """Return the leaves of a layer's Kronecker factors, None if it has none or its matrix is frozen."""
@@ -198,21 +217,19 @@ class Tracker:
             leaf = self.leaves[name] = zero.expand(shape).requires_grad_()
         return leaf
 
-    def _check(self, name: str, tally: Tensor) -> None:
+    def _check(self, name: str, tally: Tensor | None) -> None:
         """Refuse a backward pass whose per-example gradients are not those of one batch of examples.
 
         A reentrant checkpoint runs a backward pass of its own inside the outer one, to which its
         uses belong: it is the pass in which the forward was recomputed.
         """
+        if tally is None:  # a further use in the pass
+            return
         examples, uses, recomputed_in = (int(x) for x in tally.tolist())
         current = torch._C._current_graph_task_id() if recomputed_in == -1 else recomputed_in
         uses = self._uses[name, current] = self._uses.get((name, current), 0) + uses
         if uses > 1:
-            raise RuntimeError(
-                f"layer '{name}' must run once in each backward pass, ran {uses} times: per-example gradients "
-                "of a reused layer add up before they are squared. Call backward after each forward, or "
-                "exclude the layer from the Bayesian ones."
-            )
+            raise RuntimeError(f"layer '{name}' {ONE_CALL}")
         first, expected = self._seen.setdefault(current, (name, examples))
         if examples != expected:
             raise RuntimeError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from support.per_example import EXACT, potential, squares_by_autograd, tracked_squares
 from torch import nn
 from torch.testing import assert_close
 from torchvision import models
@@ -253,21 +253,19 @@ def test_mistaken_requests_are_refused(name, kwargs, error, message):
         zoo.create(name, **kwargs)
 
 
-def test_windows_in_place_of_examples_are_refused_and_can_be_excluded():
-    ordinary = timm.create_model(
-        "swin_tiny_patch4_window7_224", num_classes=5, img_size=64, window_size=4, depths=(1, 1)
-    )
-    for exclude in (None, "*.attn"):
-        net, _ = bl.to_bayesian(ordinary, exclude=exclude)
-        optimizer = bl.VOGN(net, dataset_size=10)
-        with (
-            contextlib.nullcontext()
-            if exclude
-            else pytest.raises(RuntimeError, match=r"layer '.*attn.*' must run over")
-        ):
-            with optimizer.sampled():
-                net(torch.rand(2, 3, 64, 64)).square().mean().backward()
-            optimizer.step()
+def test_windows_in_place_of_examples_are_unfolded():
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "window_size": 4, "depths": (1, 1), "embed_dim": 12, "num_heads": (2, 4)}
+    plain = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **sizes)
+    net, x = bl.to_bayesian(without_dropout(plain).double())[0], torch.rand(3, 3, 32, 32, dtype=torch.float64)
+
+    def loss(net, x):
+        return potential(net(x))
+
+    expected = squares_by_autograd(net, loss, x)
+    found = tracked_squares(net, loss, x)
+    assert_close(found, {name: expected[name] for name in found}, **EXACT)
+    assert len(found) > 0.9 * len(expected)
 
 
 def assert_means(model: nn.Module, weights: dict[str, torch.Tensor], but: str) -> None:

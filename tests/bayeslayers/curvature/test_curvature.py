@@ -258,7 +258,7 @@ def call_checkpointed(module, x):
 @pytest.mark.parametrize("second", [call, call_reentrant, call_checkpointed])
 def test_reused_layer_is_refused_by_name(first, second):
     net = nn.ModuleDict({"twice": bl.BayesLinear(3, 3)})
-    with bl.tracked(net), pytest.raises(RuntimeError, match="layer 'twice' must run once"):
+    with bl.tracked(net), pytest.raises(RuntimeError, match="layer 'twice' must run in one call"):
         potential(second(net["twice"], first(net["twice"], torch.randn(4, 3, requires_grad=True)))).backward()
 
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from support.per_example import EXACT, bayesian, potential, squares_by_autograd, tracked_squares
 from torch import nn
 from torch.testing import assert_close
 
@@ -83,14 +84,24 @@ def use(method, net, *inputs):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("make", "layer"),
-    [(Transposing, "two"), (Windows, "two"), (Positions, "places")],
-    ids=["transposed", "windows", "ids"],
+    [(Windows, "two"), (Positions, "places")],
+    ids=["windows", "ids"],
 )
 def test_as_many_rows_as_examples_that_are_others_are_refused(method, make, layer):
     torch.manual_seed(0)
     x = torch.randint(9, (N, N)) if make is Positions else torch.randn(N, N, 4)
     with pytest.raises(RuntimeError, match=f"input of layer '{layer}' must run over the examples, .*exclude the layer"):
         use(method, make(), x)
+
+
+@pytest.mark.parametrize("tokens", [N, N + 1])
+def test_examples_in_another_dimension_are_found_there(tokens):
+    net, x = bayesian(Transposing()), torch.randn(N, tokens, 4, dtype=torch.float64)
+    assert_close(
+        tracked_squares(net, lambda net, x: potential(net(x)), x),
+        squares_by_autograd(net, lambda net, x: potential(net(x)), x),
+        **EXACT,
+    )
 
 
 @pytest.mark.parametrize("method", ["VOGN", "NoisyKFAC", "tracked"])
@@ -127,7 +138,7 @@ def test_the_look_takes_no_random_numbers_and_happens_once(monkeypatch):
         own[0].register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
         optimizer = bl.VOGN(own, 100)
         if not look:
-            monkeypatch.setattr("bayeslayers.sampling.tracker.refuse_other_rows", lambda *_: True)
+            monkeypatch.setattr("bayeslayers.sampling.tracker.find_layouts", lambda *_: True)
         torch.manual_seed(2)
         for _ in range(3):
             with optimizer.sampled():

@@ -1,0 +1,109 @@
+"""The autograd function in which all curvature rules run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bayeslayers.curvature.accumulate import Kind, Part, Passes, owned, tally
+
+if TYPE_CHECKING:
+    from bayeslayers.curvature.rule import CurvatureRule
+    from bayeslayers.curvature.watch import Place
+
+Tensors: TypeAlias = tuple[Tensor | None, ...]
+
+
+class Use(NamedTuple):
+    """One use of an op, as its backward pass finds it.
+
+    Attributes:
+        inputs: The op's inputs, with the examples in dimension 0.
+        tensors: Its parameters, in the order of the rule's `tensors`; None for an absent one.
+        settings: What the op takes besides, as a convolution's stride.
+        needs: What is asked for: a flag for the gradient of each input, that of each tensor, and each sum of curvature.
+        part: The part of the batch that sums of squares may be estimated from; None for all of it.
+    """
+
+    inputs: tuple[Tensor, ...]
+    tensors: Tensors
+    settings: Any
+    needs: tuple[bool, ...]
+    part: Part | None = None
+
+
+Backward: TypeAlias = Callable[[Use, Tensor], Sequence[Tensor | None]]
+
+
+class Plan(NamedTuple):
+    """What the function takes beside the op's operands.
+
+    Attributes:
+        rule: The op's rule.
+        inputs: Number of its inputs; the other operands are the tensors and the leaves.
+        settings: As the rule takes them.
+        kind: What the leaves receive.
+        part: As in `Leaves`.
+        passes: Likewise.
+        place: Where the examples are, and who sums the curvature of several uses; None where dimension 0 runs over
+            the examples and the layer is used once.
+    """
+
+    rule: CurvatureRule
+    inputs: int
+    settings: Any
+    kind: Kind
+    part: Part | None
+    passes: Passes | None
+    place: Place | None
+
+
+class Op(torch.autograd.Function):
+    """An op whose backward pass returns its curvature, as the gradients of leaves that play no part in the forward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(plan, *operands):
+        first, end = plan.inputs, plan.inputs + len(plan.rule.tensors)
+        return owned(plan.rule.forward(operands[:first], operands[first:end], plan.settings))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.plan, *operands = inputs
+        ctx.recomputed_in = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+        ctx.size = 0 if ctx.plan.kind == "squares" else len(operands[-3])  # of the first factor
+        end = ctx.plan.inputs + len(ctx.plan.rule.tensors)
+        if ctx.plan.place is not None:
+            ctx.leaves = operands[end:-1]
+            ctx.plan.place.recomputed_in(ctx.recomputed_in)
+        ctx.save_for_backward(*operands[:end])
+
+    @staticmethod
+    def backward(ctx, g):
+        plan, saved, needs = ctx.plan, ctx.saved_tensors, ctx.needs_input_grad[1:-1]
+        rule, first = plan.rule, plan.inputs
+        middle = len(saved) - first
+        if plan.passes is not None:
+            gradients, curvature = plan.passes.gradients, plan.passes.curvature
+            switches = [True] * first + [gradients] * middle + [curvature] * (len(needs) - first - middle)
+            needs = tuple([need and on for need, on in zip(needs, switches, strict=True)])
+        use = Use(saved[:first], saved[first:], plan.settings, needs, plan.part)
+
+        def compute(use: Use) -> Sequence[Tensor | None]:
+            if plan.kind == "squares":
+                return rule.kernel_for(g.device.type)(use, g)
+            return rule.factors(use, g, ctx.size)  # pyright: ignore[reportAttributeAccessIssue]
+
+        if plan.place is None or not plan.place.collects:
+            found, counts = compute(use), tally(len(g), ctx.recomputed_in)
+        else:
+            end = first + middle
+            gradients = compute(use._replace(needs=needs[:end] + (False,) * (len(needs) - end)))
+            sums, counts = plan.place.collect(rule, use, g, ctx.leaves, ctx.size, ctx.recomputed_in)
+            found = (*gradients[:end], *sums)
+        grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
+        return (None, *grads, counts)

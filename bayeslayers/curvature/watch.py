@@ -1,0 +1,191 @@
+"""What a tracker knows of the calls of its model: how often each layer runs in one, and where its examples are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayeslayers.curvature.accumulate import tally
+from bayeslayers.curvature.layout import CONSTANT, EXAMPLES, Layout
+from bayeslayers.curvature.uses import Uses, keep, own_sums
+
+if TYPE_CHECKING:
+    from bayeslayers.curvature.op import Tensors, Use
+    from bayeslayers.curvature.rule import CurvatureRule
+
+
+class Observed(NamedTuple):
+    """What an op was called with while the model was looked at, and the dimensions that may hold examples."""
+
+    input: Tensor
+    dims: tuple[int, ...]
+
+
+class Watch:
+    """The state of one tracker: its open call of the model, and what has come in each backward pass.
+
+    Attributes:
+        examples: Examples of the call that is open; None outside of one.
+        layouts: By layer, where the examples are in each of its uses in a call; None where that is not known.
+        observed: Where a look at the model collects what its ops get, None outside of one.
+        captured: What the leaves receive in place of their `.grad`, where that is asked for.
+        groups: By layer, the first of those that it shares tensors with.
+    """
+
+    def __init__(self) -> None:
+        self.examples: int | None = None
+        self.layouts: dict[str, list[Layout | None]] = {}
+        self.observed: dict[str, list[Observed]] | None = None
+        self.captured: dict[int, Tensor] | None = None
+        self.groups: dict[str, str] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the calls and passes of the last scope."""
+        self.call, self.sizes = 0, set[int]()
+        self._counts, self._most = Counter[str](), Counter[str]()
+        self._passes: dict[int, dict[str, Uses]] = {}
+        self._tallied: set[tuple[int, str]] = set()
+        self.close_call()
+
+    def open_call(self, examples: int) -> None:
+        """Begin a call of the model."""
+        self.examples = examples
+        self.call += 1
+        self.sizes.add(examples)
+        self._counts.clear()
+
+    def close_call(self) -> None:
+        """End it."""
+        self.examples = None
+
+    def enter(
+        self, name: str, rule: CurvatureRule, inputs: tuple[Tensor, ...], tensors: Tensors, settings: Any
+    ) -> Place | None:
+        """Return where the examples of a use are, None if that is not known."""
+        known = self.layouts.get(name)
+        if self.examples is None:  # a layer called by itself, or run again by checkpointing
+            sizes = self.sizes if torch._C._current_graph_task_id() != -1 else ()
+            if len(sizes) != 1 or not known or len(set(known)) != 1:
+                return None
+            (examples,), index, call = sizes, 0, None
+        else:
+            examples, index, call = self.examples, self._counts[name], self.call
+            self._counts[name] += 1
+            self._most[name] = max(self._most[name], index + 1)
+        layout = _layout_of(known, index, inputs[0], examples)
+        return None if layout is None else Place(self, name, layout, examples, call)
+
+    def runs_again(self, name: str) -> bool:
+        """Return whether uses of a layer, or of one that it shares tensors with, must be added before squaring."""
+        return max(self._most[name], len(self.layouts.get(name, ()))) > 1 or name in self.groups
+
+    def open_pass(self, task: int) -> dict[str, Uses]:
+        """Return the uses that have come in a backward pass, which is now running."""
+        if task not in self._passes:
+            self._passes[task] = {}
+            _at_the_end(lambda: self._close_pass(task))
+        return self._passes[task]
+
+    def is_first(self, task: int, name: str) -> bool:
+        """Return whether a layer has not been tallied in a backward pass, in which it is now."""
+        first = (task, name) not in self._tallied
+        self._tallied.add((task, name))
+        return first
+
+    @torch.no_grad()
+    def _close_pass(self, task: int) -> None:
+        for uses in self._passes.pop(task, {}).values():
+            if len(uses.calls) > 1:
+                raise RuntimeError(f"layer '{uses.name}' {ONE_CALL}")
+            for key, value in uses.sums().items():
+                self._deliver(uses.leaves[key], value)
+
+    def _deliver(self, leaf: Tensor, value: Tensor) -> None:
+        if self.captured is not None:
+            self.captured[id(leaf)] = value
+            return
+        value = value.to(leaf.dtype)
+        leaf.grad = value if leaf.grad is None else leaf.grad + value
+
+
+ONE_CALL = (
+    "must run in one call of the model for each backward pass, for only there its uses are known to belong to the same "
+    "examples. Call the model once for each backward pass, as a whole and not compiled, and without vectorise; put "
+    "calls of the same examples into one module. Or use IVON, or exclude the layer from the Bayesian ones."
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """One use of a layer in a call of the model.
+
+    Attributes:
+        watch: State of the tracker.
+        name: The layer's name.
+        layout: Where the examples are.
+        examples: How many there are.
+        call: The call; None where checkpointing runs the layer again, in the backward pass.
+    """
+
+    watch: Watch
+    name: str
+    layout: Layout
+    examples: int
+    call: int | None
+
+    @property
+    def collects(self) -> bool:
+        """Whether the use has others to be added to, or examples to be unfolded."""
+        return self.layout != EXAMPLES or self.watch.runs_again(self.name)
+
+    def recomputed_in(self, task: int) -> None:
+        """Prepare a backward pass that runs the layer again for what the layer will collect."""
+        if task != -1:
+            self.watch.open_pass(task)
+
+    def collect(
+        self,
+        rule: CurvatureRule,
+        use: Use,
+        g: Tensor,
+        leaves: Sequence[Tensor | None],
+        size: int,
+        recomputed_in: int,
+    ) -> tuple[Sequence[Tensor | None], Tensor | None]:
+        """Return the sums of this use, or keep it for the end of the backward pass; and the tally."""
+        wanted = use.needs[-len(leaves) :]
+        task = torch._C._current_graph_task_id() if recomputed_in == -1 else recomputed_in
+        alone = not self.watch.runs_again(self.name)
+        sums: Sequence[Tensor | None] = [None] * len(leaves)
+        if any(wanted):
+            own = [leaf if want else None for leaf, want in zip(leaves, wanted, strict=True)]
+            kept = keep(rule, use, g, own, self.layout, self.examples, size)
+            if alone:
+                sums = own_sums(kept, self.name, self.examples)
+            else:
+                group = self.watch.groups.get(self.name, self.name)
+                uses = self.watch.open_pass(task).setdefault(group, Uses(self.name, self.examples))
+                uses.calls |= set() if self.call is None else {self.call}
+                uses.add(kept)
+        first = alone or self.watch.is_first(task, self.name)
+        return sums, tally(self.examples, recomputed_in) if first else None
+
+
+def _layout_of(known: list[Layout | None] | None, index: int, x: Tensor, examples: int) -> Layout | None:
+    if examples == 1:  # all belongs to the one example
+        return Layout(0, 1, len(x))
+    if not known:
+        return None
+    layout = known[index] if index < len(known) else known[-1] if len(set(known)) == 1 else None
+    return None if layout in (None, CONSTANT) else layout.fitted(x, examples)
+
+
+def _at_the_end(function: Callable[[], None]) -> None:
+    """Call a function when the running backward pass has ended."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)  # pyright: ignore[reportAttributeAccessIssue]
