@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bayeslayers.dtypes import at_least_float32
-
-if TYPE_CHECKING:
-    from bayeslayers.curvature.watch import Watch
 
 # Per-example gradients live in chunks of this size. On a CPU a chunk that stays in the cache is up
 # to 4 times faster than one that does not (measured on (256, 256) weights, 16 positions).
@@ -78,7 +75,7 @@ class Leaves(NamedTuple):
         part: The part of the batch that a weight's sum of squares is estimated from; None for all of it.
         passes: What a pass fills; None for everything.
         name: Name of the module.
-        watch: State of the tracker, which adds up the uses of a module that runs several times; None for no such.
+        watch: State of the tracker, a `Watch`, which adds up the uses of a module that runs several times.
     """
 
     tensors: Mapping[str, Tensor]
@@ -87,7 +84,7 @@ class Leaves(NamedTuple):
     part: Part | None = None
     passes: Passes | None = None
     name: str = ""
-    watch: Watch | None = None
+    watch: Any = None
 
 
 def chunks(examples: int, elements: int, like: Tensor) -> Iterator[slice]:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from bayeslayers.curvature.accumulate import Kind, Part, Passes, owned, tally
-
-if TYPE_CHECKING:
-    from bayeslayers.curvature.rule import CurvatureRule
-    from bayeslayers.curvature.watch import Place
 
 Tensors: TypeAlias = tuple[Tensor | None, ...]
 
@@ -42,23 +38,23 @@ class Plan(NamedTuple):
     """What the function takes beside the op's operands.
 
     Attributes:
-        rule: The op's rule.
+        rule: The op's `CurvatureRule`.
         inputs: Number of its inputs; the other operands are the tensors and the leaves.
         settings: As the rule takes them.
         kind: What the leaves receive.
         part: As in `Leaves`.
         passes: Likewise.
-        place: Where the examples are, and who sums the curvature of several uses; None where dimension 0 runs over
+        place: A `Place`, which knows where the examples are and adds up several uses; None where dimension 0 runs over
             the examples and the layer is used once.
     """
 
-    rule: CurvatureRule
+    rule: Any
     inputs: int
     settings: Any
     kind: Kind
     part: Part | None
     passes: Passes | None
-    place: Place | None
+    place: Any
 
 
 class Op(torch.autograd.Function):
@@ -96,7 +92,7 @@ class Op(torch.autograd.Function):
         def compute(use: Use) -> Sequence[Tensor | None]:
             if plan.kind == "squares":
                 return rule.kernel_for(g.device.type)(use, g)
-            return rule.factors(use, g, ctx.size)  # pyright: ignore[reportAttributeAccessIssue]
+            return rule.factors(use, g, ctx.size)
 
         if plan.place is None or not plan.place.collects:
             found, counts = compute(use), tally(len(g), ctx.recomputed_in)

@@ -195,7 +195,7 @@ class CurvatureRule(abc.ABC):
                 watch.observed.setdefault(leaves.name, []).append(Observed(inputs[0].detach().clone(), dims))
                 return self.forward(inputs, tensors, settings)
             if peek_interpreter_stack() is None:  # not under vmap
-                place = watch.enter(leaves.name, self, inputs, tensors, settings)
+                place = watch.enter(leaves.name, inputs[0])
         plan = Plan(self, len(inputs), settings, leaves.kind, leaves.part, leaves.passes, place)
         return Op.apply(plan, *inputs, *tensors, *found, leaves.tally)
 

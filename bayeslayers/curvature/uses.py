@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from bayeslayers.curvature.layout import Layout
 from bayeslayers.curvature.op import Use
 from bayeslayers.dtypes import at_least_float32, full_precision
 
-if TYPE_CHECKING:
-    from bayeslayers.curvature.rule import CurvatureRule
-
 Sums = dict[int, Tensor]  # by the id of the leaf that receives it
 
 
@@ -30,7 +27,7 @@ class Kept(NamedTuple):
     """One use of an op, kept until the others have come.
 
     Attributes:
-        rule: Rule of the op.
+        rule: The op's `CurvatureRule`.
         use: The use, with the examples first.
         g: Gradient of the output, likewise.
         folded: Rows of each example in dimension 0, one after the other; 0 where dimension 1 holds the positions.
@@ -38,7 +35,7 @@ class Kept(NamedTuple):
         size: Size of the first Kronecker factor; 0 where squares are summed.
     """
 
-    rule: CurvatureRule
+    rule: Any
     use: Use
     g: Tensor
     folded: int
@@ -65,7 +62,7 @@ class Kept(NamedTuple):
 
 
 def keep(
-    rule: CurvatureRule,
+    rule: Any,
     use: Use,
     g: Tensor,
     leaves: Sequence[Tensor | None],
@@ -76,7 +73,7 @@ def keep(
     """Return a use of an op with its examples brought to dimension 0.
 
     Args:
-        rule: Rule of the op.
+        rule: The op's `CurvatureRule`.
         use: The use.
         g: Gradient of its output.
         leaves: What receives the sums, in the order of the rule's tensors.
@@ -86,7 +83,8 @@ def keep(
     """
     wanted = [leaf is not None for leaf in leaves]
     use = use._replace(needs=(False,) * (len(use.inputs) + len(use.tensors)) + tuple(wanted))
-    if (positions := rule.as_positions(use, g, layout, examples)) is not None:
+    positions: tuple[Use, Tensor] | None = rule.as_positions(use, g, layout, examples)
+    if positions is not None:
         return Kept(rule, *positions, 0, tuple(leaves), size)
     folded = layout.before * layout.after
     inputs = tuple([layout.examples_first(x, examples).flatten(0, 1) for x in use.inputs])
@@ -147,7 +145,7 @@ class Uses:
             use = use._replace(inputs=tuple([torch.cat(column, 1) for column in columns]))
             g = torch.cat([each.g for each in self.kept], 1)
         if first.size:
-            found = first.rule.factors(use, g, first.size)  # pyright: ignore[reportAttributeAccessIssue]
+            found = first.rule.factors(use, g, first.size)
         else:
             found = first.rule.kernel_for(g.device.type)(use, g)
         found = found[-len(first.leaves) :]

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bayeslayers.curvature.accumulate import tally
 from bayeslayers.curvature.layout import CONSTANT, EXAMPLES, Layout
+from bayeslayers.curvature.op import Use
 from bayeslayers.curvature.uses import Uses, keep, own_sums
-
-if TYPE_CHECKING:
-    from bayeslayers.curvature.op import Tensors, Use
-    from bayeslayers.curvature.rule import CurvatureRule
 
 
 class Observed(NamedTuple):
@@ -64,9 +61,7 @@ class Watch:
         """End it."""
         self.examples = None
 
-    def enter(
-        self, name: str, rule: CurvatureRule, inputs: tuple[Tensor, ...], tensors: Tensors, settings: Any
-    ) -> Place | None:
+    def enter(self, name: str, x: Tensor) -> Place | None:
         """Return where the examples of a use are, None if that is not known."""
         known = self.layouts.get(name)
         if self.examples is None:  # a layer called by itself, or run again by checkpointing
@@ -78,7 +73,7 @@ class Watch:
             examples, index, call = self.examples, self._counts[name], self.call
             self._counts[name] += 1
             self._most[name] = max(self._most[name], index + 1)
-        layout = _layout_of(known, index, inputs[0], examples)
+        layout = _layout_of(known, index, x, examples)
         return None if layout is None else Place(self, name, layout, examples, call)
 
     def runs_again(self, name: str) -> bool:
@@ -151,7 +146,7 @@ class Place:
 
     def collect(
         self,
-        rule: CurvatureRule,
+        rule: Any,
         use: Use,
         g: Tensor,
         leaves: Sequence[Tensor | None],
