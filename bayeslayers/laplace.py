@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -18,9 +19,10 @@ from bayeslayers.convert.selection import Selectors
 from bayeslayers.curvature.counts import IGNORED
 from bayeslayers.curvature.elements import Elements, LossFunctions, refuse_empty
 from bayeslayers.distributions.gaussian import in_double
+from bayeslayers.dtypes import at_least_float32
 from bayeslayers.inputs import Batch, call, on_tensors
 from bayeslayers.layers import BayesianLayer
-from bayeslayers.likelihoods import Likelihood, likelihood_of
+from bayeslayers.likelihoods import Likelihood, check_likelihood, likelihood_of, sampled_targets
 from bayeslayers.outputs import Output, check_output, tensor_output
 from bayeslayers.sampling import Site, evaluation_mode, posterior
 from bayeslayers.sampling.tracker import Tracker, layers_of
@@ -29,6 +31,8 @@ from bayeslayers.unwrap import unwrapped
 
 Network = TypeVar("Network", bound=nn.Module)
 PriorPrecision = float | Literal["marglik", "marglik_per_layer"] | None
+Fisher = Literal["empirical", "sampled"]
+Labels = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,9 @@ def laplace(
     progress: bool = False,
     elements_per_example: float | None = None,
     output: Output | None = None,
+    prior: nn.Module | None = None,
+    fisher: Fisher = "empirical",
+    generator: torch.Generator | None = None,
 ) -> Network:
     """Return a trained network with its Laplace posterior; its attribute `laplace` is the `LaplaceFit`.
 
@@ -101,9 +108,16 @@ def laplace(
         elements_per_example: Elements (pixels, labels) that `likelihood.loss` averages over for each
             example; None finds their number for this library's likelihoods and most others, see `VOGN`.
         output: Which part of what the network returns, as in `predict`.
+        prior: Network whose posterior is the prior of the result, layer by layer, as that of the tasks before in
+            online EWC; it stands in the place of `prior_precision`.
+        fisher: "empirical" squares gradients at the labels of the data; "sampled" at labels that the network's own
+            likelihood draws, whose mean is the Fisher information. Where the data is fitted well, the first are
+            much smaller.
+        generator: Source of the drawn labels; torch's default one if None.
 
     Raises:
-        ValueError: If an argument breaks its rule, or no prior precision maximises the evidence.
+        ValueError: If an argument breaks its rule, no prior precision maximises the evidence, or `prior` has no
+            posterior for a weight.
         TypeError: If the network returns anything but one tensor.
         FloatingPointError: If a loss or a squared gradient is not finite.
         RuntimeError: If a layer has no per-example gradients, for example because it runs twice in one pass.
@@ -130,12 +144,20 @@ def laplace(
     elif prior_precision is not None:
         positive("prior_precision", prior_precision)
     meaning = likelihood or likelihood_of(model)
+    if fisher not in ("empirical", "sampled"):
+        raise ValueError(f"fisher must be 'empirical' or 'sampled', got {fisher!r}.")
+    if fisher == "sampled":
+        check_likelihood(meaning)
     net, report = _bayesian_copy(cast(Network, unwrapped(model)), layers)
     sites = list(posterior(net))
+    if prior is not None:
+        _take_prior(sites, prior)
+        prior_precision = None
     batches = labelled_batches(
         "data", with_progress("laplace", data) if progress and not isinstance(data, tuple) else data
     )
-    squares, log_likelihood, examples = _one_pass(net, sites, batches, meaning, elements_per_example, output)
+    labels = partial(_sampled_labels, meaning, generator) if fisher == "sampled" else None
+    squares, log_likelihood, examples = _one_pass(net, sites, batches, meaning, elements_per_example, output, labels)
     curvature = {name: square / temperature for name, square in squares.items()}
     found = _set_prior_precision(sites, curvature, prior_precision)
     with torch.no_grad():
@@ -168,6 +190,25 @@ def _bayesian_copy(model: Network, layers: Selectors | None) -> tuple[Network, C
     return net, report
 
 
+def _take_prior(sites: Sequence[Site], prior: nn.Module) -> None:
+    """Make the posterior of another network the prior of the sites of the same names."""
+    found = {site.name: site for site in posterior(unwrapped(prior))}
+    for site in sites:
+        if (old := found.get(site.name)) is None or old.mean.shape != site.mean.shape:
+            raise ValueError(
+                f"prior must have a posterior for '{site.name}' of shape {tuple(site.mean.shape)}, got none. Pass the "
+                "same network after an earlier task."
+            )
+        for part, value in (("prior_mean", old.mean), ("prior_precision", old.precision)):
+            setattr(site.module, f"{site.key}_{part}", value.detach().to(site.mean.device).clone())
+
+
+def _sampled_labels(likelihood: Likelihood, generator: torch.Generator | None, output: Tensor, y: Tensor) -> Tensor:
+    """Return labels drawn from the output in the place of the data's, but for ignored ones."""
+    drawn = sampled_targets(likelihood, at_least_float32(output), generator)
+    return torch.where(y == IGNORED, y, drawn.to(y.dtype)) if not y.is_floating_point() else drawn.reshape(y.shape)
+
+
 def _one_pass(
     net: nn.Module,
     sites: Sequence[Site],
@@ -175,6 +216,7 @@ def _one_pass(
     likelihood: Likelihood,
     elements_per_example: float | None,
     output: Output | None,
+    labels: Labels | None,
 ) -> tuple[dict[str, Tensor], float, int]:
     """Return sums of squared per-example gradients by name, the log likelihood, and the number of examples.
 
@@ -189,7 +231,9 @@ def _one_pass(
     total, examples, elements = 0.0, 0, 0.0
     with torch.enable_grad(), evaluation_mode(net):
         for x, y in batches:
-            seen, loss = _add_squares(squares, net, tracker, sites, x, y, likelihood, elements_per_example, output)
+            seen, loss = _add_squares(
+                squares, net, tracker, sites, x, y, likelihood, elements_per_example, output, labels
+            )
             total += loss * seen.number
             examples += seen.examples
             elements += seen.number
@@ -212,8 +256,12 @@ def _add_squares(
     likelihood: Likelihood,
     elements_per_example: float | None,
     output: Output | None,
+    labels: Labels | None,
 ) -> tuple[Elements, float]:
-    """Add the squared gradients of a batch's summed loss; return its elements and their mean loss."""
+    """Add the squared gradients of a batch's summed loss; return its elements and their mean loss.
+
+    Gradients are those at `labels`, a function of outputs and targets, where it is given.
+    """
     refuse_empty(len(y))
     if not (y.is_floating_point() or (y != IGNORED).any()):
         return Elements(0.0, 0), 0.0
@@ -223,7 +271,8 @@ def _add_squares(
         loss = likelihood.loss(found, y.to(device))
         if not loss.isfinite():
             raise FloatingPointError(f"the loss must be finite, got {loss.item()} on a batch of {len(y)} examples.")
-        loss.backward()
+        at_labels = loss if labels is None else likelihood.loss(found, labels(found, y.to(device)))
+        at_labels.backward()
     seen = losses.elements(len(y), elements_per_example)
     for site in sites:
         squares[site.name].add_(_square(site, tracker.leaves.get(site.name)), alpha=seen.number**2)

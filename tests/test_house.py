@@ -17,7 +17,9 @@ ORDER = {
         layers sampling convert storage method optim prediction laplace merge export continual metrics recalibrate
         evaluate plots
     """.split(),
-    "zoo": "images normalise encoder_weights backbones registry cost networks transforms untrusted hub loading".split(),
+    "zoo": """
+        images permutations normalise encoder_weights backbones registry cost networks transforms untrusted hub loading
+    """.split(),
     "recipes": "data image_files training reports tasks cli".split(),
 }
 # Modules of more than 300 lines, each with the reason why it is one concept.

@@ -3,6 +3,7 @@
 from zoo import networks  # noqa: F401  which registers the builders
 from zoo.hub import search
 from zoo.loading import download, list_posteriors, load, publish, resolve
+from zoo.permutations import permutation
 from zoo.registry import card_of, create, list_models
 from zoo.transforms import transforms
 
@@ -13,6 +14,7 @@ __all__ = [
     "list_models",
     "list_posteriors",
     "load",
+    "permutation",
     "publish",
     "resolve",
     "search",

@@ -17,7 +17,14 @@ from bayeslayers.convert.report import ConversionReport, Status, entry_of
 from bayeslayers.convert.reroute import bayesian_subclass, obstacle
 from bayeslayers.convert.selection import Selectors, select
 from bayeslayers.curvature.rule import rule_of
-from bayeslayers.layers import DEFAULT_INIT_PRECISION, DEFAULT_PRIOR_PRECISION, POSTERIOR_SUFFIXES, ROOTS, BayesianLayer
+from bayeslayers.layers import (
+    DEFAULT_INIT_PRECISION,
+    DEFAULT_PRIOR_PRECISION,
+    POSTERIOR_SUFFIXES,
+    PRIOR_ROOTS,
+    ROOTS,
+    BayesianLayer,
+)
 from bayeslayers.sampling import posterior
 from bayeslayers.unwrap import unwrapped
 
@@ -162,7 +169,7 @@ def to_deterministic(net: Network) -> Network:
                 f"layer '{name}' must be of a class with a rule, got {type(layer).__name__}. register_rule adds one."
             )
         for key in list(layer._buffers):
-            if key.endswith(POSTERIOR_SUFFIXES) or key in ROOTS:
+            if key.endswith(POSTERIOR_SUFFIXES) or key in (*ROOTS, *PRIOR_ROOTS):
                 delattr(layer, key)
         layer.__class__ = kind
     return counterpart

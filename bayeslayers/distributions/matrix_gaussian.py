@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from bayeslayers.distributions.gaussian import in_double
 from bayeslayers.dtypes import at_least_float32
 
 
@@ -98,6 +99,65 @@ def kl_divergence(
     terms = prior_precision * (variance + (mean - prior_mean).square()) - 1 - prior_precision.log()
     volumes = [torch.linalg.slogdet(at_least_float32(root)).logabsdet for root in (output_root, input_root)]
     return 0.5 * terms.sum() - i * volumes[0] - o * volumes[1]
+
+
+def divergence_of_matrices(
+    mean: Tensor, roots: tuple[Tensor, Tensor], prior_mean: Tensor, prior_roots: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Return KL(N(M, covariance) || N(M0, prior covariance)) in nats, of two matrix-variate Gaussians, in float64.
+
+        KL = 1/2 [ |S_out|^2 |S_in|^2 + |P_out (M - M0) P_in^T|^2 - o i ] - i log abs det S_out - o log abs det S_in
+
+    with P the inverse of a prior root, S = P R for the posterior's root R, and |.| the Frobenius norm.
+
+    Args:
+        mean: M, `(o, i)`.
+        roots: R_in `(i, i)` and R_out `(o, o)`.
+        prior_mean: M0, a scalar or the shape of `mean`.
+        prior_roots: Those of the prior.
+    """
+    o, i = mean.shape
+    (prior_in, prior_out), (root_in, root_out) = ([in_double(root) for root in pair] for pair in (prior_roots, roots))
+    ratio_in, ratio_out = torch.linalg.solve(prior_in, root_in), torch.linalg.solve(prior_out, root_out)
+    distance = torch.linalg.solve(prior_in, torch.linalg.solve(prior_out, in_double(mean - prior_mean)).mT)
+    spread = ratio_in.square().sum() * ratio_out.square().sum() + distance.square().sum() - o * i
+    volumes = [torch.linalg.slogdet(ratio).logabsdet for ratio in (ratio_out, ratio_in)]
+    return 0.5 * spread - i * volumes[0] - o * volumes[1]
+
+
+def strengthened(
+    roots: tuple[Tensor, Tensor], prior_roots: tuple[Tensor, Tensor], strength: float
+) -> tuple[Tensor, Tensor]:
+    """Return roots of the Gaussian whose precision is the prior's and `strength` times what the posterior's adds.
+
+    In the coordinates in which the prior's precision is I and the posterior's diagonal, with entries x, the new
+    entries y = 1 + strength (x - 1) are no Kronecker product. The product nearest in the mean square of the logarithm,
+    which keeps the determinant, takes their place:
+
+        log y_oi ~ mean_i log y_oi + mean_o log y_oi - mean log y
+
+    An entry of less precision than the prior's (x < 1) is not strengthened beyond x.
+
+    Args:
+        roots: R_in and R_out of the posterior.
+        prior_roots: Those of the prior.
+        strength: > 0; 1 gives the posterior.
+    """
+    (prior_in, prior_out), (root_in, root_out) = ([in_double(root) for root in pair] for pair in (prior_roots, roots))
+    basis_in, variance_in = _relative(prior_in, root_in)
+    basis_out, variance_out = _relative(prior_out, root_out)
+    gained = 1 / torch.outer(variance_out, variance_in) - 1
+    entries = (1 + torch.where(gained > 0, strength, min(strength, 1.0)) * gained).log()
+    half = entries.mean() / 2
+    found = basis_in * ((half - entries.mean(0)) / 2).exp(), basis_out * ((half - entries.mean(1)) / 2).exp()
+    return found[0].to(roots[0]), found[1].to(roots[1])
+
+
+def _relative(prior_root: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the basis in which a prior's covariance is I and another is diagonal, with its entries there."""
+    ratio = torch.linalg.solve(prior_root, root)
+    variance, basis = torch.linalg.eigh(ratio @ ratio.mT)
+    return prior_root @ basis, variance
 
 
 def leading_root(root: Tensor, size: int) -> Tensor:

@@ -9,7 +9,7 @@ from bayeslayers.likelihoods.bernoulli import Bernoulli
 from bayeslayers.likelihoods.categorical import Categorical
 from bayeslayers.likelihoods.gaussian import Gaussian
 from bayeslayers.likelihoods.kinds import KINDS, likelihood_named, likelihood_of
-from bayeslayers.likelihoods.sampled import check_likelihood, sampled_loss
+from bayeslayers.likelihoods.sampled import check_likelihood, sampled_loss, sampled_targets
 
 __all__ = [
     "KINDS",
@@ -21,4 +21,5 @@ __all__ = [
     "likelihood_named",
     "likelihood_of",
     "sampled_loss",
+    "sampled_targets",
 ]

@@ -81,6 +81,17 @@ def sampled_loss(
         own = slice(place[0], place[0] + len(output))
         whole = output.new_zeros(place[1], *output.shape[1:])
         whole[own] = output.detach()
-    target = _DRAWS[type(likelihood)](*likelihood.per_draw(whole), generator)[own]
+    target = sampled_targets(likelihood, whole, generator)[own]
     averaged = target.numel() if likelihood.discrete else len(target)
     return likelihood.loss(output, target) * math.sqrt(averaged * len(target))
+
+
+def sampled_targets(likelihood: Likelihood, output: Tensor, generator: Generator = None) -> Tensor:
+    """Return targets drawn from the distribution that an output stands for.
+
+    Args:
+        likelihood: A likelihood that passes `check_likelihood`.
+        output: Output of the network, in float32 or wider.
+        generator: Source of the targets.
+    """
+    return _DRAWS[type(likelihood)](*likelihood.per_draw(output.detach()), generator)

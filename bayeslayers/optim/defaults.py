@@ -95,6 +95,13 @@ def fill_untrained(sites: Sequence[Site], ess: float, *, prior: bool, precision:
     return total / sum(site.mean.numel() for site in sites) / ess
 
 
+def prior_hessian(sites: Sequence[Site], ess: float) -> float:
+    """Return the mean precision over ess where all priors are earlier posteriors, else 0."""
+    if not sites or not all(site.prior_is_posterior for site in sites):
+        return 0.0
+    return sum(float(site.precision.sum()) for site in sites) / sum(site.mean.numel() for site in sites) / ess
+
+
 def with_plain_steps(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return groups of which those with an `lr` of their own have no bound on the step unless they name one."""
     return [{"clip_radius": float("inf"), **group} if "lr" in group else dict(group) for group in groups]

@@ -119,6 +119,7 @@ class AveragedDraws(PosteriorGroups):
         """Run a scope, and fold what it recorded into the averages; undo everything if it raises."""
         if self._inside:
             raise RuntimeError("sampled() must not be nested in itself; leave one scope before the next.")
+        self._begin_again_after_new_prior()
         if not self._keeps_roots:
             self._drop_roots()
         earlier = {p: p.grad for p in self._names}

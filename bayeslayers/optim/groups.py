@@ -27,7 +27,7 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
     """Base of optimisers whose groups are those of a model's uncertain and deterministic parameters, apart.
 
     `group["kind"]` is "bayesian" or "deterministic". A group may have hyperparameters of its own, and a
-    `prior_precision`, which is written to the layers.
+    `prior_precision`, which is written to the layers. A prior that is an earlier posterior stays.
 
     Args:
         model: Model on its device already. One without any posterior becomes Bayesian in place.
@@ -64,12 +64,23 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
     def _fill(self, prior_precision: float | None, init_precision: float | None) -> None:
         """Write the precisions that the user has given to the layers, but for priors of groups of their own."""
         for site in self._sites.values():
-            if prior_precision is not None and not self._has_own_prior(site):
+            if prior_precision is not None and not self._has_own_prior(site) and not site.prior_is_posterior:
                 site.prior_precision.fill_(prior_precision)
             if init_precision is not None:
                 site.precision.fill_(init_precision)
         if init_precision is not None:
             self._drop_roots()
+
+    def _begin_again_after_new_prior(self) -> None:
+        """Drop momentum and step counts of the task before, where `posterior_to_prior` has begun another."""
+        versions = [getattr(site.module, "prior_version", 0) for site in self._sites.values()]
+        if versions != self._prior_versions:
+            self._prior_versions = versions
+            self._forget_steps()
+
+    def _forget_steps(self) -> None:
+        """Drop what the steps so far have left, beside the posterior."""
+        self.state.clear()
 
     @property
     def report(self) -> ConversionReport:
@@ -93,6 +104,7 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
         self._sites: dict[nn.Parameter, Site] = {site.mean: site for site in sites}
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
         self._sampler = Sampler(sites, self._generator)
+        self._prior_versions = [getattr(site.module, "prior_version", 0) for site in sites]
 
     def _all_groups(self, groups: Sequence[Mapping[str, Any]], deterministic_lr: float | None) -> list[dict[str, Any]]:
         """Return the given groups, and behind them the rest of the parameters in groups of each kind."""
@@ -142,7 +154,7 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
                 super().add_param_group({**own, **group, "params": members, "kind": kind})
         if "prior_precision" in group:
             for parameter in parameters:
-                if site := self._sites.get(parameter):
+                if (site := self._sites.get(parameter)) and not site.prior_is_posterior:
                     site.prior_precision.fill_(group["prior_precision"])
 
     def _ess(self, group: Mapping[str, Any]) -> float:

@@ -17,7 +17,7 @@ from bayeslayers.layers import attach_posterior
 from bayeslayers.optim.adam import momentum_average
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
-from bayeslayers.optim.defaults import LARGEST_MOVE, start_hessian, with_plain_steps
+from bayeslayers.optim.defaults import LARGEST_MOVE, prior_hessian, start_hessian, with_plain_steps
 from bayeslayers.optim.groups import listed
 from bayeslayers.optim.guard import natural_reach
 from bayeslayers.optim.options import Options
@@ -126,13 +126,12 @@ class IVON(VariationalOptimizer):
         sync: Sync = False,
         num_mc_groups: int = 1,
     ):
-        arguments = locals()
+        arguments, chooses = locals(), lr is None
         if estimator not in ("price", "gradsq"):
             raise ValueError(f"estimator must be 'price' or 'gradsq', got {estimator!r}.")
         self.estimator: Estimator = estimator
         self.rescale_lr, self.keep_posterior = rescale_lr, keep_posterior
         self._loss_power = 1 if estimator == "price" else 2
-        chooses = lr is None
         if hess_init is None:
             hess_init = start_hessian(model, dataset_size, temperature) if chooses else 1.0
         if lr is None:  # of a step that is multiplied by the factor of `rescale_lr`, or not
@@ -194,12 +193,13 @@ class IVON(VariationalOptimizer):
             if "prior_precision" in group:
                 group["weight_decay"] = group["prior_precision"] / self._ess(group)
             for parameter in group["params"]:
-                site = self._sites.get(parameter)
-                new = parameter in self._new or not self.keep_posterior
-                if site is not None and new and parameter.requires_grad:
+                new = parameter.requires_grad and (parameter in self._new or not self.keep_posterior)
+                if new and (site := self._sites.get(parameter)) and not site.prior_is_posterior:
                     site.prior_precision.fill_(self._ess(group) * group["weight_decay"])
                     site.precision.fill_(self._ess(group) * (group["hess_init"] + group["weight_decay"]))
             self._new -= set(group["params"])
+            sites, ess = [self._sites[p] for p in group["params"] if p in self._sites], self._ess(group)
+            group["hess_init"] = max(group["hess_init"], prior_hessian(sites, ess) - group["weight_decay"])
 
     def _scope(self, noise: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
         return self._sampler.draw(noise)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -28,6 +28,7 @@ from bayeslayers.optim.adam import corrected_weight, momentum_average
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.groups import listed
+from bayeslayers.optim.matrix_prior import MatrixPrior
 from bayeslayers.optim.options import Options
 from bayeslayers.sampling import Site, Tracker, layers_with_curvature
 
@@ -72,6 +73,7 @@ class KroneckerFactored(VariationalOptimizer):
         if fisher == "sampled":
             check_likelihood(self.likelihood)
         options, self._from_curvature = options.with_precision_from_curvature()
+        self._priors: dict[BayesianLayer, MatrixPrior | None] = {}
         super().__init__(model, dataset_size, _RULES, values, options)
 
     def _prepare(self) -> None:
@@ -222,15 +224,35 @@ class KroneckerFactored(VariationalOptimizer):
         if site.name + _INPUT in statistics:
             new = self._averaged(new, site, group, statistics[site.name + _INPUT], statistics[site.name + _OUTPUT])
         if "input" in new and self._is_due(state, new["input"]):
-            ess = self._ess(group)
-            prior = _mean_over_matrix(site.module, "prior_precision", len(new["input"])) / ess
             rest = new["start"] * (1 - group["factor_lr"]) ** new["updates"]
             factors = new["input"], new["output"] + rest * torch.eye(len(new["output"])).to(new["output"])
-            of_posterior, of_step = damp(*factors, prior), damp(*factors, prior + group["damping"])
-            new |= {"input_inverse": inverse(of_step[0]), "output_inverse": inverse(of_step[1])}
-            new["roots"] = inverse_root(of_posterior[0]), inverse_root(of_posterior[1]) * ess**-0.5
+            new |= self._inverses(site, factors, self._ess(group), group["damping"])
             new["inverse_step"] = state.get("step", 0) + 1
         return new
+
+    def _inverses(self, site: Site, factors: tuple[Tensor, Tensor], ess: float, damping: float) -> dict[str, Any]:
+        """Return the inverses that a step multiplies by, and the roots of the posterior."""
+        layer: Any = site.module
+        inputs = len(factors[0])
+        if (prior := self._matrix_prior(layer, inputs)) is None:
+            precision = _mean_over_matrix(layer, "prior_precision", inputs) / ess
+        else:
+            factors, precision, damping = prior.whitened(*factors), 1 / ess, prior.damping(damping)
+        of_posterior, of_step = damp(*factors, precision), damp(*factors, precision + damping)
+        roots = inverse_root(of_posterior[0]), inverse_root(of_posterior[1]) * ess**-0.5
+        inverses = inverse(of_step[0]), inverse(of_step[1])
+        if prior is not None:
+            roots = prior.restored(*roots)
+            inverses = (
+                prior.input_root @ inverses[0] @ prior.input_root.mT,
+                prior.output_root @ inverses[1] @ (prior.output_root.mT),
+            )
+        return {"input_inverse": inverses[0], "output_inverse": inverses[1], "roots": roots}
+
+    def _matrix_prior(self, layer: BayesianLayer, inputs: int) -> MatrixPrior | None:
+        """Return a layer's matrix-variate prior, which is inverted once."""
+        self._priors[layer] = MatrixPrior.of(layer, inputs, self._priors.get(layer))
+        return self._priors[layer]
 
     def _averaged(self, old: dict[str, Any], site: Site, group: Mapping[str, Any], *found: Tensor) -> dict[str, Any]:
         """Return the averages with new factors in them, begun again where a frozen or freed bias changes their size."""
@@ -286,6 +308,7 @@ class KroneckerFactored(VariationalOptimizer):
         columns = site.mean.shape[1:].numel()
         sites = [site, self._sites[layer.bias]] if len(state["input"]) > columns else [site]
         matrix = as_matrix(*(at_least_float32(self._gradient(each, group)) for each in sites))
+        matrix = matrix + self._pull(sites, len(state["input"])) / self._ess(group)
         step = at_least_float32(state["output_inverse"]) @ matrix @ at_least_float32(state["input_inverse"])
         precision = None if roots is None else marginal_precision(*roots)
         for each, part in zip(sites, (slice(columns), slice(columns, None)), strict=False):
@@ -296,12 +319,19 @@ class KroneckerFactored(VariationalOptimizer):
             layer.set_roots(*(root.to(site.mean.dtype) for root in roots))
 
     def _gradient(self, site: Site, group: dict[str, Any]) -> Tensor:
-        """Return the momentum average of the loss's gradient, and the prior's."""
+        """Return the momentum average of the loss's gradient."""
         state = self.state[site.mean]
         state["step"] = state.get("step", 0) + 1
         grad = torch.zeros_like(site.mean) if site.mean.grad is None else site.mean.grad
-        prior = site.prior_precision / self._ess(group) * (site.mean - site.prior_mean)
-        return momentum_average(state, grad, group["beta1"]) + prior
+        return momentum_average(state, grad, group["beta1"])
+
+    def _pull(self, sites: Sequence[Site], inputs: int) -> Tensor:
+        """Return the gradient of the prior's minus log density in a layer's matrix."""
+        differences = [at_least_float32(site.mean - site.prior_mean) for site in sites]
+        layer: Any = sites[0].module
+        if (prior := self._matrix_prior(layer, inputs)) is not None:
+            return prior.pull(as_matrix(*differences))
+        return as_matrix(*(site.prior_precision * each for site, each in zip(sites, differences, strict=True)))
 
     def _update_diagonal(self, site: Site, group: dict[str, Any]) -> None:
         """Move a tensor without factors as VOGN does, its curvature averaged as factors are.

@@ -179,6 +179,10 @@ class SWAG(VariationalOptimizer):
                 if site := self._sites.get(parameter):
                     site.precision.copy_(1 / (self.variance_scale * state["variance"] + 1 / POINT_PRECISION))
 
+    def _forget_steps(self) -> None:
+        super()._forget_steps()
+        self._points.clear()
+
     @torch.no_grad()
     def _train_on(self) -> None:
         """Take training up where `finalize` found it, with the precisions of a point estimate."""

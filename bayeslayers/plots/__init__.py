@@ -4,6 +4,7 @@ Each function returns a new figure without touching `pyplot` state. If a path is
 atomically, as PNG, SVG or PDF according to the suffix.
 """
 
+from bayeslayers.plots.continual import accuracy_matrix, forgetting_curves
 from bayeslayers.plots.functions import decision_boundary, regression_bands
 from bayeslayers.plots.panels import predictive_panels, segmentation_panels
 from bayeslayers.plots.quality import (
@@ -16,7 +17,9 @@ from bayeslayers.plots.training import signal_to_noise, training_curves, trainin
 
 __all__ = [
     "accuracy_by_confidence",
+    "accuracy_matrix",
     "decision_boundary",
+    "forgetting_curves",
     "predictive_panels",
     "regression_bands",
     "reliability_diagram",

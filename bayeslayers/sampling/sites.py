@@ -58,6 +58,11 @@ class Site:
     def prior_precision(self) -> Tensor:
         return getattr(self.module, f"{self.key}_prior_precision")
 
+    @property
+    def prior_is_posterior(self) -> bool:
+        """Whether the prior is an earlier posterior, as `posterior_to_prior` makes it: a tensor, not one number."""
+        return self.prior_precision.dim() > 0
+
 
 def posterior(model: nn.Module) -> Iterator[Site]:
     """Yield the uncertain tensors of `model`, in the order of its parameters.
@@ -115,7 +120,7 @@ def kl_divergence(model: nn.Module) -> Tensor:
     for site in list(sites.values()):
         if site.key == "weight" and isinstance(site.module, BayesianLayer) and site.module.roots is not None:
             bias = sites.get(site.module.bias) if _joint(site.module) else None  # pyright: ignore
-            terms.append(_kl_of_matrix([each for each in (site, bias) if each], *site.module.roots))
+            terms.append(_kl_of_matrix([each for each in (site, bias) if each], site.module))
             for each in (site, bias):
                 if each is not None:
                     del sites[each.mean]
@@ -129,10 +134,14 @@ def _joint(layer: BayesianLayer) -> bool:
     return layer.roots is not None and len(layer.roots[0]) > weight.shape[1:].numel()
 
 
-def _kl_of_matrix(sites: list[Site], input_root: Tensor, output_root: Tensor) -> Tensor:
-    priors = [
+def _kl_of_matrix(sites: list[Site], layer: BayesianLayer) -> Tensor:
+    roots, prior_roots = layer.roots, layer.prior_roots
+    assert roots is not None
+    prior_mean, prior_precision = (
         matrix_gaussian.as_matrix(*(getattr(site, name).expand_as(site.mean) for site in sites))
         for name in ("prior_mean", "prior_precision")
-    ]
+    )
     mean = matrix_gaussian.as_matrix(*(site.mean for site in sites))
-    return matrix_gaussian.kl_divergence(mean, input_root, output_root, *priors)
+    if prior_roots is not None and len(prior_roots[0]) == len(roots[0]):
+        return matrix_gaussian.divergence_of_matrices(mean, roots, prior_mean, prior_roots).to(mean)
+    return matrix_gaussian.kl_divergence(mean, *roots, prior_mean, prior_precision)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
-from bayeslayers.layers import POSTERIOR_SUFFIXES, ROOTS, BayesianLayer, attach_posterior
+from bayeslayers.layers import POSTERIOR_SUFFIXES, PRIOR_ROOTS, ROOTS, BayesianLayer, attach_posterior
 from bayeslayers.sampling import posterior
 from bayeslayers.storage.card import PosteriorError
 
@@ -89,7 +89,7 @@ class Weights:
         means = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         for name, expected in own.items():
             # A prior may be one number in the file and a tensor in the model, or the other way round.
-            prior_of = name.rpartition("_prior_")[0] if "_prior_" in name else None
+            prior_of = name.rpartition("_prior_")[0] if "_prior_" in name and not name.endswith(PRIOR_ROOTS) else None
             shapes = {tuple(expected.shape)} | ({(), means[prior_of]} if prior_of in means else set())
             if self.shapes[name] not in shapes or not self._fits(name, expected):
                 raise PosteriorError(
@@ -106,14 +106,15 @@ class Weights:
         for path, layer in model.named_modules(remove_duplicate=False):
             if not isinstance(layer, BayesianLayer):
                 continue
-            names = [f"{path}.{root}" if path else root for root in ROOTS]
-            found, allowed = [self.shapes.get(name) for name in names], layer.root_shapes()
-            for name in names:
-                expected.pop(name, None)
-            if allowed and found != [None, None]:
-                shapes = next((pair for pair in allowed if list(pair) == found), allowed[0])
-                weight = layer.get_parameter("weight")
-                expected |= {n: weight.new_empty(s, device="meta") for n, s in zip(names, shapes, strict=True)}
+            for roots in (ROOTS, PRIOR_ROOTS):
+                names = [f"{path}.{root}" if path else root for root in roots]
+                found, allowed = [self.shapes.get(name) for name in names], layer.root_shapes()
+                for name in names:
+                    expected.pop(name, None)
+                if allowed and found != [None, None]:
+                    shapes = next((pair for pair in allowed if list(pair) == found), allowed[0])
+                    weight = layer.get_parameter("weight")
+                    expected |= {n: weight.new_empty(s, device="meta") for n, s in zip(names, shapes, strict=True)}
         return expected
 
     def _attachable(self, model: nn.Module) -> dict[str, Tensor]:

@@ -15,16 +15,18 @@ from recipes.data.examples import Points
 from recipes.data.names import short_name
 from recipes.data.segmentation_sets import load_scenes
 from recipes.data.split import Split, load_split, sides
+from recipes.data.task_sequence import NAMES, Joined, base_of, sequence
 
 SLICES = Path(__file__).parents[1] / "assets" / "slices"
 
 
 def sliced() -> list[str]:
     """Return the names of the data sets with bundled examples, sorted."""
-    return sorted(path.stem for path in SLICES.glob("*.safetensors"))
+    found = {path.stem for path in SLICES.glob("*.safetensors")}
+    return sorted(found | {name for name in NAMES if base_of(name) in found})
 
 
-def load_slice(name: str, size: Sequence[int] | None = None, resize: int | None = None) -> Split | Points:
+def load_slice(name: str, size: Sequence[int] | None = None, resize: int | None = None) -> Split | Points | Joined:
     """Return the bundled examples of a data set's test split.
 
     Args:
@@ -39,6 +41,9 @@ def load_slice(name: str, size: Sequence[int] | None = None, resize: int | None 
         raise ValueError(
             f"data set must have a bundled slice, got {name!r}.{did_you_mean(name, sliced())} {', '.join(sliced())} do."
         )
+    if name in NAMES:
+        assert size is not None
+        return _slice_of_tasks(name, size[0])
     tensors = load_file(SLICES / f"{name}.safetensors")
     labels = tensors["labels"].long()
     if "images" not in tensors:
@@ -47,6 +52,14 @@ def load_slice(name: str, size: Sequence[int] | None = None, resize: int | None 
         return Split(tensors["images"], labels, [])
     whole, crop = sides(size, resize)
     return Split(tensors["images"], labels, [], whole and whole[1:], crop)
+
+
+def _slice_of_tasks(name: str, features: int) -> Joined:
+    """Return the slice of the data set that a sequence of tasks is made from, every k-th image for each task."""
+    whole = load_slice(base_of(name))
+    assert isinstance(whole, Split)
+    tasks = sequence(name, whole, features)
+    return Joined([task.limited(len(whole) // len(tasks)) for task in tasks])
 
 
 def write_slice(name: str, data_root: str | Path | None = None, count: int = 300) -> Path:

@@ -137,6 +137,10 @@ class PosteriorTask(Task):
         """Return the test split that a request names, and those of OOD data by name, as a posterior takes them."""
         raise ValueError(cls.refusal(card))
 
+    def run_sections(self, rows: Sequence[Mapping[str, float]]) -> Sequence[Section]:
+        """Return what the report of a run shows beside these; the log is `rows`."""
+        return self.sections(self.model, self.result.request, self.splits.test, self.result.evaluation)
+
     def card_fields(self) -> dict[str, Any]:
         """Return what the card records of the data, and how it is stored: arguments of `bl.save_posterior`."""
         return {}
@@ -158,10 +162,15 @@ class PosteriorTask(Task):
         self.splits = self.read_splits()
         self.chosen_by = f"{self.splits.split}_nll"
         self.check_model()
+        self.learners = {"": self.make_learner()}
+
+    def make_learner(self) -> Learner:
+        """Return the network in training, with its optimiser and schedules."""
+        config = self.config
         optimizer = make_optimizer(config.optimizer, self.model, len(self.splits.train), config.seed)
         forward = torch.compile(self.model, dynamic=False) if config.compile else None
         schedulers = make_schedulers(config.schedule, optimizer, self.steps_per_epoch, config.epochs)
-        self.learners = {"": Learner(self.model, optimizer, likelihood_of(self.model), schedulers, forward)}
+        return Learner(self.model, optimizer, likelihood_of(self.model), schedulers, forward)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -202,8 +211,9 @@ class PosteriorTask(Task):
 
     def write(self, rows: Sequence[Mapping[str, float]], metrics: Mapping[str, float]) -> str:
         self._save(POSTERIOR, rows[-1], metrics, self.config.notes)
-        sections = self.sections(self.model, self.result.request, self.splits.test, self.result.evaluation)
-        told = dataclasses.replace(self.result, sections=sections, log=rows, epoch_request=self.epoch_request())
+        told = dataclasses.replace(
+            self.result, sections=self.run_sections(rows), log=rows, epoch_request=self.epoch_request()
+        )
         write_report(told, self.folder)
         write_atomically(self.folder / METRICS, json.dumps(metrics, indent=2).encode())
         return f", with {CURVES} and report.html"

@@ -21,6 +21,12 @@ def _segmentation() -> type[Task]:
     return Segmentation
 
 
+def _continual() -> type[Task]:
+    from recipes.tasks.continual import Continual
+
+    return Continual
+
+
 def _toy2d() -> type[Task]:
     from recipes.tasks.toy2d import ToyExperiment
 
@@ -30,6 +36,7 @@ def _toy2d() -> type[Task]:
 TASKS: dict[str, Callable[[], type[Task]]] = {
     "classification": _classification,
     "segmentation": _segmentation,
+    "continual": _continual,
     "toy2d": _toy2d,
 }
 DEFAULT = "classification"

@@ -130,6 +130,9 @@ class Task(ABC):
     def steps_per_epoch(self) -> int:
         """Batches of an epoch."""
 
+    def before_epoch(self, epoch: int, step: int) -> None:  # noqa: B027 (a hook)
+        """Prepare for the steps of an epoch from one on; its first, unless a run is resumed within it."""
+
     @abstractmethod
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield inputs and targets of an epoch from a step on; a function of the two alone."""

@@ -45,6 +45,10 @@ class Trainable(Protocol):
     @property
     def steps_per_epoch(self) -> int: ...
 
+    def before_epoch(self, epoch: int, step: int) -> None:
+        """Prepare for the steps of an epoch from one on; its first, unless a run is resumed within it."""
+        ...
+
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield inputs and targets of an epoch from a step on; a function of the two alone."""
         ...
@@ -146,6 +150,7 @@ class Training:
             elif done == 0:
                 self.task.on_epoch(0)
             while self.epoch < epochs:
+                self.task.before_epoch(self.epoch, self.step)
                 for x, y in self.task.batches(self.epoch, self.step):
                     self._step(x, y)
                     metrics = in_words(self.settings | self._means())

@@ -25,6 +25,7 @@ SMALL = {
     **{name: {"input_size": (3, 16, 16)} for name in DEEP_CIFAR},
     "wide_resnet": {"input_size": (3, 16, 16), "depth": 10, "width": 2},
     "wide_resnet28_10": {"input_size": (3, 8, 8)},
+    "multi_head_mlp": {"input_size": (5,), "heads": 1},
 }
 # One small network of each family that takes a norm.
 NORMED = {
