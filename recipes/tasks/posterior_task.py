@@ -20,7 +20,7 @@ import zoo
 from bayeslayers.files import write_atomically
 from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.storage.card import likelihood_fields
-from recipes.data.examples import Examples, InOrder, num_batches
+from recipes.data.examples import Examples, num_batches
 from recipes.data.names import short_name, without_folders
 from recipes.reports.html import write_report
 from recipes.reports.measure import (
@@ -33,6 +33,7 @@ from recipes.reports.measure import (
 )
 from recipes.tasks.task import Task
 from recipes.training.config import RunConfig, check, device_of, make_model
+from recipes.training.laplace_fit import fit_laplace
 from recipes.training.learner import Learner
 from recipes.training.loop import Plan, Training
 from recipes.training.methods import make_optimizer, method_of
@@ -294,16 +295,4 @@ def _digest(data: Examples) -> str:
     targets = data.targets
     return (
         hashlib.sha256(targets.numpy().tobytes()).hexdigest()[:16] if isinstance(targets, Tensor) else targets.digest()
-    )
-
-
-def fit_laplace(model: nn.Module, config: RunConfig, data: Examples) -> nn.Module:
-    """Return the trained network with the precisions of its Laplace approximation."""
-    assert config.laplace
-    return bl.laplace(
-        model,
-        InOrder(data, config.evaluation.batch_size, device_of(config)),
-        prior_precision="marglik" if config.laplace.prior_precision is None else config.laplace.prior_precision,
-        layers=bl.last_layer if config.laplace.last_layer else None,
-        temperature=config.laplace.temperature,
     )
