@@ -60,7 +60,7 @@ def expanded(name: str) -> str:
     (True, 'svhn')
     """
     kind, colon, path = name.partition(":")
-    if colon and kind in ("npz", "imagefolder"):
+    if colon and kind in ("npz", "csv", "imagefolder"):
         return f"{kind}:{os.path.expanduser(path)}"
     return os.path.expanduser(name)
 
@@ -74,11 +74,11 @@ def without_folders(word: str) -> str:
     option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
     if Path(value).is_absolute() or value.startswith(("..", "~")):
         value = Path(value).name
-    pattern = r"(npz|imagefolder):(.+)" if value.startswith(("npz:", "imagefolder:")) else _IN_A_LIST
+    pattern = r"(npz|csv|imagefolder):(.+)" if value.startswith(("npz:", "csv:", "imagefolder:")) else _IN_A_LIST
     return option + equals + re.sub(pattern, lambda found: f"{found[1]}:{Path(found[2]).name}", value)
 
 
-_IN_A_LIST = r"(npz|imagefolder):([^'\",\[\]]+)"
+_IN_A_LIST = r"(npz|csv|imagefolder):([^'\",\[\]]+)"
 
 
 def _short_parts(name: str) -> list[str]:
@@ -86,5 +86,5 @@ def _short_parts(name: str) -> list[str]:
     kind, colon, path = name.partition(":")
     if not (colon and path):
         return [name]
-    whole = Path(path.removesuffix(".npz" * (kind == "npz")).replace("{split}", ""))
+    whole = Path(path.removesuffix(f".{kind}" * (kind in ("npz", "csv"))).replace("{split}", ""))
     return [short for part in whole.parts if (short := part.strip("_-. /\\"))] or [name]
