@@ -22,7 +22,7 @@ _METRICS = ("confidence", "total", "aleatoric", "epistemic")
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `predict`."""
     add_posterior(parser)
-    images = "image files of any size, grey or RGB, and folders of them"
+    images = "image files of any size, grey or RGB, and folders of them; CSV files of real features"
     parser.add_argument("images", nargs="+", type=typed_path, metavar="IMAGE", help=images)
     folder = "folder for masks and panels, of a posterior of segmentations (%(default)s)"
     parser.add_argument("--output", type=typed_path, default=Path(), metavar="FOLDER", help=folder)
@@ -46,7 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     device = device_named(arguments.device or "cpu")
     model = zoo.load(arguments.posterior).to(device)
-    card, convert = zoo.card_of(model), zoo.transforms(model)
+    card = zoo.card_of(model)
+    if card.likelihood == "gaussian" and len(card.input_size) == 1:
+        from recipes.cli.predict_table import predict_rows
+
+        return predict_rows(model, paths, arguments)
+    convert = zoo.transforms(model)
     if labels_pixels(card):
         return predict_scenes(model, paths, arguments)
     x = torch.stack([_input(path, convert) for path in paths])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GAP = "gap"
+GAP, INSIDE = "gap", "inside-gap"
 EDGES = (-1.0, 0.7)  # of the gap, in which nothing is known
 ENDS = (-2.5, 2.5)  # of the inputs
 NOISE = 0.1

@@ -13,10 +13,32 @@ def short_name(name: str) -> str:
 
     >>> short_name("npz:data/ood/notmnist_{split}.npz"), short_name("imagefolder:data/pets/"), short_name("svhn")
     ('notmnist', 'pets', 'svhn')
+    >>> short_name("npz:data/energy.npz@3")
+    'energy@3'
     >>> short_name("npz:data/cifar10/{split}.npz")
     'cifar10'
     """
-    return _short_parts(name)[-1]
+    base, number = without_split(name)
+    return with_split(_short_parts(base)[-1], number)
+
+
+def without_split(name: str) -> tuple[str, int]:
+    """Return the name of a table without the number of its split, and this; 0 where it has none.
+
+    >>> without_split("energy@3"), without_split("csv:cars.csv")
+    (('energy', 3), ('csv:cars.csv', 0))
+    """
+    base, at, number = name.rpartition("@")
+    return (base, int(number)) if at and re.fullmatch(r"\d{1,6}", number) else (name, 0)
+
+
+def with_split(name: str, number: int) -> str:
+    """Return the name of a table with that of one of its splits; the name alone for the first.
+
+    >>> with_split("energy", 3), with_split("energy", 0)
+    ('energy@3', 'energy')
+    """
+    return f"{name}@{number}" if number else name
 
 
 def by_short_name(names: Sequence[str]) -> dict[str, str]:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from bayeslayers.checks import did_you_mean
 from recipes.data.examples import Points
-from recipes.data.gap import GAP, Gap
+from recipes.data.gap import GAP, INSIDE, Gap, curve, inside
 from recipes.data.names import expanded
 
 UCI = ("boston-housing", "concrete", "energy", "kin8nm", "naval", "power-plant", "protein", "wine-red", "yacht")
 LARGEST_FILE, MOST_VALUES, LONGEST_LINE = 2**30, 2**27, 2**20  # bytes, numbers of a table, characters of a row
+_INSIDE = 100  # points in the gap of the toy
 _DRAWN_TEST, _DRAWN_SPLITS = 0.1, 20  # share and number of the splits of a table that has none of its own
 
 
@@ -74,8 +75,8 @@ def load_table(name: str, root: str | Path | None = None, target: Sequence[str] 
     """Return a table.
 
     Args:
-        name: "gap", the toy; a name of `UCI`, the file `uci/NAME.npz` of `root`; "npz:PATH", see `read_npz`; or
-            "csv:PATH", see `read_csv`.
+        name: "gap", the toy, or "inside-gap", points where it has no examples; a name of `UCI`, the file
+            `uci/NAME.npz` of `root`; "npz:PATH", see `read_npz`; or "csv:PATH", see `read_csv`.
         root: Folder of data; None for the folder `data`.
         target: Names of the target columns of a CSV file; none for the last column.
         argument: What errors say was to name it.
@@ -88,13 +89,16 @@ def load_table(name: str, root: str | Path | None = None, target: Sequence[str] 
     if name == GAP:
         x, y = Gap().rows()
         return Table(x.double(), y.double(), tests=Gap().tests())
+    if name == INSIDE:
+        x = inside(_INSIDE).double()
+        return Table(x, curve(x))
     if name in UCI:
         return read_npz(Path(root or "data") / "uci" / f"{name}.npz", argument)
     if kind == "npz" and path:
         return read_npz(Path(expanded(path)), argument)
     if kind == "csv" and path:
         return read_csv(Path(expanded(path)), target, argument)
-    known = (GAP, *UCI)
+    known = (GAP, INSIDE, *UCI)
     raise ValueError(
         f"unknown table {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}, npz:PATH, csv:PATH."
     )

@@ -102,6 +102,10 @@ class PosteriorTask(Task):
 
     # What a task of this kind says.
 
+    def make_network(self) -> nn.Module:
+        """Return the untrained network, which has a card."""
+        return make_model(self.config)
+
     @abstractmethod
     def read_splits(self) -> Splits:
         """Return the data for `self.model`, whose card says what its inputs are; refuse what does not fit."""
@@ -155,7 +159,7 @@ class PosteriorTask(Task):
         config = self.config
         self.command, self.baseline = command, read_baseline(config.baseline)
         torch.manual_seed(config.seed)
-        self.model = make_model(config).to(device_of(config))
+        self.model = self.make_network().to(device_of(config))
         if self.likelihood is not None:
             describe(self.model, dataclasses.replace(zoo.card_of(self.model), **likelihood_fields(self.likelihood)))
         if config.start is not None and not resume:

@@ -27,6 +27,12 @@ def _continual() -> type[Task]:
     return Continual
 
 
+def _regression() -> type[Task]:
+    from recipes.tasks.regression import Regression
+
+    return Regression
+
+
 def _toy2d() -> type[Task]:
     from recipes.tasks.toy2d import ToyExperiment
 
@@ -35,6 +41,7 @@ def _toy2d() -> type[Task]:
 
 TASKS: dict[str, Callable[[], type[Task]]] = {
     "classification": _classification,
+    "regression": _regression,
     "segmentation": _segmentation,
     "continual": _continual,
     "toy2d": _toy2d,
