@@ -37,7 +37,7 @@ def predict_rows(model: nn.Module, paths: Sequence[Path], arguments: argparse.Na
         arguments.num_samples,
         generator=torch.Generator(device).manual_seed(arguments.seed),
         batch_size=4096,
-        method=arguments.method or card.method,
+        method=arguments.method or card.method,  # pyright: ignore[reportArgumentType]
         result_device="cpu",
     )
     low, high = prediction.quantile([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])

@@ -45,6 +45,8 @@ def load_slice(name: str, size: Sequence[int] | None = None, resize: int | None 
         assert size is not None
         return _slice_of_tasks(name, size[0])
     tensors = load_file(SLICES / f"{name}.safetensors")
+    if "y" in tensors:
+        return Points(tensors["x"], tensors["y"])
     labels = tensors["labels"].long()
     if "images" not in tensors:
         return Points(tensors["x"], labels)
@@ -97,7 +99,11 @@ def write_scene_slice(name: str, size: tuple[int, int], count: int, data_root: s
 
 
 def save_slice(name: str, points: Points) -> Path:
-    """Write examples as a data set's bundled slice, and return the file."""
+    """Write examples as a data set's bundled slice, real targets as they are, and return the file."""
+    if points.labels.is_floating_point():
+        SLICES.mkdir(parents=True, exist_ok=True)
+        save_file({"x": points.x.contiguous(), "y": points.labels.contiguous()}, SLICES / f"{name}.safetensors")
+        return SLICES / f"{name}.safetensors"
     return _save_slice(name, "x", points.x, points.labels)
 
 

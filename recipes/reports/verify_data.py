@@ -9,9 +9,11 @@ from torch import nn
 import bayeslayers as bl
 import zoo
 from recipes.data.examples import Points
+from recipes.data.names import without_split
 from recipes.data.segmentation_sets import SETS, load_scenes
 from recipes.data.slices import load_slice, sliced
 from recipes.data.split import NAMES, Split, load_split
+from recipes.data.tables import UCI, load_table
 from zoo.networks.segmentation import labels_pixels
 
 MOST_PIXELS = 2**19  # of a test split with a label for each pixel, whose predictions are held in memory
@@ -32,6 +34,9 @@ def read_test_split(name: str, data_root: str | Path | None, card: bl.Card) -> I
         scenes = load_scenes(name, data_root, "test")
         scenes = scenes.limited(max(2, MOST_PIXELS // scenes.inputs(slice(1))[0, 0].numel()))
         return Split(scenes.inputs(slice(None)).mul(255).round().byte(), scenes.targets[:], scenes.classes)
+    base, number = without_split(name)
+    if base in UCI:
+        return load_table(base, data_root).split(number)[1]
     if name in sliced() and name not in NAMES:
         return read_slice(name, card)
     return load_split(name, data_root, train=False, size=card.input_size, resize=card.resize)
