@@ -100,8 +100,6 @@ class PosteriorTask(Task):
     model: nn.Module
     splits: Splits
 
-    # What a task of this kind says.
-
     def make_network(self) -> nn.Module:
         """Return the untrained network, which has a card."""
         return make_model(self.config)
@@ -150,7 +148,7 @@ class PosteriorTask(Task):
         """Return what the card records of the data, and how it is stored: arguments of `bl.save_posterior`."""
         return {}
 
-    # What follows from it.
+    # What follows from what a task of this kind says.
 
     def check(self) -> None:
         check(self.config)
