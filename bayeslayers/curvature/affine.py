@@ -35,6 +35,9 @@ class _Affine(CurvatureRule):
     def example_dims(self, inputs: tuple[Tensor, ...], tensors: Tensors, settings: tuple[int, ...]) -> Iterable[int]:
         return (0, *settings)
 
+    def lifted_settings(self, settings: tuple[int, ...]) -> tuple[int, ...]:
+        return (1, *[d + 1 for d in settings])
+
     def as_positions(self, use: Use, g: Tensor, layout: Layout, examples: int) -> tuple[Use, Tensor]:
         features = [d + 1 for d in range(1, g.dim()) if d not in use.settings]  # of the parameters, once unfolded
         positions = [d for d in range(1, g.dim() + 1) if d not in features]

@@ -32,6 +32,9 @@ class _Embedding(CurvatureRule):
     def example_dims(self, inputs: tuple[Tensor, ...], tensors: Tensors, settings: int | None) -> Iterable[int]:
         return range(inputs[0].dim())
 
+    def lifted_settings(self, settings: Any) -> Any:
+        return settings
+
     def as_positions(self, use: Use, g: Tensor, layout: Layout, examples: int) -> tuple[Use, Tensor]:
         ids = layout.examples_first(use.inputs[0], examples).flatten(1)
         return use._replace(inputs=(ids,)), layout.examples_first(g, examples).flatten(1, -2)

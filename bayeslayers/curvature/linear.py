@@ -34,6 +34,9 @@ class _Linear(FactoredRule):
     def example_dims(self, inputs: tuple[Tensor, ...], tensors: Tensors, settings: Any) -> Iterable[int]:
         return range(inputs[0].dim() - 1)
 
+    def lifted_settings(self, settings: Any) -> Any:
+        return settings
+
     def as_positions(self, use: Use, g: Tensor, layout: Layout, examples: int) -> tuple[Use, Tensor]:
         x, g = (layout.examples_first(each, examples).flatten(1, -2) for each in (use.inputs[0], g))
         return use._replace(inputs=(x,)), g

@@ -96,6 +96,8 @@ class Op(torch.autograd.Function):
 
         if plan.place is None or not plan.place.collects:
             found, counts = compute(use), tally(len(g), ctx.recomputed_in)
+            if plan.place is not None:
+                plan.place.note(ctx.recomputed_in)
         else:
             end = first + middle
             gradients = compute(use._replace(needs=needs[:end] + (False,) * (len(needs) - end)))

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 
 from bayeslayers.curvature.accumulate import FACTORS, Leaves, chunks, sum_of_squares
-from bayeslayers.curvature.layout import Layout
+from bayeslayers.curvature.layout import CONSTANT, Layout
+from bayeslayers.curvature.lifted import Lifted
 from bayeslayers.curvature.op import Backward, Op, Plan, Tensors, Use
-from bayeslayers.curvature.watch import Observed
 from bayeslayers.dtypes import at_least_float32, autocast_operand, full_precision
 
 if TYPE_CHECKING:
@@ -69,6 +69,20 @@ class CurvatureRule(abc.ABC):
             settings: Likewise.
         """
         return (0,)
+
+    def lifted_settings(self, settings: Any) -> Any:
+        """Return the settings of the op for inputs that have one dimension more, of examples, in front of theirs.
+
+        Args:
+            settings: Of the op without it.
+
+        Raises:
+            RuntimeError: If the op takes no such inputs.
+        """
+        raise RuntimeError(
+            f"the input of a layer with the rule {type(self).__name__} must depend on the batch, got one that does "
+            "not. Exclude the layer from the Bayesian ones, or use IVON."
+        )
 
     def as_positions(self, use: Use, g: Tensor, layout: Layout, examples: int) -> tuple[Use, Tensor] | None:
         """Return a use with the examples in dimension 0 and all positions in dimension 1, so that uses can be joined.
@@ -191,11 +205,19 @@ class CurvatureRule(abc.ABC):
         place = None
         if (watch := leaves.watch) is not None and not torch.compiler.is_compiling():
             if watch.observed is not None:
+                inputs = tuple([x.plain if isinstance(x, Lifted) else x for x in inputs])
+                output = self.forward(inputs, tensors, settings)
                 dims = tuple(self.example_dims(inputs, tensors, settings))
-                watch.observed.setdefault(leaves.name, []).append(Observed(inputs[0].detach().clone(), dims))
-                return self.forward(inputs, tensors, settings)
+                return watch.observe(leaves.name, inputs[0], output, dims)
             if peek_interpreter_stack() is None:  # not under vmap
                 place = watch.enter(leaves.name, inputs[0])
+            if place is not None and place.layout == CONSTANT:
+                inputs = tuple(
+                    [x.rows if isinstance(x, Lifted) else x.expand(place.examples, *x.shape) for x in inputs]
+                )
+                place, settings = place.lifted(), self.lifted_settings(settings)
+                plan = Plan(self, len(inputs), settings, leaves.kind, leaves.part, leaves.passes, place)
+                return Lifted.of(Op.apply(plan, *inputs, *tensors, *found, leaves.tally), watch.meetings)
         plan = Plan(self, len(inputs), settings, leaves.kind, leaves.part, leaves.passes, place)
         return Op.apply(plan, *inputs, *tensors, *found, leaves.tally)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bayeslayers.curvature.accumulate import tally
 from bayeslayers.curvature.layout import CONSTANT, EXAMPLES, Layout
+from bayeslayers.curvature.lifted import Lifted, Meetings
 from bayeslayers.curvature.op import Use
 from bayeslayers.curvature.uses import Uses, keep, own_sums
 
@@ -32,6 +33,7 @@ class Watch:
         observed: Where a look at the model collects what its ops get, None outside of one.
         captured: What the leaves receive in place of their `.grad`, where that is asked for.
         groups: By layer, the first of those that it shares tensors with.
+        meetings: Of tensors that do not depend on the batch with those that do.
     """
 
     def __init__(self) -> None:
@@ -40,6 +42,7 @@ class Watch:
         self.observed: dict[str, list[Observed]] | None = None
         self.captured: dict[int, Tensor] | None = None
         self.groups: dict[str, str] = {}
+        self.meetings = Meetings()
         self.clear()
 
     def clear(self) -> None:
@@ -48,6 +51,7 @@ class Watch:
         self._counts, self._most = Counter[str](), Counter[str]()
         self._passes: dict[int, dict[str, Uses]] = {}
         self._tallied: set[tuple[int, str]] = set()
+        self.collected: set[tuple[int, str]] = set()
         self.close_call()
 
     def open_call(self, examples: int) -> None:
@@ -56,10 +60,21 @@ class Watch:
         self.call += 1
         self.sizes.add(examples)
         self._counts.clear()
+        self.meetings.index = 0
 
     def close_call(self) -> None:
         """End it."""
         self.examples = None
+
+    def observe(self, name: str, x: Tensor, output: Tensor, dims: tuple[int, ...]) -> Tensor:
+        """Note what an op got while the model is looked at, and return its output, lifted if known to be constant."""
+        assert self.observed is not None
+        uses, known = self.observed.setdefault(name, []), self.layouts.get(name, ())
+        uses.append(Observed(x.detach().clone(), dims))
+        if self.examples is None or len(uses) > len(known) or known[len(uses) - 1] != CONSTANT:
+            return output
+        self.meetings.name = name
+        return Lifted.of(output.expand(self.examples, *output.shape), self.meetings)
 
     def enter(self, name: str, x: Tensor) -> Place | None:
         """Return where the examples of a use are, None if that is not known."""
@@ -74,11 +89,20 @@ class Watch:
             self._counts[name] += 1
             self._most[name] = max(self._most[name], index + 1)
         layout = _layout_of(known, index, x, examples)
+        if layout == CONSTANT and call is None:
+            raise RuntimeError(
+                f"layer '{name}', whose input does not depend on the batch, must run outside of activation "
+                "checkpointing. Exclude it from the Bayesian layers, or use IVON."
+            )
         return None if layout is None else Place(self, name, layout, examples, call)
 
     def runs_again(self, name: str) -> bool:
         """Return whether uses of a layer, or of one that it shares tensors with, must be added before squaring."""
         return max(self._most[name], len(self.layouts.get(name, ()))) > 1 or name in self.groups
+
+    def must_collect(self, name: str) -> bool:
+        """Return whether a layer's examples are known to be elsewhere than in dimension 0 alone."""
+        return any(layout not in (None, EXAMPLES) for layout in self.layouts.get(name, ()))
 
     def open_pass(self, task: int) -> dict[str, Uses]:
         """Return the uses that have come in a backward pass, which is now running."""
@@ -139,10 +163,20 @@ class Place:
         """Whether the use has others to be added to, or examples to be unfolded."""
         return self.layout != EXAMPLES or self.watch.runs_again(self.name)
 
+    def lifted(self) -> Place:
+        """Return the place of the use with a copy of its input for each example."""
+        self.watch.meetings.name = self.name
+        return replace(self, layout=EXAMPLES)
+
     def recomputed_in(self, task: int) -> None:
         """Prepare a backward pass that runs the layer again for what the layer will collect."""
         if task != -1:
             self.watch.open_pass(task)
+
+    def note(self, recomputed_in: int) -> None:
+        """Note that the use goes backward as its place says, neither compiled nor under vmap."""
+        task = torch._C._current_graph_task_id() if recomputed_in == -1 else recomputed_in
+        self.watch.collected.add((task, self.name))
 
     def collect(
         self,
@@ -156,6 +190,7 @@ class Place:
         """Return the sums of this use, or keep it for the end of the backward pass; and the tally."""
         wanted = use.needs[-len(leaves) :]
         task = torch._C._current_graph_task_id() if recomputed_in == -1 else recomputed_in
+        self.note(recomputed_in)
         alone = not self.watch.runs_again(self.name)
         sums: Sequence[Tensor | None] = [None] * len(leaves)
         if any(wanted):
@@ -178,7 +213,7 @@ def _layout_of(known: list[Layout | None] | None, index: int, x: Tensor, example
     if not known:
         return None
     layout = known[index] if index < len(known) else known[-1] if len(set(known)) == 1 else None
-    return None if layout in (None, CONSTANT) else layout.fitted(x, examples)
+    return layout if layout is None or layout == CONSTANT else layout.fitted(x, examples)
 
 
 def _at_the_end(function: Callable[[], None]) -> None:

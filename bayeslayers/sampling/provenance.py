@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -71,6 +71,11 @@ def find_layouts(model: nn.Module, watch: Watch, args: Any, kwargs: Any) -> bool
                 if _unknown(tried[-1]) == 0:
                     break
             layouts = min(tried, key=_unknown)
+            if any(CONSTANT in found for found in layouts.values()):
+                torch.set_rng_state(state)
+                rolled = next(r for r, each in zip(_choices(batched), tried, strict=False) if each is layouts)
+                moved = [v.roll(1, 0) if i in rolled else v for i, v in enumerate(values)]
+                _find_meetings(model, watch, layouts, examples, [(args, kwargs), tree_unflatten(moved, structure)])
             suspects = _suspects(before, layouts, examples)
             again = _inputs_of(model, watch, args, kwargs) if suspects else {}
         except Exception:  # whatever a model raises outside its own mode
@@ -86,13 +91,49 @@ def find_layouts(model: nn.Module, watch: Watch, args: Any, kwargs: Any) -> bool
     return True
 
 
+def _find_meetings(model: nn.Module, watch: Watch, layouts: Layouts, examples: int, runs: Sequence[Any]) -> None:
+    """Find where the examples are wherever an output that does not depend on the batch meets what does.
+
+    A result that depends on the batch neither is followed further, in two more runs.
+
+    Args:
+        model: The model.
+        watch: State of the tracker, which gets the layouts.
+        layouts: Where the examples are in the layers' inputs.
+        examples: How many there are.
+        runs: Arguments of the two runs: as they are, and rolled.
+    """
+    meetings, state = watch.meetings, torch.get_rng_state()
+    watch.layouts, watch.examples, meetings.layouts = layouts, examples, []
+    try:
+        while True:
+            seen = []
+            for args, kwargs in runs:
+                torch.set_rng_state(state)
+                meetings.index, meetings.observed = 0, []
+                _inputs_of(model, watch, args, kwargs)
+                seen.append(meetings.observed)
+            found = list(meetings.layouts)
+            results = list(zip(*seen, strict=True))
+            for old, new in results[len(found) - found.count(CONSTANT) :]:
+                found.append(CONSTANT if torch.equal(old, new) else find_layout(old, new, examples, range(old.dim())))
+                if found[-1] == CONSTANT:  # behind it there are further meetings
+                    break
+            else:
+                meetings.layouts = found
+                return
+            meetings.layouts = found
+    finally:
+        watch.layouts, watch.examples, meetings.observed = {}, None, None
+
+
 def _suspects(before: Inputs, layouts: Layouts, examples: int) -> list[tuple[str, int]]:
     """Return the uses whose rows are as many as the examples, and others."""
     return [
         (name, i)
         for name, found in layouts.items()
         for i, (use, layout) in enumerate(zip(before[name], found, strict=True))
-        if layout in (None, CONSTANT) and use.input.shape[:1] == (examples,)
+        if layout is None and use.input.shape[:1] == (examples,)
     ]
 
 

@@ -230,6 +230,8 @@ class Tracker:
         uses = self._uses[name, current] = self._uses.get((name, current), 0) + uses
         if uses > 1:
             raise RuntimeError(f"layer '{name}' {ONE_CALL}")
+        if self._watch.must_collect(name) and (current, name) not in self._watch.collected:
+            raise RuntimeError(f"layer '{name}' {ONE_CALL}")
         first, expected = self._seen.setdefault(current, (name, examples))
         if examples != expected:
             raise RuntimeError(

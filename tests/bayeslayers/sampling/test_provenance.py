@@ -84,8 +84,8 @@ def use(method, net, *inputs):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("make", "layer"),
-    [(Windows, "two"), (Positions, "places")],
-    ids=["windows", "ids"],
+    [(Windows, "two")],
+    ids=["windows"],
 )
 def test_as_many_rows_as_examples_that_are_others_are_refused(method, make, layer):
     torch.manual_seed(0)
