@@ -39,6 +39,7 @@ def forgetting_curves(curves: Mapping[str, Tensor], path: str | Path | None = No
         ValueError: If there is no curve, or methods differ in their number of tasks.
     """
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
     if not curves or len({values.shape[1:] for values in curves.values()}) > 1:
         found = ", ".join(str(tuple(values.shape)) for values in curves.values()) or "none"
@@ -59,6 +60,7 @@ def forgetting_curves(curves: Mapping[str, Tensor], path: str | Path | None = No
         left, low = task % across == 0, task + across >= tasks
         label(axis, f"task {task + 1}", "tasks learned" if low else "", "accuracy (%)" if left else "")
         axis.set_xlim(0, tasks)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     handles = [
         Line2D([], [], color=COLOURS[k % len(COLOURS)], ls=LINES[k // len(COLOURS) % len(LINES)], label=short(name))
         for k, name in enumerate(curves)
