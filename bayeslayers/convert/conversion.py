@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from bayeslayers import layers
 from bayeslayers.checks import network, positive
 from bayeslayers.convert.in_place import unchanged_on_error
+from bayeslayers.convert.other_libraries import bayesian_class_of
 from bayeslayers.convert.readers import readers_of, turn_off_fast_paths
 from bayeslayers.convert.report import ConversionReport, Status, entry_of
 from bayeslayers.convert.reroute import bayesian_subclass, obstacle
@@ -203,8 +204,10 @@ def _bayesian_class(kind: type[nn.Module]) -> type[BayesianLayer] | None:
     if issubclass(kind, BayesianLayer):
         return None
     base = next((base for base in kind.__mro__ if base in _RULES), None)
-    if base is None or base is kind:
-        return _RULES.get(kind)
+    if base is None:
+        return bayesian_class_of(kind)
+    if base is kind:
+        return _RULES[kind]
     return bayesian_subclass(kind, base, _RULES[base])
 
 

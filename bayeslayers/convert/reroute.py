@@ -43,9 +43,12 @@ def bayesian_subclass(
         base: The layer that it is derived from.
         bayesian: The Bayesian version of `base`.
     """
-    computes_as_base = all(
-        getattr(ordinary, method, None) is getattr(base, method, None) for method in ("forward", "_conv_forward")
-    )
+    if ordinary is base:  # a class of another library, known by its name
+        bases = (bayesian, ordinary)
+    elif all(getattr(ordinary, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward")):
+        bases = (ordinary, bayesian)
+    else:
+        bases = (ReroutedLayer, ordinary)
     members = {
         "ordinary": ordinary,
         "origin": (ordinary, base, bayesian),
@@ -55,7 +58,6 @@ def bayesian_subclass(
         "__module__": __name__,
         "__doc__": f"`{ordinary.__name__}` with a Gaussian posterior.",
     }
-    bases = (ordinary, bayesian) if computes_as_base else (ReroutedLayer, ordinary)
     return type(f"Bayes{ordinary.__name__}", bases, members)
 
 

@@ -34,6 +34,7 @@ from bayeslayers.layers.norms import (
     BayesLayerNorm,
     FilterResponseNorm2d,
 )
+from bayeslayers.layers.transposed import BayesTransposedLinear
 
 __all__ = [
     "BayesBatchNorm1d",
@@ -51,6 +52,7 @@ __all__ = [
     "BayesGroupNorm",
     "BayesLayerNorm",
     "BayesLinear",
+    "BayesTransposedLinear",
     "BayesianLayer",
     "DEFAULT_INIT_PRECISION",
     "DEFAULT_PRIOR_PRECISION",

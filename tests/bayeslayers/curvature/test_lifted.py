@@ -113,17 +113,18 @@ def test_a_table_under_checkpointing_is_refused():
 SMALL = {"vocab_size": 60, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
 
 
-@pytest.mark.parametrize("name", ["Bert", "DistilBert", "T5"])
+@pytest.mark.parametrize("name", ["Bert", "DistilBert", "GPT2", "T5"])
 def test_transformers_are_exact(name):
     transformers = pytest.importorskip("transformers")
     configs = {
         "Bert": {**SMALL, "max_position_embeddings": 9, "attention_probs_dropout_prob": 0.0, "num_labels": 2},
         "DistilBert": {"vocab_size": 60, "dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 12, "num_labels": 2},
+        "GPT2": {"vocab_size": 60, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 9},
         "T5": {"vocab_size": 60, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2},
     }
     config = getattr(transformers, f"{name}Config")(**configs[name])
-    if name == "T5":
-        plain, inputs = transformers.T5EncoderModel(config), {}
+    if name in ("T5", "GPT2"):
+        plain, inputs = (transformers.T5EncoderModel if name == "T5" else transformers.GPT2Model)(config), {}
     else:
         plain = getattr(transformers, f"{name}ForSequenceClassification")(config)
         inputs = {"attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).repeat(2, 1)}
@@ -135,6 +136,8 @@ def test_transformers_are_exact(name):
         return potential(output[0])
 
     rows = [ids, *inputs.values()]
+    assert_close(net(input_ids=ids)[0], plain(input_ids=ids)[0], rtol=0, atol=0)
+    assert_close(bl.to_deterministic(net)(input_ids=ids)[0], plain(input_ids=ids)[0], rtol=0, atol=0)
     uncertain = {site.mean for site in bl.posterior(net)}
     for parameter in net.parameters():
         parameter.requires_grad_(parameter in uncertain)
