@@ -13,7 +13,7 @@ Labelled: TypeAlias = Iterable[Any] | tuple[Any, Tensor]
 Unlabelled: TypeAlias = Iterable[Any] | Batch | Mapping[str, Any]
 
 
-def labelled_batches(name: str, data: Labelled) -> Iterator[tuple[Batch, Tensor]]:
+def labelled_batches(name: str, data: Labelled, may_be_empty: bool = False) -> Iterator[tuple[Batch, Tensor]]:
     """Yield the batches (x, y) of `data`; a tuple (x, y) is one batch.
 
     x is a tensor, `Inputs`, a mapping of keyword arguments or a tuple of positional ones. A batch may also be one
@@ -28,7 +28,7 @@ def labelled_batches(name: str, data: Labelled) -> Iterator[tuple[Batch, Tensor]
         and (all(isinstance(part, Tensor) for part in data) or (len(data) == 2 and is_batch(data[0])))
         and isinstance(data[-1], Tensor)
     )
-    for batch in _batches(name, data, whole):
+    for batch in _batches(name, data, whole, may_be_empty):
         x, y = _labelled(batch)
         if x is None or not isinstance(y, Tensor):
             raise TypeError(
@@ -45,7 +45,7 @@ def _labelled(batch: Any) -> tuple[Batch | None, Any]:
     return None, None
 
 
-def input_batches(name: str, data: Unlabelled) -> Iterator[Batch]:
+def input_batches(name: str, data: Unlabelled, may_be_empty: bool = False) -> Iterator[Batch]:
     """Yield the inputs of the batches of `data`, which are x or (x, ...); one batch x is taken whole.
 
     x is a tensor, `Inputs` or a mapping of keyword arguments, whose "labels" are left out; in (x, ...) also a tuple
@@ -55,21 +55,21 @@ def input_batches(name: str, data: Unlabelled) -> Iterator[Batch]:
         TypeError: If it yields anything else.
         ValueError: If it is empty.
     """
-    for batch in _batches(name, data, is_batch(data)):
+    for batch in _batches(name, data, is_batch(data), may_be_empty):
         x = as_batch(batch[0] if isinstance(batch, tuple | list) and batch else batch)
         if x is None:
             raise TypeError(f"{name} must yield tensors x or batches (x, y), got {_kind(batch)}.")
         yield x
 
 
-def _batches(name: str, data: Any, whole: bool) -> Iterator[Any]:
+def _batches(name: str, data: Any, whole: bool, may_be_empty: bool) -> Iterator[Any]:
     if not (whole or isinstance(data, Iterable)):
         raise TypeError(f"{name} must be a loader, another iterable of batches, or tensors, got {_kind(data)}.")
     empty = True
     for batch in (data,) if whole else data:
         empty = False
         yield batch
-    if empty:
+    if empty and not may_be_empty:
         raise ValueError(f"{name} must hold at least one batch, got none.")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from bayeslayers.batches import Labelled, Unlabelled, input_batches, labelled_batches, with_progress
 from bayeslayers.display import as_text, printable
+from bayeslayers.distributed import is_distributed
 from bayeslayers.inputs import Batch, Inputs
 from bayeslayers.likelihoods import Gaussian, Likelihood, likelihood_of
 from bayeslayers.metrics.calibration import Reliability
@@ -20,6 +22,7 @@ from bayeslayers.metrics.ranking import RiskCoverage, two_sets
 from bayeslayers.metrics.regression import RegressionRecord
 from bayeslayers.prediction import Prediction, predict
 from bayeslayers.prediction.result import without_nan
+from bayeslayers.prediction.shared import shared_predictions, skip_samples
 from bayeslayers.recalibrate import Recalibration
 
 if TYPE_CHECKING:
@@ -95,6 +98,7 @@ def evaluate(
     ignore_index: int | None = None,
     recalibration: Recalibration | None = None,
     progress: bool = False,
+    sync: bool = False,
     **options: Any,
 ) -> Evaluation:
     """Return how well the posterior predicts labelled data, and how well it detects out-of-distribution data.
@@ -123,6 +127,8 @@ def evaluate(
         ignore_index: Label that all metrics leave out; None for that of the likelihood, if it has one.
         recalibration: Applied to every prediction, if given.
         progress: Whether to show a progress bar.
+        sync: Share the batches among the ranks of torch.distributed's default group: with k ranks each passes every
+            k-th batch of `data` and `ood`, from that of its own number on, and all return what one process would.
         **options: Further arguments of `predict`, such as `method`, `output` and `batch_size`.
 
     Raises:
@@ -150,9 +156,15 @@ def evaluate(
         )
         return prediction if recalibration is None else recalibration.apply(prediction)
 
+    skip = partial(skip_samples, model, num_samples, generator, options)
+
+    def in_order(batches: Iterator[tuple[Tensor, Tensor | None]]) -> Iterator[tuple[Prediction, Tensor | None]]:
+        found = (partial(_predicted_batch, predicted, likelihood, *batch) for batch in batches)
+        return shared_predictions(found, skip, likelihood) if sync and is_distributed() else (make() for make in found)
+
     record, samples = None, 0
-    for x, y in labelled_batches("data", _shown(data, "data", progress)):
-        prediction = predicted(x, y if isinstance(likelihood, Gaussian) and isinstance(y, Tensor) else None)
+    for prediction, y in in_order(labelled_batches("data", _shown(data, "data", progress), sync)):
+        assert y is not None
         if record is None:
             record = ClassificationRecord(prediction, ignore_index) if likelihood.discrete else RegressionRecord()
         record.add(prediction, y)
@@ -160,14 +172,21 @@ def evaluate(
     assert record is not None
     scores, metrics, ood_scores = record.scores(), record.metrics(), {}
     for name, inputs in (ood or {}).items():
-        batches = input_batches(f"ood[{name!r}]", _shown(inputs, name, progress))
-        ood_scores[name] = _scores(predicted(x) for x in batches)
+        batches = ((x, None) for x in input_batches(f"ood[{name!r}]", _shown(inputs, name, progress), sync))
+        ood_scores[name] = _scores(prediction for prediction, _ in in_order(batches))
         metrics |= _ood_detection(name, scores, ood_scores[name], RANKED[likelihood.discrete])
     common = likelihood.name, record.num_examples, samples, metrics
     if isinstance(record, RegressionRecord):
         return Evaluation(*common, scores=scores, ood=ood_scores)
     iou = record.class_iou() if record.dense else None
     return Evaluation(*common, record.reliability(), record.risk_coverage(), scores, ood_scores, iou)
+
+
+def _predicted_batch(
+    predicted: Callable[..., Prediction], likelihood: Likelihood, x: Tensor, y: Tensor | None
+) -> tuple[Prediction, Tensor | None]:
+    """Return the prediction of a batch, under its targets where they are real, and these."""
+    return predicted(x, y if isinstance(likelihood, Gaussian) else None), y
 
 
 def _scores(predictions: Iterable[Prediction]) -> dict[str, Tensor]:

@@ -27,7 +27,6 @@ LONG = {
     "bayeslayers/laplace.py": "one fit: its pass over the data, the evidence, and the choice of the prior by it",
     "bayeslayers/optim/kronecker.py": "the factored step that K-FAC and Noisy K-FAC share",
     "recipes/tasks/toy2d.py": "one task, whole in one file",
-    "recipes/training/loop.py": "one loop, and what a checkpoint of it holds",
 }
 ALIAS = ROOT / "bayeslayers/zoo.py"  # the one exception: another name of the zoo, which nothing imports by itself
 ALLOWED = {"bayeslayers": (), "zoo": ("bayeslayers",), "recipes": ("bayeslayers", "zoo")}

@@ -130,6 +130,8 @@ def agree(facts: Mapping[str, Any]) -> None:
     Raises:
         RankError: If a rank states another, with the rank and the difference.
     """
+    if not is_distributed():
+        return
     texts = gather_text(json.dumps(facts, sort_keys=True, default=str))
     first, own = json.loads(texts[0]), texts[0]
     for rank, text in enumerate(texts):

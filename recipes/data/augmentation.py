@@ -42,26 +42,35 @@ class Augmentation:
         if self.border == "reflect" and self.padding >= (side := self.resize or min(size[1:])):
             raise ValueError(f"augmentation.padding must be < {side}, the image that it reflects, got {self.padding}.")
 
-    def __call__(self, x: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        size: tuple[int, int],
+        generator: torch.Generator,
+        own: slice = slice(None),
+        whole: int | None = None,
+    ) -> Tensor:
         """Return a random crop of each image, mirrored or not.
 
         Args:
             x: Images `(n, c, h, w)`.
             size: Height and width of the crops.
             generator: Source of the choices.
+            own: Which images of a batch these are; what is chosen for one depends on its place alone.
+            whole: Images of the batch; None for those of `x`.
         """
         if not (self.padding or self.flip or size != x.shape[2:]):
             return x
         x = F.pad(x, (self.padding,) * 4, mode="constant" if self.border == "zeros" else "reflect")
-        n, (height, width) = len(x), size
+        n, count, (height, width) = len(x), len(x) if whole is None else whole, size
 
         def windows(side: int, extent: int) -> Tensor:
-            start = torch.randint(extent - side + 1, (n, 1), generator=generator)
+            start = torch.randint(extent - side + 1, (count, 1), generator=generator)[own]
             return start + torch.arange(side)
 
         rows, columns = windows(height, x.shape[2]), windows(width, x.shape[3])
         if self.flip:
-            mirrored = torch.rand(n, 1, generator=generator) < 0.5
+            mirrored = torch.rand(count, 1, generator=generator)[own] < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
         crops = x[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (n, h, w, c)
         return crops.permute(0, 3, 1, 2)

@@ -72,17 +72,24 @@ class InOrder:
         examples: The examples.
         batch_size: Examples per batch; the last one may have fewer.
         device: Where they are wanted.
+        first: Number of the first batch.
+        every: Batches from one to the next; the others are those of other ranks.
     """
 
     examples: Examples
     batch_size: int
     device: torch.device
+    first: int = 0
+    every: int = 1
+
+    def _starts(self) -> range:
+        return range(self.first * self.batch_size, len(self.examples), self.every * self.batch_size)
 
     def __len__(self) -> int:
-        return -(-len(self.examples) // self.batch_size)
+        return len(self._starts())
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self.examples), self.batch_size):
+        for start in self._starts():
             batch = slice(start, start + self.batch_size)
             yield self.examples.inputs(batch).to(self.device), self.examples.targets[batch].to(self.device)
 

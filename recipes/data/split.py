@@ -56,10 +56,16 @@ class Split:
         x = self._resized(index)
         return x if self.crop is None else middle(x, self.crop)
 
-    def varied(self, index: Tensor | slice, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-        """Return images as `inputs`, each cropped and mirrored at random."""
-        x = self._resized(index)
-        return augmentation(x, self.crop or (x.shape[2], x.shape[3]), generator)
+    def varied(
+        self,
+        index: Tensor,
+        augmentation: Augmentation,
+        generator: torch.Generator,
+        own: slice = slice(None),
+    ) -> Tensor:
+        """Return images as `inputs`, each cropped and mirrored at random: the part `own` of the batch `index`."""
+        x = self._resized(index[own])
+        return augmentation(x, self.crop or (x.shape[2], x.shape[3]), generator, own, len(index))
 
     def _resized(self, index: Tensor | slice) -> Tensor:
         x = self.images[index].float() / 255
@@ -191,11 +197,12 @@ def batches(
     epoch: int,
     start: int = 0,
     augmentation: Augmentation = Augmentation(),  # noqa: B008 (never written to)
+    own: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield an epoch's full batches in random order, from number `start` on, see `shuffled`.
+    """Yield an epoch's full batches, or the part `own` of each, shuffled, from number `start` on, see `shuffled`.
 
     Colours are the innermost dimension in memory, which convolutions on the CPU are faster for.
     """
     for index, generator in shuffled(len(split), batch_size, seed, epoch, start):
-        x = split.varied(index, augmentation, generator)
-        yield x.contiguous(memory_format=torch.channels_last), split.labels[index]
+        x = split.varied(index, augmentation, generator, own)
+        yield x.contiguous(memory_format=torch.channels_last), split.labels[index[own]]

@@ -12,12 +12,15 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import bayeslayers as bl
 from bayeslayers.checks import at_least_one
+from bayeslayers.distributed import is_distributed
 from recipes.data.examples import Examples, InOrder
 from recipes.data.names import without_folders
+from recipes.training.launch import stoppable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -157,13 +160,21 @@ def evaluate_network(
 ) -> bl.Evaluation:
     """Return the metrics that `measure` reports."""
     device, size = next(model.parameters()).device, request.batch_size
+    shared = is_distributed()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+
+    def batches(examples: Examples) -> Any:
+        found = InOrder(examples, size, device, rank, ranks)
+        return stoppable(found) if shared else found
+
     return bl.evaluate(
         model,
-        InOrder(data, size, device),
-        ood={name: InOrder(examples, size, device) for name, examples in (ood or {}).items()},
+        batches(data),
+        ood={name: batches(examples) for name, examples in (ood or {}).items()},
         num_samples=request.num_samples,
         generator=torch.Generator(device).manual_seed(request.seed),
         progress=progress,
+        sync=shared,
         **method_options(request),
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import bayeslayers as bl
 import zoo
+from bayeslayers.distributed import World
 from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.metrics.calibration import CalibrationBins
 from recipes.data.examples import Examples, InOrder
@@ -32,6 +33,7 @@ class Classification(PosteriorTask):
 
     name = "classification"
     Config = Config
+    distributed: ClassVar[bool] = True
     columns: ClassVar[tuple[Column, ...]] = DEFAULT_COLUMNS
     logged = ("accuracy", "nll", "brier", "ece")
     reported = ("misclassification_auroc_confidence",)
@@ -46,6 +48,16 @@ class Classification(PosteriorTask):
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         config, train = self.config, cast(Split, self.splits.train)
         return batches(train, config.batch_size, config.seed, epoch, start, augmentation=config.augmentation)
+
+    def parts(self, epoch: int, start: int, world: World) -> Iterator[tuple[Tensor, Tensor, int]]:
+        if world.size == 1:
+            yield from super().parts(epoch, start, world)
+            return
+        config, train = self.config, cast(Split, self.splits.train)
+        size = min(config.batch_size, len(train))
+        own = world.part(size)
+        for x, y in batches(train, config.batch_size, config.seed, epoch, start, config.augmentation, own):
+            yield x, y, size
 
     def tally(self) -> Tally:
         return AccuracyTally(likelihood_of(self.model))

@@ -34,6 +34,7 @@ from recipes.reports.measure import (
 from recipes.tasks.task import Task
 from recipes.training.config import RunConfig, check, device_of, make_model
 from recipes.training.laplace_fit import fit_laplace
+from recipes.training.launch import leader_first
 from recipes.training.learner import Learner
 from recipes.training.loop import Plan, Training
 from recipes.training.methods import make_optimizer, method_of
@@ -162,7 +163,8 @@ class PosteriorTask(Task):
             describe(self.model, dataclasses.replace(zoo.card_of(self.model), **likelihood_fields(self.likelihood)))
         if config.start is not None and not resume:
             go_on_from(config.start, self.model)
-        self.splits = self.read_splits()
+        with leader_first(self.world):  # it may download them
+            self.splits = self.read_splits()
         self.chosen_by = f"{self.splits.split}_nll"
         self.check_model()
         self.learners = {"": self.make_learner()}
@@ -184,10 +186,13 @@ class PosteriorTask(Task):
         identity = {key: value for key, value in dataclasses.asdict(config).items() if key not in _MAY_DIFFER}
         identity |= {"data": short_name(config.data)}
         identity |= {"training examples": len(train), "training labels": _digest(train)}
-        return Plan(config.epochs, config.micro_batch, config.checkpoint_minutes, config.tensorboard, identity)
+        return Plan(
+            config.epochs, config.micro_batch, config.checkpoint_minutes, config.tensorboard, identity, config.seed
+        )
 
     def begin(self) -> None:
-        write_atomically(self.folder / CONFIG, config_text(dataclasses.asdict(self.config), self.columns).encode())
+        config = dataclasses.asdict(self.config) | {"processes": self.world.size}
+        write_atomically(self.folder / CONFIG, config_text(config, self.columns).encode())
 
     def run_loop(self, loop: Training) -> bool:
         try:

@@ -8,10 +8,11 @@ is trained, measured and saved. A new task is one file, its configurations, and 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,13 +23,16 @@ from rich.text import Text
 from torch import Tensor
 
 from bayeslayers.display import printable
+from bayeslayers.distributed import World, agree, start, telling_failures
 from bayeslayers.plots import training_curves
 from bayeslayers.storage.training_state import load_checkpoint
 from recipes.training.interruption import interruption
+from recipes.training.launch import decided_by_leader, restore_rank_state, stopping_by
 from recipes.training.learner import Learner
-from recipes.training.loop import Plan, Training, in_words
+from recipes.training.loop import Plan, Training
 from recipes.training.run_folder import CHECKPOINT, CURVES, WRITTEN, check_folder, clear_leftovers, has_checkpoint, kept
 from recipes.training.run_lock import locked, refuse_many_processes
+from recipes.training.shown import in_words
 from recipes.training.tally import LossAlone, Tally
 
 
@@ -38,19 +42,23 @@ class Task(ABC):
     Attributes:
         name: What a configuration calls it, as its `recipe`.
         Config: Class of its configurations, a dataclass with at least `name`, `output`, `seed` and `epochs`.
+        distributed: Whether several processes can train it together.
         resumable: Whether a run keeps checkpoint, log and curves while it trains, and can be resumed.
         leaves: What a run writes to its folder.
         config: The configuration.
         learners: The networks in training by name, after `prepare`; that of a task of one network is "".
         chosen_by: The metric of the log whose lowest value marks the best epoch; None to mark none.
+        world: The processes that train it.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type]
+    distributed: ClassVar[bool] = False
     resumable: ClassVar[bool] = True
     leaves: ClassVar[Sequence[str]] = WRITTEN
     learners: dict[str, Learner]
     chosen_by: str | None = None
+    world: World = World()
 
     def __init__(self, config: Any):
         self.config = config
@@ -137,6 +145,12 @@ class Task(ABC):
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield inputs and targets of an epoch from a step on; a function of the two alone."""
 
+    def parts(self, epoch: int, start: int, world: World) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Yield a rank's parts of the batches, with the examples of all ranks. A task of files reads its own alone."""
+        for x, y in self.batches(epoch, start):
+            own = world.part(len(x))
+            yield x[own], y[own], len(x)
+
     def move(self, x: Tensor, y: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return a batch on a device."""
         return x.to(device), y.to(device)
@@ -176,36 +190,54 @@ class Task(ABC):
         """
         if resume and not self.resumable:
             raise ValueError(f"resume must be off for {self.name}, which keeps no checkpoint. Start it again.")
-        refuse_many_processes()
+        if not self.distributed:
+            refuse_many_processes()
+            return self._train(resume, command)
+        with start(getattr(self.config, "device", None)) as self.world, telling_failures():
+            if self.world.size == 1:
+                refuse_many_processes()  # of a launcher that has not said which one this is
+            return self._train(resume, command)
+
+    def _train(self, resume: bool, command: str) -> dict[str, float] | None:
+        agree({"configuration": dataclasses.asdict(self.config)})
         self.check()
-        check_folder("output", self.folder)
-        if resume and not self.folder.exists():
-            load_checkpoint(self.folder / CHECKPOINT)  # raises
-        with locked(self.folder):
-            goes_on = self.goes_on(resume)
-            if resume and not goes_on:
+        if self.world.leads:
+            check_folder("output", self.folder)
+            if resume and not self.folder.exists():
+                load_checkpoint(self.folder / CHECKPOINT)  # raises
+        with locked(self.folder) if self.world.leads else nullcontext():
+            goes_on = decided_by_leader(self.world, lambda: self.goes_on(resume))
+            if resume and not goes_on and self.world.leads:
                 Console(stderr=True).print("no checkpoint yet: the run starts from the beginning")
             return _run(self, goes_on, command)
 
 
 def _run(task: Task, resume: bool, command: str) -> dict[str, float] | None:
-    console, folder = Console(stderr=True), task.folder
+    console, folder, world = Console(stderr=True), task.folder, task.world
     task.prepare(resume, command)
-    loop = Training(task, task.plan(), folder if task.resumable else None)
+    plan = task.plan()
+    loop = Training(task, plan, folder if task.resumable else None, world)
+    restore_rank_state(world, [], plan.seed)
     if resume:
         loop.resume(folder / CHECKPOINT)
-    clear_leftovers(folder, task.leaves)
     metrics = left = None
     with kept(folder):
-        task.begin()
+        if world.leads:
+            clear_leftovers(folder, task.leaves)
+            task.begin()
         finished = task.run_loop(loop)
-        with suppress(KeyboardInterrupt), interruption(at_once=True):  # all is saved
-            if loop.rows and task.resumable:
+        # All is saved. Ranks stop together, between two batches of the measurement.
+        with suppress(KeyboardInterrupt), interruption(at_once=world.size == 1) as stopped, stopping_by(stopped):
+            if loop.rows and task.resumable and world.leads:
                 training_curves(loop.rows, folder / CURVES)
             if finished:
-                metrics = task.measure(loop.rows, progress=console.is_terminal)
+                metrics = task.measure(loop.rows, progress=console.is_terminal and world.size == 1)
+                if not world.leads:
+                    return metrics
                 with _shown_on_error(metrics, console):
                     left = task.write(loop.rows, metrics)
+    if not world.leads:
+        return None
     if left is None:
         console.print(task.stopped(loop.epoch, measured=metrics is not None))
         return None

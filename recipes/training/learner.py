@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 
+from bayeslayers.distributed import is_distributed, telling_failures
+from bayeslayers.distributed.messages import Kind, exchange
 from bayeslayers.likelihoods import Likelihood
 from bayeslayers.optim import TemperatureWarmup
 from bayeslayers.optim.base import VariationalOptimizer
+from bayeslayers.optim.ranks import statistics_of_norms, weighted_sum
 
 
 @dataclass
@@ -74,22 +77,47 @@ class Learner:
         """
         if getattr(self.optimizer, "vectorise", False) and getattr(self.optimizer, "num_samples", 1) > 1:
             return self._step_at_once(x, y, refuse)
-        call = self.forward or self.model
+        posterior = self.optimizer if isinstance(self.optimizer, VariationalOptimizer) else None
 
         def closure() -> tuple[Tensor, Tensor]:
             self.optimizer.zero_grad()
-            losses, outputs = [], []
-            size = micro_batch or len(x)
-            for inputs, targets in zip(x.split(size), y.split(size), strict=True):
-                outputs.append(call(inputs))
-                losses.append(self.likelihood.loss(outputs[-1], targets) * (len(inputs) / len(x)))
-                losses[-1].backward()
-            loss = torch.stack(losses).sum().detach()
+            own = slice(None) if posterior is None else posterior.part(len(x))
+            loss, output = self._backward(x[own], y[own], micro_batch)
             refuse(loss)
-            return loss, torch.cat(outputs).detach()
+            return loss, output
 
-        loss, output = self.optimizer.step(closure)  # pyright: ignore
+        if posterior is None and is_distributed():
+            loss, output = self._step_of_ranks(closure, len(x))
+        elif len(x) == 0:  # of a step whose examples other ranks have
+            self.optimizer.step()
+            loss, output = x.new_zeros(()), None
+        else:
+            loss, output = self.optimizer.step(closure)  # pyright: ignore
         self._advance()
+        return loss, output
+
+    def _backward(self, x: Tensor, y: Tensor, micro_batch: int | None) -> tuple[Tensor, Tensor]:
+        """Go forward and backward; return loss and outputs."""
+        call, losses, outputs = self.forward or self.model, [], []
+        size = micro_batch or len(x)
+        for inputs, targets in zip(x.split(size), y.split(size), strict=True):
+            outputs.append(call(inputs))
+            losses.append(self.likelihood.loss(outputs[-1], targets) * (len(inputs) / len(x)))
+            losses[-1].backward()
+        return torch.stack(losses).sum().detach(), torch.cat(outputs).detach()
+
+    def _step_of_ranks(self, closure: Callable[[], tuple[Tensor, Tensor]], n: int) -> tuple[Tensor, Tensor | None]:
+        """Take a step of torch's own optimiser with the mean gradient of all ranks' examples, of which this has n."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        with telling_failures():
+            self.optimizer.zero_grad()
+            loss, output = closure() if n else (parameters[0].new_zeros(()), None)
+        counts = [row.numbers[0] for row in exchange(Kind.STEP, n)]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        averaged = [*(p.grad for p in parameters if p.grad is not None), *statistics_of_norms(self.model)]
+        weighted_sum(averaged, n / sum(counts))
+        self.optimizer.step()
         return loss, output
 
     def _step_at_once(self, x: Tensor, y: Tensor, refuse: Callable[[Tensor], None]) -> tuple[Tensor, None]:

@@ -12,6 +12,7 @@ from torch import nn
 
 import bayeslayers as bl
 from bayeslayers.checks import did_you_mean
+from bayeslayers.distributed import is_distributed
 
 _NO_OPTIONS = ("model", "params", "dataset_size", "generator", "groups", "likelihood")  # objects, or of the run
 
@@ -42,7 +43,8 @@ def _posterior(kind: Callable[..., torch.optim.Optimizer], predict: str = "sampl
     draws = "generator" in inspect.signature(kind).parameters
 
     def make(model: nn.Module, size: int, generator: torch.Generator, options: Mapping[str, Any]):
-        return kind(model, size, **({"generator": generator} if draws else {}), **options)
+        sync = options.get("sync", True) if is_distributed() else False
+        return kind(model, size, **({"generator": generator} if draws else {}), **{**options, "sync": sync})
 
     return Method(make, predict, _options(kind))
 

@@ -56,6 +56,41 @@ def check_progress(state: Mapping[str, Any], sums: Mapping[str, float], tensors:
             raise ValueError("rows must hold numbers by name")
 
 
+def check_identity(path: Path, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another configuration.
+
+    Args:
+        path: Of the checkpoint.
+        state: What it holds.
+        identity: What must be as in the run to resume.
+    """
+    with in_a_sentence(path):
+        before = dict(state["identity"])
+    for key, value in identity.items():
+        if before.get(key) != value:
+            raise ValueError(
+                f"{key} must be as in the run to resume, {before.get(key)!r}, got {value!r}. "
+                "Choose another --output to start a new run."
+            )
+
+
+def check_extent(state: Mapping[str, Any], steps: int, epochs: int, chosen_by: str | None) -> None:
+    """Refuse progress beyond the end of the run, and a log without what the best epoch is chosen by.
+
+    Args:
+        state: What the checkpoint holds.
+        steps: Steps of an epoch.
+        epochs: Of the run.
+        chosen_by: A column of the log; None for none.
+    """
+    if state["epoch"] > epochs or state["step"] > steps:
+        raise ValueError(
+            f"it is at step {state['step']} of epoch {state['epoch'] + 1}, beyond {epochs} epochs of {steps}"
+        )
+    if any(row.keys() != state["rows"][0].keys() or chosen_by not in {None, *row} for row in state["rows"]):
+        raise ValueError(f"rows must have the same columns, with {chosen_by}")
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Check the tensors that an optimizer has loaded: finite, of a parameter's shape or those of a Kronecker factor.
 

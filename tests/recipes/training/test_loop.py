@@ -191,7 +191,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_root, tmp_path, method):
 def test_metrics_stand_below_a_bar_of_eighty_columns(data_root, tmp_path, monkeypatch):
     text = io.StringIO()
     console = Console(file=text, width=80, force_terminal=True, color_system=None)
-    monkeypatch.setattr("recipes.training.loop.Console", lambda stderr: console)
+    monkeypatch.setattr("recipes.training.shown.Console", lambda stderr: console)
     train(config(data_root, tmp_path / "run", epochs=1))
     assert re.search(r"epoch 1/1.* 9/9 .*0:00:00", text.getvalue())
     assert re.search(r"^lr \S+  temperature 0.1  loss [\d.]+  accuracy [\d.]+  ece [\d.]+\s*$", text.getvalue(), re.M)
