@@ -50,6 +50,16 @@ def launcher_of(environment: Mapping[str, str]) -> Launcher:
     return "slurm" if slurm else "alone"
 
 
+def started_by_mpi(environment: Mapping[str, str]) -> int:
+    """Return how many processes mpirun says that it has started, 1 where it says nothing.
+
+    >>> started_by_mpi({"OMPI_COMM_WORLD_SIZE": "4"})
+    4
+    """
+    sizes = (environment.get(name, "") for name in ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE"))
+    return max((int(size) for size in sizes if size.isdecimal()), default=1)
+
+
 def place_by_torchrun(environment: Mapping[str, str]) -> Place:
     """Return the place that torchrun's variables, or those of torch's `env://`, say."""
     rank, size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")

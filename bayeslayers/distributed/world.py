@@ -16,7 +16,14 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from bayeslayers.checks import positive
-from bayeslayers.distributed.launch import Launcher, Place, launcher_of, place_by_slurm, place_by_torchrun
+from bayeslayers.distributed.launch import (
+    Launcher,
+    Place,
+    launcher_of,
+    place_by_slurm,
+    place_by_torchrun,
+    started_by_mpi,
+)
 from bayeslayers.distributed.lost import Roll, calling_the_roll
 from bayeslayers.distributed.messages import agree
 
@@ -33,6 +40,7 @@ class World:
         local_rank: Its number on its machine.
         device: Where it computes.
         launcher: What started them: "alone", "torchrun", "mpirun" or "slurm".
+        restarts: How often torchrun has started them again.
     """
 
     rank: int = 0
@@ -40,6 +48,7 @@ class World:
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     launcher: Launcher = "alone"
+    restarts: int = 0
 
     @property
     def leads(self) -> bool:
@@ -89,12 +98,12 @@ def start(
         rank, size = dist.get_rank(), dist.get_world_size()
         yield World(rank, size, rank, _device(device, Place(rank=rank, size=size)), launcher_of(environment))
         return
-    launcher = launcher_of(environment)
+    launcher, restarts = launcher_of(environment), int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
     waiting = timedelta(seconds=timeout)
     if launcher == "torchrun":
         place = place_by_torchrun(environment)
         if place.size == 1:
-            yield World(device=_device(device, place), launcher=launcher)
+            yield World(device=_device(device, place), launcher=launcher, restarts=restarts)
             return
         store = next(iter(rendezvous("env://", place.rank, place.size, timeout=waiting)))[0]
     elif launcher == "alone":
@@ -107,14 +116,14 @@ def start(
             return
     where = _device(device, place)
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-    own = PrefixStore("group", store)
+    own = PrefixStore(f"group/{restarts}", store)
     dist.init_process_group(backend, store=own, rank=place.rank, world_size=place.size, timeout=waiting)
     hosted = launcher != "torchrun" or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    roll = Roll(PrefixStore("roll", store), place.rank, place.size, hosted, timeout)
+    roll = Roll(PrefixStore(f"roll/{restarts}", store), place.rank, place.size, hosted, timeout)
     try:
         with calling_the_roll(roll):
             agree(versions())
-            yield World(place.rank, place.size, place.local_rank, where, launcher)
+            yield World(place.rank, place.size, place.local_rank, where, launcher, restarts)
     finally:
         with suppress(RuntimeError, ValueError, AssertionError):  # it is gone with a lost rank
             dist.destroy_process_group()
@@ -160,6 +169,11 @@ def _met_by_mpi(timeout: timedelta) -> tuple[Place, Store | None]:
     address = "127.0.0.1" if local.size == comm.size else socket.gethostname()
     place = Place("mpirun", comm.rank, comm.size, local.rank, local.size, address)
     if place.size == 1:
+        if (started := started_by_mpi(os.environ)) > 1:
+            raise ValueError(
+                f"mpirun and mpi4py must be of one MPI, got {started} processes each of which sees itself alone. Run "
+                "pip install mpi4py mpich, which gives an mpirun too."
+            )
         return place, None
     store = None
     if place.rank == 0:

@@ -196,14 +196,14 @@ class Task(ABC):
         with start(getattr(self.config, "device", None)) as self.world, telling_failures():
             if self.world.size == 1:
                 refuse_many_processes()  # of a launcher that has not said which one this is
-            return self._train(resume, command)
+            return self._train(resume or self.world.restarts > 0, command)
 
     def _train(self, resume: bool, command: str) -> dict[str, float] | None:
         agree({"configuration": dataclasses.asdict(self.config)})
         self.check()
         if self.world.leads:
             check_folder("output", self.folder)
-            if resume and not self.folder.exists():
+            if resume and not self.folder.exists() and self.world.restarts == 0:
                 load_checkpoint(self.folder / CHECKPOINT)  # raises
         with locked(self.folder) if self.world.leads else nullcontext():
             goes_on = decided_by_leader(self.world, lambda: self.goes_on(resume))

@@ -181,7 +181,7 @@ def test_torchrun_starts_a_run_again_that_goes_on_to_the_same_posterior(tmp_path
     fields |= {"batch_size": 3, "epochs": 2, "device": "cpu", "evaluation": {"num_samples": 2, "epoch_samples": 2}}
     (tmp_path / "tiny.yaml").write_text(json.dumps(fields))
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    words += [str(tmp_path / "train.py"), "train", str(tmp_path / "tiny.yaml"), "--resume"]
+    words += [str(tmp_path / "train.py"), "train", str(tmp_path / "tiny.yaml")]
     words += ["--output", str(tmp_path / "killed")]
     environment = os.environ | {"PYTHONPATH": str(Path(recipes.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
