@@ -158,7 +158,7 @@ def evaluate(
 
     skip = partial(skip_samples, model, num_samples, generator, options)
 
-    def in_order(batches: Iterator[tuple[Tensor, Tensor | None]]) -> Iterator[tuple[Prediction, Tensor | None]]:
+    def in_order(batches: Iterable[tuple[Batch, Tensor | None]]) -> Iterator[tuple[Prediction, Tensor | None]]:
         found = (partial(_predicted_batch, predicted, likelihood, *batch) for batch in batches)
         return shared_predictions(found, skip, likelihood) if sync and is_distributed() else (make() for make in found)
 
@@ -183,7 +183,7 @@ def evaluate(
 
 
 def _predicted_batch(
-    predicted: Callable[..., Prediction], likelihood: Likelihood, x: Tensor, y: Tensor | None
+    predicted: Callable[..., Prediction], likelihood: Likelihood, x: Batch, y: Tensor | None
 ) -> tuple[Prediction, Tensor | None]:
     """Return the prediction of a batch, under its targets where they are real, and these."""
     return predicted(x, y if isinstance(likelihood, Gaussian) else None), y
