@@ -186,9 +186,8 @@ class PosteriorTask(Task):
         identity = {key: value for key, value in dataclasses.asdict(config).items() if key not in _MAY_DIFFER}
         identity |= {"data": short_name(config.data)}
         identity |= {"training examples": len(train), "training labels": _digest(train)}
-        return Plan(
-            config.epochs, config.micro_batch, config.checkpoint_minutes, config.tensorboard, identity, config.seed
-        )
+        times = config.epochs, config.micro_batch, config.checkpoint_minutes
+        return Plan(*times, config.tensorboard, identity, config.seed)
 
     def begin(self) -> None:
         config = dataclasses.asdict(self.config) | {"processes": self.world.size}
@@ -219,9 +218,8 @@ class PosteriorTask(Task):
 
     def write(self, rows: Sequence[Mapping[str, float]], metrics: Mapping[str, float]) -> str:
         self._save(POSTERIOR, rows[-1], metrics, self.config.notes)
-        told = dataclasses.replace(
-            self.result, sections=self.run_sections(rows), log=rows, epoch_request=self.epoch_request()
-        )
+        sections, request = self.run_sections(rows), self.epoch_request()
+        told = dataclasses.replace(self.result, sections=sections, log=rows, epoch_request=request)
         write_report(told, self.folder)
         write_atomically(self.folder / METRICS, json.dumps(metrics, indent=2).encode())
         return f", with {CURVES} and report.html"
@@ -300,6 +298,5 @@ class PosteriorTask(Task):
 def _digest(data: Examples) -> str:
     """Return a word for the targets of a split, which tells data sets of one name apart."""
     targets = data.targets
-    return (
-        hashlib.sha256(targets.numpy().tobytes()).hexdigest()[:16] if isinstance(targets, Tensor) else targets.digest()
-    )
+    whole = isinstance(targets, Tensor)
+    return hashlib.sha256(targets.numpy().tobytes()).hexdigest()[:16] if whole else targets.digest()
