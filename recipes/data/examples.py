@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -135,3 +136,10 @@ def shuffled(
     for number in range(start, num_batches(count, batch_size)):
         generator = torch.Generator().manual_seed((stream * 1_000_003 + number) % 2**63)
         yield order[number * batch_size : (number + 1) * batch_size], generator
+
+
+def digest(data: Examples) -> str:
+    """Return a word for the targets of a split, which tells data sets of one name apart."""
+    targets = data.targets
+    whole = isinstance(targets, Tensor)
+    return hashlib.sha256(targets.numpy().tobytes()).hexdigest()[:16] if whole else targets.digest()

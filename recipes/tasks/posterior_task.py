@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from abc import abstractmethod
@@ -13,14 +12,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import bayeslayers as bl
 import zoo
 from bayeslayers.files import write_atomically
 from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.storage.card import likelihood_fields
-from recipes.data.examples import Examples, num_batches
+from recipes.data.examples import Examples, digest, num_batches
 from recipes.data.names import short_name, without_folders
 from recipes.reports.html import write_report
 from recipes.reports.measure import (
@@ -185,7 +184,7 @@ class PosteriorTask(Task):
         config, train = self.config, self.splits.train
         identity = {key: value for key, value in dataclasses.asdict(config).items() if key not in _MAY_DIFFER}
         identity |= {"data": short_name(config.data)}
-        identity |= {"training examples": len(train), "training labels": _digest(train)}
+        identity |= {"training examples": len(train), "training labels": digest(train)}
         times = config.epochs, config.micro_batch, config.checkpoint_minutes
         return Plan(*times, config.tensorboard, identity, config.seed)
 
@@ -293,10 +292,3 @@ class PosteriorTask(Task):
             notes=notes,
             **self.card_fields(),
         )
-
-
-def _digest(data: Examples) -> str:
-    """Return a word for the targets of a split, which tells data sets of one name apart."""
-    targets = data.targets
-    whole = isinstance(targets, Tensor)
-    return hashlib.sha256(targets.numpy().tobytes()).hexdigest()[:16] if whole else targets.digest()
