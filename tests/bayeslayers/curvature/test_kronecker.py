@@ -140,7 +140,7 @@ def test_factors_of_half_precision_are_summed_in_float32():
 def test_reused_layer_and_folded_examples_are_refused():
     net = nn.ModuleDict({"one": bl.BayesLinear(3, 3), "two": bl.BayesLinear(3, 3)})
     x = torch.randn(4, 2, 3)
-    with pytest.raises(RuntimeError, match="layer 'one' must run once"):
+    with pytest.raises(RuntimeError, match="layer 'one' must run in one call"):
         tracked_factors(net, lambda: potential(net["one"](net["one"](x))).backward())
     with pytest.raises(RuntimeError, match="got 4 there and 8 in layer 'two'"):
         tracked_factors(net, lambda: potential(net["two"](net["one"](x).flatten(0, 1))).backward())
