@@ -19,7 +19,7 @@ def permutation(task: int) -> Tensor:
         task: 0 to 9.
 
     Returns:
-        Indices `(784,)`, for `images.flatten(1)[:, permutation(task)]`.
+        Indices `(784,)` of the columns of `images.flatten(1)`.
 
     Raises:
         ValueError: If there is no such task.

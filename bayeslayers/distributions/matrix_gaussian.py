@@ -106,9 +106,10 @@ def divergence_of_matrices(
 ) -> Tensor:
     """Return KL(N(M, covariance) || N(M0, prior covariance)) in nats, of two matrix-variate Gaussians, in float64.
 
-        KL = 1/2 [ |S_out|^2 |S_in|^2 + |P_out (M - M0) P_in^T|^2 - o i ] - i log abs det S_out - o log abs det S_in
+        KL = 1/2 [ sum(S_out^2) sum(S_in^2) + sum((P_out (M - M0) P_in^T)^2) - o i ]
+             - i log abs det S_out - o log abs det S_in
 
-    with P the inverse of a prior root, S = P R for the posterior's root R, and |.| the Frobenius norm.
+    with P the inverse of a prior root, S = P R for the posterior's root R, and squares entry by entry.
 
     Args:
         mean: M, `(o, i)`.

@@ -14,10 +14,11 @@ from recipes.data.segmentation_sets import SETS, load_scenes
 from recipes.data.slices import load_slice, sliced
 from recipes.data.split import NAMES, Split, load_split
 from recipes.data.tables import UCI, load_table
+from recipes.data.task_sequence import Joined
 from zoo.networks.segmentation import labels_pixels
 
 MOST_PIXELS = 2**19  # of a test split with a label for each pixel, whose predictions are held in memory
-InMemory = Split | Points
+InMemory = Split | Points | Joined
 
 
 def read_slice(name: str, card: bl.Card) -> InMemory:
