@@ -12,8 +12,6 @@ from bayeslayers.distributions.matrix_gaussian import marginal_precision, streng
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.sampling import Site, sites_of
 
-_warned: set[tuple[str, ...]] = set()  # deterministic parameters that a warning has named
-
 
 @torch.no_grad()
 def posterior_to_prior(model: nn.Module, strength: float = 1.0) -> None:
@@ -42,7 +40,7 @@ def posterior_to_prior(model: nn.Module, strength: float = 1.0) -> None:
         strength: How often the evidence of the last task counts, > 0.
 
     Warns:
-        UserWarning: Once, if the model has parameters without a posterior, which get no prior and may forget.
+        UserWarning: If the model has parameters without a posterior, which get no prior and may forget.
 
     Raises:
         ValueError: If no layer is Bayesian, or the strength is not > 0.
@@ -105,11 +103,10 @@ def _set_prior_roots(layer: BayesianLayer, sites: list[Site], roots: tuple[Tenso
 
 
 def _warn_of_deterministic(model: nn.Module, sites: list[Site]) -> None:
-    """Warn of parameters in training that get no prior, once for each model's names."""
+    """Warn of parameters in training that get no prior."""
     uncertain = {site.mean for site in sites}
     names = tuple(name for name, p in model.named_parameters() if p.requires_grad and p not in uncertain)
-    if names and names not in _warned:
-        _warned.add(names)
+    if names:
         some = ", ".join(f"'{name}'" for name in names[:3]) + (", ..." if len(names) > 3 else "")
         warnings.warn(
             f"{len(names)} parameters have no posterior and so get no prior ({some}): they may forget earlier tasks. "

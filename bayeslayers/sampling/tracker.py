@@ -161,6 +161,7 @@ class Tracker:
         """
         leaves = {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
         self._switches.gradients, self._switches.curvature = False, True
+        self._watch.close_call()  # the model has returned: what checkpointing runs again is in no call
         self._watch.captured = {}
         try:
             grads = torch.autograd.grad(

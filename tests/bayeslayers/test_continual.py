@@ -87,7 +87,6 @@ def test_deterministic_parameters_are_named_in_one_warning():
         bl.posterior_to_prior(net)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        bl.posterior_to_prior(net)
         bl.posterior_to_prior(network())
 
 

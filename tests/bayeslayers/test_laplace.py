@@ -213,7 +213,8 @@ def test_the_network_given_stays_as_it_is():
 
 def test_a_bayesian_network_keeps_its_layers_and_its_prior():
     net, _ = bl.to_bayesian(network("mlp"), include=bl.last_layer)
-    bl.posterior_to_prior(net)
+    with pytest.warns(UserWarning, match="2 parameters have no posterior and so get no prior"):
+        bl.posterior_to_prior(net)
     with bl.sampled(net):
         posterior, fit = fitted_by(net, (images(), labels()), prior_precision=None)
     expected = squares(network("mlp"), images(), labels(), bl.Categorical().loss)

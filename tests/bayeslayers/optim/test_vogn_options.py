@@ -422,7 +422,7 @@ def test_sync_needs_a_process_group_and_no_scaler(tmp_path):
             optimizer.step()
             states.append(net.state_dict())
         assert_close(states[1], states[0])
-        with pytest.raises(FloatingPointError, match=r"the gradient of '0\.weight' must be finite"):
+        with pytest.raises(FloatingPointError, match="the loss must be finite, got nan"):
             optimizer.step(lambda: (F.cross_entropy(net(x), y) * math.nan).backward() or math.nan)
         scaler = torch.amp.GradScaler("cpu")
         with optimizer.sampled():

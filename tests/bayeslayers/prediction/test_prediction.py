@@ -245,7 +245,7 @@ def test_log_prob_is_that_of_the_mixture_of_all_samples(samples, shape):
     ("x", "target", "likelihood", "error"),
     [
         (torch.zeros(3, 1), torch.zeros(3), bl.Categorical(), "got one for a categorical likelihood"),
-        ([torch.zeros(3, 1)], torch.zeros(3, 1), bl.Gaussian(1.0), "got one for list"),
+        ([torch.zeros(3, 1)], torch.zeros(3, 1), bl.Gaussian(1.0), "got one for an iterable of batches"),
         (torch.zeros(3, 1), torch.zeros(2, 1), bl.Gaussian(1.0), "a row for each of the 3 examples, got 2"),
     ],
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -92,4 +90,4 @@ def test_a_stored_half_that_is_not_positive_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must be > 0"):
         bl.save_posterior(net, tmp_path / "half", half=True)
         bl.load_posterior(tmp_path / "half", bl.BayesLinear(2, 2))
-    assert math.isfinite(float(net.weight.sum()))
+    assert net.weight_precision.min() > 0  # the network's own stay
