@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     import bayeslayers as bl
     import zoo
-    from recipes.cli.predict_scenes import predict_scenes
+    from recipes.tasks.predict_scenes import predict_scenes
     from recipes.training.devices import device_named
     from zoo.networks.segmentation import labels_pixels
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = zoo.load(arguments.posterior).to(device)
     card = zoo.card_of(model)
     if card.likelihood == "gaussian" and len(card.input_size) == 1:
-        from recipes.cli.predict_table import predict_rows
+        from recipes.tasks.predict_table import predict_rows
 
         return predict_rows(model, paths, arguments)
     convert = zoo.transforms(model)

@@ -1,7 +1,7 @@
 """Continual learning: a list of tasks, of which each one's posterior is the prior of the next.
 
 The epochs of a run are shared out equally among its tasks. At the first step of a task the posterior becomes the prior
-(`bl.posterior_to_prior`) and an optimiser is made anew; no example of an earlier task is seen again.
+(`bl.posterior_to_prior`) and an optimiser is made again; no example of an earlier task is seen again.
 """
 
 from __future__ import annotations

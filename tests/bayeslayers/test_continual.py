@@ -254,12 +254,12 @@ def test_a_new_optimiser_keeps_a_prior_that_is_an_earlier_posterior(method):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "vogn, no lr"])  # whose lr is a new one's own
 def test_an_optimiser_that_goes_on_has_no_momentum_of_the_task_before(method):
-    def second_task(anew):
+    def second_task(again):
         net = network()
         optimizer = METHODS[method](net)
         train(optimizer, net, steps=4)
         bl.posterior_to_prior(net)
-        if anew:
+        if again:
             hessians = [group.get("hess_init") for group in optimizer.param_groups]
             optimizer = METHODS[method](net)
             for group, hessian in zip(optimizer.param_groups, hessians, strict=True):
@@ -267,7 +267,7 @@ def test_an_optimiser_that_goes_on_has_no_momentum_of_the_task_before(method):
         train_with_noise(optimizer, net)
         return dict(net.state_dict())
 
-    assert_close(second_task(anew=False), second_task(anew=True), **EXACT)
+    assert_close(second_task(again=False), second_task(again=True), **EXACT)
 
 
 def train_with_noise(optimizer, net):

@@ -240,7 +240,7 @@ def test_hostile_command_lines_run_nothing(watched, capsys, tmp_path, folders, m
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "60")
-    reports = "demo.demo verify.verify verify.record verify.load_split benchmark.benchmark_step"
+    reports = "demo.demo verify.verify verify.record verify_data.load_split benchmark.benchmark_step"
     reports += " benchmark.benchmark_load benchmark.benchmark_predict"
     work = ["bayeslayers.predict", "zoo.loading.download", "recipes.tasks.task.Task.train"]
     work += ["recipes.tasks.images.load_split", *(f"recipes.reports.{name}" for name in reports.split())]

@@ -281,7 +281,7 @@ def test_predict_writes_a_mask_of_the_pictures_size_and_a_panel(whole, root, tmp
 
 
 def test_predict_bounds_the_memory_of_a_large_picture(whole, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("recipes.cli.predict_scenes._MOST_PIXELS", 500)
+    monkeypatch.setattr("recipes.tasks.predict_scenes._MOST_PIXELS", 500)
     Image.new("RGB", (90, 40)).save(tmp_path / "large.png")
     words = ["predict", str(whole[0] / "posterior"), str(tmp_path / "large.png"), "--output", str(tmp_path), "--json"]
     asked = []
