@@ -72,7 +72,7 @@ class Regression(PosteriorTask):
     logged = ("rmse", "nll", "mixture_nll", "crps", "coverage_0.9")
     score = "variance"
     config: Config
-    parts: Splits
+    scaled: Splits
 
     def check(self) -> None:
         super().check()
@@ -88,16 +88,16 @@ class Regression(PosteriorTask):
         config = self.config
         name, number = without_split(config.data)
         table = load_table(name, config.data_root, config.target)
-        self.parts = parts(config, table, number)
+        self.scaled = parts(config, table, number)
         noise = {} if config.variance is None else {"noise": "known"}
         model = make_model(
-            dataclasses.replace(config, model=config.model | noise | scales(cast(Points, self.parts.train), table))
+            dataclasses.replace(config, model=config.model | noise | scales(cast(Points, self.scaled.train), table))
         )
         likelihood = Gaussian(config.variance)
         return describe(model, dataclasses.replace(zoo.card_of(model), **likelihood_fields(likelihood)))
 
     def read_splits(self) -> Splits:
-        return self.parts
+        return self.scaled
 
     @property
     def steps_per_epoch(self) -> int:
