@@ -26,6 +26,7 @@ from bayeslayers.display import printable
 from bayeslayers.distributed import World, agree, start, telling_failures
 from bayeslayers.plots import training_curves
 from bayeslayers.storage.training_state import load_checkpoint
+from recipes.training.devices import device_named
 from recipes.training.interruption import interruption
 from recipes.training.launch import decided_by_leader, restore_rank_state, stopping_by
 from recipes.training.learner import Learner
@@ -193,7 +194,10 @@ class Task(ABC):
         if not self.distributed:
             refuse_many_processes()
             return self._train(resume, command)
-        with start(getattr(self.config, "device", None)) as self.world, telling_failures():
+        device = getattr(self.config, "device", None)
+        if device is not None:
+            device_named(device)
+        with start(device) as self.world, telling_failures():
             if self.world.size == 1:
                 refuse_many_processes()  # of a launcher that has not said which one this is
             return self._train(resume or self.world.restarts > 0, command)
