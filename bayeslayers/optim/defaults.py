@@ -2,10 +2,10 @@
 
 With N examples at temperature T, ess = N / T:
 
-    P = max(ess, 250 fan_in)                    precision of the posterior at the start
+    P = max(ess, 250 fan_in)                    precision of the posterior at the start (IVON: w times as much)
     prior_precision = ess / 1000                a weight decay of 1e-3 (VOGN; IVON has its own, 1e-4)
-    lr = 0.5 w P / ess                          an entry of the mean moves by 0.5 w gradients (IVON: 0.3) ...
-    clip_radius = 0.003 w^-1.4 / lr             ... and by 0.003 w^-1.4 at most (IVON: by 0.003)
+    lr = 0.5 w P / ess                          an entry of the mean moves by 0.5 w gradients (IVON: 0.3 w) ...
+    clip_radius = 0.003 w^-1.4 / lr             ... and by 0.003 w^-1.4 at most
     w = max(1, fan_in / 700)                    how wide the network is
 
 P is one value for all layers, with `fan_in` the mean over their weights. Noise of variance 1/P on the weights of a
@@ -16,8 +16,10 @@ fixed point, and its posterior is narrower than that of a long one.
 
 The bound on the step makes it that of Adam's size where gradients are large, whatever the scale of the
 loss, and keeps the step small as the precision leaves its start. What a unit sums moves by at most fan_in times
-the bound, so VOGN's bound falls with the width; gradients of wide networks are smaller, so its factor rises.
-Both were chosen on a ResNet-18, whose w is 5. The prior weighs prior_precision T / N against the data: with 50,
+the bound, so the bound falls with the width; gradients of wide networks are smaller, so the factor rises. VOGN's
+precisions rise with the squared gradients from the first step on. IVON's Hessians are too noisy for that, so that the
+noise of a wide network stays what it was at the start, and must start smaller. All three were chosen on a
+ResNet-18, whose w is 5. The prior weighs prior_precision T / N against the data: with 50,
 what layers are built with, 450 examples do not move the weights far from 0.
 """
 
@@ -58,17 +60,25 @@ def start_precision(parameters: Iterable[Tensor], ess: float) -> float:
     return max(ess, START * mean_fan_in(parameters))
 
 
-def step_size(parameters: Iterable[Tensor]) -> tuple[float, float]:
-    """Return by how many gradients an entry of VOGN's mean moves in a step, and by how much at most."""
-    width = max(1.0, mean_fan_in(parameters) / WIDE)
-    return LR * width, LARGEST_MOVE / width**1.4
+def width_of(parameters: Iterable[Tensor]) -> float:
+    """Return how wide a network is, w >= 1."""
+    return max(1.0, mean_fan_in(parameters) / WIDE)
 
 
-def start_hessian(model: nn.Module, dataset_size: int, temperature: float) -> float:
-    """Return P / ess, of all parameters that require a gradient; 1 for what is not a network, which others refuse."""
+def step_size(width: float, factor: float = LR) -> tuple[float, float]:
+    """Return by how many gradients an entry of the mean moves in a step, and by how much at most."""
+    return factor * width, LARGEST_MOVE / width**1.4
+
+
+def trained_parameters(model: object) -> list[Tensor]:
+    """Return all parameters that require a gradient; none of what is not a network, which others refuse."""
+    return [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+
+
+def start_hessian(parameters: Sequence[Tensor], dataset_size: int, temperature: float) -> float:
+    """Return P / ess for IVON."""
     ess = size("dataset_size", dataset_size) / positive("temperature", temperature)
-    parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    return start_precision([p for p in parameters if p.requires_grad], ess) / ess
+    return width_of(parameters) * start_precision(parameters, ess) / ess
 
 
 def fill_untrained(sites: Sequence[Site], ess: float, *, prior: bool, precision: bool) -> float:

@@ -17,7 +17,14 @@ from bayeslayers.layers import attach_posterior
 from bayeslayers.optim.adam import momentum_average
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
-from bayeslayers.optim.defaults import LARGEST_MOVE, prior_hessian, start_hessian, with_plain_steps
+from bayeslayers.optim.defaults import (
+    prior_hessian,
+    start_hessian,
+    step_size,
+    trained_parameters,
+    width_of,
+    with_plain_steps,
+)
 from bayeslayers.optim.groups import listed
 from bayeslayers.optim.guard import natural_reach
 from bayeslayers.optim.options import Options
@@ -132,12 +139,14 @@ class IVON(VariationalOptimizer):
         self.estimator: Estimator = estimator
         self.rescale_lr, self.keep_posterior = rescale_lr, keep_posterior
         self._loss_power = 1 if estimator == "price" else 2
+        trained = trained_parameters(model) if chooses else []
         if hess_init is None:
-            hess_init = start_hessian(model, dataset_size, temperature) if chooses else 1.0
+            hess_init = start_hessian(trained, dataset_size, temperature) if chooses else 1.0
+        factor, largest = step_size(width_of(trained), LR)
         if lr is None:  # of a step that is multiplied by the factor of `rescale_lr`, or not
-            lr = LR * (1.0 if rescale_lr else hess_init + weight_decay)
+            lr = factor * (1.0 if rescale_lr else hess_init + weight_decay)
         if clip_radius is None:
-            clip_radius = LARGEST_MOVE / (LR * (hess_init + weight_decay)) if chooses else math.inf
+            clip_radius = largest / (factor * (hess_init + weight_decay)) if chooses else math.inf
         self._sites = {}
         self._new: set[nn.Parameter] = set()  # whose precision and prior no group has set yet
         chosen = {

@@ -18,6 +18,7 @@ from bayeslayers.optim.defaults import (
     fill_untrained,
     step_size,
     warn_of_prior,
+    width_of,
     with_plain_steps,
 )
 from bayeslayers.optim.gauss_newton import RULES, GaussNewton
@@ -155,7 +156,7 @@ class VOGN(GaussNewton):
 
     def _scale_steps(self, hessian: float, plain: set[nn.Parameter], clip_radius: float | None) -> None:
         """Choose `lr` and the bound on the step, from the precision over ess, where neither was given."""
-        factor, largest = step_size(site.mean for site in self._sites.values())
+        factor, largest = step_size(width_of(site.mean for site in self._sites.values()))
         for group in [*self.param_groups, self.defaults]:
             if group.get("kind") == "deterministic" or plain.intersection(group.get("params", ())):
                 continue
