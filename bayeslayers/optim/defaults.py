@@ -70,15 +70,18 @@ def step_size(width: float, factor: float = LR) -> tuple[float, float]:
     return factor * width, LARGEST_MOVE / width**1.4
 
 
-def trained_parameters(model: object) -> list[Tensor]:
-    """Return all parameters that require a gradient; none of what is not a network, which others refuse."""
-    return [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
-
-
-def start_hessian(parameters: Sequence[Tensor], dataset_size: int, temperature: float) -> float:
-    """Return P / ess for IVON."""
-    ess = size("dataset_size", dataset_size) / positive("temperature", temperature)
-    return width_of(parameters) * start_precision(parameters, ess) / ess
+def chosen_for_ivon(
+    model: object, dataset_size: int, temperature: float, hess_init: float | None, weight_decay: float, factor: float
+) -> tuple[float, float, float]:
+    """Return `hess_init`, by how many gradients a weight moves, and the bound on the step; a given `hess_init` stays."""
+    # What is not a network has no parameters here, and is refused later.
+    trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+    width = width_of(trained)
+    if hess_init is None:
+        ess = size("dataset_size", dataset_size) / positive("temperature", temperature)
+        hess_init = width * start_precision(trained, ess) / ess
+    moves, largest = step_size(width, factor)
+    return hess_init, moves, largest / (moves * (hess_init + weight_decay))
 
 
 def fill_untrained(sites: Sequence[Site], ess: float, *, prior: bool, precision: bool) -> float:

@@ -17,14 +17,7 @@ from bayeslayers.layers import attach_posterior
 from bayeslayers.optim.adam import momentum_average
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
-from bayeslayers.optim.defaults import (
-    prior_hessian,
-    start_hessian,
-    step_size,
-    trained_parameters,
-    width_of,
-    with_plain_steps,
-)
+from bayeslayers.optim.defaults import chosen_for_ivon, prior_hessian, with_plain_steps
 from bayeslayers.optim.groups import listed
 from bayeslayers.optim.guard import natural_reach
 from bayeslayers.optim.options import Options
@@ -139,21 +132,17 @@ class IVON(VariationalOptimizer):
         self.estimator: Estimator = estimator
         self.rescale_lr, self.keep_posterior = rescale_lr, keep_posterior
         self._loss_power = 1 if estimator == "price" else 2
-        trained = trained_parameters(model) if chooses else []
-        if hess_init is None:
-            hess_init = start_hessian(trained, dataset_size, temperature) if chooses else 1.0
-        factor, largest = step_size(width_of(trained), LR)
-        if lr is None:  # of a step that is multiplied by the factor of `rescale_lr`, or not
-            lr = factor * (1.0 if rescale_lr else hess_init + weight_decay)
-        if clip_radius is None:
-            clip_radius = largest / (factor * (hess_init + weight_decay)) if chooses else math.inf
+        bound = math.inf
+        if lr is None:
+            hess_init, moves, bound = chosen_for_ivon(model, dataset_size, temperature, hess_init, weight_decay, LR)
+            lr = moves * (1.0 if rescale_lr else hess_init + weight_decay)  # `rescale_lr` multiplies the step by that
         self._sites = {}
         self._new: set[nn.Parameter] = set()  # whose precision and prior no group has set yet
         chosen = {
             "lr": lr,
             "beta2": beta2 if beta2 is not None else BETA2 if chooses else 0.99999,
-            "hess_init": hess_init,
-            "clip_radius": clip_radius,
+            "hess_init": 1.0 if hess_init is None else hess_init,
+            "clip_radius": bound if clip_radius is None else clip_radius,
         }
         options = Options.among(arguments, groups=with_plain_steps(groups or ()) if chooses else groups)
         super().__init__(model, dataset_size, _RULES, arguments | chosen, options)

@@ -53,6 +53,13 @@ def test_vogn_takes_smaller_and_bolder_steps_in_wide_networks():
     assert group["lr"] * group["clip_radius"] == pytest.approx(3e-3 / 3**1.4)
 
 
+def test_ivon_takes_smaller_and_bolder_steps_with_less_noise_in_wide_networks():
+    (group,) = bl.IVON(nn.Linear(2100, 2, bias=False), dataset_size=100).param_groups
+    assert group["hess_init"] == pytest.approx(3 * 2100 * 250 / 100) and group["lr"] == pytest.approx(0.3 * 3)
+    scale = group["lr"] * (group["hess_init"] + group["weight_decay"])
+    assert scale * group["clip_radius"] == pytest.approx(3e-3 / 3**1.4)
+
+
 @pytest.mark.parametrize("size", [60, 100_000])
 def test_ivon_chooses_from_dataset_size_and_fan_in(size):
     net = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 3))
