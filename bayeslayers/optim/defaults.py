@@ -73,7 +73,7 @@ def step_size(width: float, factor: float = LR) -> tuple[float, float]:
 def chosen_for_ivon(
     model: object, dataset_size: int, temperature: float, hess_init: float | None, weight_decay: float, factor: float
 ) -> tuple[float, float, float]:
-    """Return `hess_init`, by how many gradients a weight moves, and the bound on the step; a given `hess_init` stays."""
+    """Return `hess_init`, unless given, by how many gradients a weight moves in a step, and the bound on the step."""
     # What is not a network has no parameters here, and is refused later.
     trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
     width = width_of(trained)
