@@ -15,7 +15,7 @@ from bayeslayers.convert.in_place import unchanged_on_error
 from bayeslayers.convert.other_libraries import bayesian_class_of
 from bayeslayers.convert.readers import readers_of, turn_off_fast_paths
 from bayeslayers.convert.report import ConversionReport, Status, entry_of
-from bayeslayers.convert.reroute import bayesian_subclass, obstacle
+from bayeslayers.convert.reroute import ReroutedLayer, bayesian_subclass, obstacle
 from bayeslayers.convert.selection import Selectors, select
 from bayeslayers.curvature.rule import rule_of
 from bayeslayers.layers import (
@@ -47,10 +47,17 @@ _RULES: dict[type[nn.Module], type[BayesianLayer]] = {
     layers.FilterResponseNorm2d: layers.BayesFilterResponseNorm2d,
     nn.Embedding: layers.BayesEmbedding,
     nn.Bilinear: layers.BayesBilinear,
+    nn.MultiheadAttention: layers.BayesMultiheadAttention,
+    nn.RNN: layers.BayesRNN,
+    nn.LSTM: layers.BayesLSTM,
+    nn.GRU: layers.BayesGRU,
+    nn.RNNCell: layers.BayesRNNCell,
+    nn.LSTMCell: layers.BayesLSTMCell,
+    nn.GRUCell: layers.BayesGRUCell,
 }
 
-# Modules that compute with their parameters in one fused op, for which there is no curvature rule.
-_FUSED = (nn.MultiheadAttention, nn.RNNBase)
+# Modules of several ops: another forward does something else with their tensors.
+_OF_SEVERAL_OPS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 
 
 def register_rule(ordinary: type[nn.Module], bayesian: type[BayesianLayer]) -> None:
@@ -173,6 +180,8 @@ def to_deterministic(net: Network) -> Network:
             if key.endswith(POSTERIOR_SUFFIXES) or key in (*ROOTS, *PRIOR_ROOTS):
                 delattr(layer, key)
         layer.__class__ = kind
+        if isinstance(layer, nn.RNNBase):
+            layer._init_flat_weights()  # a list that the Bayesian layer does not keep
     return counterpart
 
 
@@ -239,6 +248,8 @@ def _reasons_against(net: nn.Module, include: Selectors | None, exclude: Selecto
             reasons[module] = "its layer has a tensor in common with another"
         elif reason := _obstacle(module):
             reasons[module] = reason
+        if module in reasons and isinstance(module, nn.MultiheadAttention):
+            readers[module.out_proj] = type(module).__name__  # whose weight it reads unless it is Bayesian
     return reasons
 
 
@@ -251,14 +262,14 @@ def _obstacle(module: nn.Module) -> str | None:
     kind = type(module).__name__
     own = {key for key, _ in module.named_parameters(recurse=False)}
     bayesian = _bayesian_class(type(module))
-    if isinstance(module, _FUSED):
-        return f"{kind} computes with it in a fused op, for which there is no curvature rule"
     if bayesian is None:
         return f"a parameter of {kind} itself, for which there is no Bayesian layer"
-    for name in bayesian.rule.tensors:
+    if isinstance(module, _OF_SEVERAL_OPS) and issubclass(bayesian, ReroutedLayer):
+        return f"the forward of {kind} is its own, for which there is no curvature rule"
+    for name in bayesian.covered(module):
         if name not in module._parameters and getattr(module, name, None) is not None:
             return f"the {name} of this {kind} is computed from other tensors"
-    if extra := own - set(bayesian.rule.tensors):
+    if extra := own - set(bayesian.covered(module)):
         return f"this {kind} has a parameter '{min(extra)}' too, for which there is no curvature rule"
     if "forward" in vars(module):
         return f"the forward of this {kind} was replaced"
@@ -296,5 +307,8 @@ def _report(net: nn.Module, reasons: dict[nn.Module, str]) -> ConversionReport:
             notes.append("was Bayesian before")
         if status == "converted" and len(paths[module]) > 1:
             notes.append(f"one layer in several places: {', '.join(paths[module])}")
+        bayesian: Any = type(module) if isinstance(module, BayesianLayer) else _bayesian_class(type(module))
+        if status == "converted" and "" not in bayesian.ops(module):
+            notes.append("diagonal under K-FAC")
         entries.append(entry_of(name, parameter, status, notes))
     return ConversionReport(tuple(entries))

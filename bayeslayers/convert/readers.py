@@ -21,6 +21,9 @@ _FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
 
+# An attention that becomes Bayesian calls its output projection; the conversion sees to those that stay.
+_CALL_THEIR_LAYERS = (*_FAST_PATHS, nn.MultiheadAttention)
+
 _METADATA = ("dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad")
 
 
@@ -33,7 +36,7 @@ def readers_of(net: nn.Module) -> dict[nn.Module, str]:
     """
     readers = {}
     for parent in net.modules():
-        if any(isinstance(parent, kind) and type(parent).forward is kind.forward for kind in _FAST_PATHS):
+        if any(isinstance(parent, kind) and type(parent).forward is kind.forward for kind in _CALL_THEIR_LAYERS):
             continue
         for name, key in _children_read(type(parent)):
             if (child := parent._modules.get(name)) is not None and key in child._parameters:

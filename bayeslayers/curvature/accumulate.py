@@ -76,6 +76,7 @@ class Leaves(NamedTuple):
         passes: What a pass fills; None for everything.
         name: Name of the module.
         watch: State of the tracker, a `Watch`, which adds up the uses of a module that runs several times.
+        ops: The leaves of each op of a module with several, by the op's name; those above are then of the first.
     """
 
     tensors: Mapping[str, Tensor]
@@ -85,6 +86,7 @@ class Leaves(NamedTuple):
     passes: Passes | None = None
     name: str = ""
     watch: Any = None
+    ops: Any = None
 
 
 def chunks(examples: int, elements: int, like: Tensor) -> Iterator[slice]:

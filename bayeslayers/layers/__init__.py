@@ -4,6 +4,7 @@ A plain call uses the means. Inside `sampled(model)` it uses the weights drawn f
 inside `tracked(model)` the backward pass also sums squared per-example gradients.
 """
 
+from bayeslayers.layers.attention import BayesMultiheadAttention
 from bayeslayers.layers.base import (
     DEFAULT_INIT_PRECISION,
     DEFAULT_PRIOR_PRECISION,
@@ -14,6 +15,7 @@ from bayeslayers.layers.base import (
     attach_posterior,
 )
 from bayeslayers.layers.bilinear import BayesBilinear
+from bayeslayers.layers.cells import BayesGRUCell, BayesLSTMCell, BayesRNNCell
 from bayeslayers.layers.linear import (
     BayesConv1d,
     BayesConv2d,
@@ -34,6 +36,7 @@ from bayeslayers.layers.norms import (
     BayesLayerNorm,
     FilterResponseNorm2d,
 )
+from bayeslayers.layers.recurrent import BayesGRU, BayesLSTM, BayesRNN
 from bayeslayers.layers.transposed import BayesTransposedLinear
 
 __all__ = [
@@ -49,9 +52,16 @@ __all__ = [
     "BayesConvTranspose3d",
     "BayesEmbedding",
     "BayesFilterResponseNorm2d",
+    "BayesGRU",
+    "BayesGRUCell",
     "BayesGroupNorm",
+    "BayesLSTM",
+    "BayesLSTMCell",
     "BayesLayerNorm",
     "BayesLinear",
+    "BayesMultiheadAttention",
+    "BayesRNN",
+    "BayesRNNCell",
     "BayesTransposedLinear",
     "BayesianLayer",
     "DEFAULT_INIT_PRECISION",

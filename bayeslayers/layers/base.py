@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ POSTERIOR_SUFFIXES = ("_precision", "_prior_mean", "_prior_precision")
 ROOTS = ("weight_input_root", "weight_output_root")
 PRIOR_ROOTS = ("weight_prior_input_root", "weight_prior_output_root")
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
+
+Ops: TypeAlias = Mapping[str, tuple[CurvatureRule, Sequence[str]]]
 
 
 def attach_posterior(
@@ -72,7 +74,7 @@ class BayesianLayer(nn.Module):
     Other arguments are those of the torch.nn layer.
     """
 
-    rule: ClassVar[CurvatureRule]  # of the layer's op, whose tensors are the layer's parameters
+    rule: ClassVar[CurvatureRule]  # of the layer's op, whose tensors are the layer's parameters; see `ops` for several
     prior_means: ClassVar[Mapping[str, float]] = {}
 
     def __init__(
@@ -87,6 +89,28 @@ class BayesianLayer(nn.Module):
         positive("prior_precision", prior_precision)
         positive("init_precision", init_precision)
         self.attach_posterior(prior_precision, init_precision)
+
+    @classmethod
+    def ops(cls, layer: nn.Module) -> Ops:
+        """Return the rule of each op of a layer, and the parameters that it takes in the order of the rule's tensors.
+
+        A layer of one op, which is named "", computes by `compute`. One of several ops computes by `run` of each, at
+        most once under each name in one forward. Ops may have parameters in common if the entries differ that get a
+        gradient from each.
+
+        Args:
+            layer: A layer of this class, or an ordinary one that may become one.
+        """
+        return {"": (cls.rule, cls.rule.tensors)}
+
+    @classmethod
+    def covered(cls, layer: nn.Module) -> list[str]:
+        """Return the names of the parameters of a layer, of this class or ordinary, for which there are rules.
+
+        Args:
+            layer: The layer.
+        """
+        return list(dict.fromkeys(name for _, names in cls.ops(layer).values() for name in names if name))
 
     def attach_posterior(self, prior_precision: float, init_precision: float) -> None:
         """Give each parameter that has none its precision and prior, as new buffers."""
@@ -130,6 +154,25 @@ class BayesianLayer(nn.Module):
         tracks = torch.is_grad_enabled() or scope.observes
         return tensors, scope.leaves.get(self) if tracks else None, scope.perturbations.get(self)
 
+    @property
+    def tracking(self) -> Leaves | None:
+        """Where a forward puts the layer's curvature, None where none is tracked or no gradient flows."""
+        scope = scope_for(self)
+        return scope.leaves.get(self) if torch.is_grad_enabled() or scope.observes else None
+
+    def run(self, op: str, *inputs: Tensor, settings: Any = ()) -> Tensor:
+        """Return the output of one of the layer's ops.
+
+        Args:
+            op: Its name, as in `ops`.
+            *inputs: Its inputs, with the examples in dimension 0.
+            settings: What the op's rule takes besides.
+        """
+        rule, names = self.ops(self)[op]
+        tensors = tuple([self.value(name) if name in self._parameters else None for name in names])
+        leaves = self.tracking
+        return rule(inputs, tensors, None if leaves is None else leaves.ops[op], settings)
+
     def compute(self, *inputs: Tensor, settings: Any = ()) -> Tensor:
         """Return the output of the layer's rule, which is all that most layers' forward has to do.
 
@@ -152,8 +195,11 @@ class BayesianLayer(nn.Module):
         return self
 
     def factor_sizes(self) -> tuple[int, int] | None:
-        """Return the sizes (i, o) of the Kronecker factors of the weight's curvature, None if it has no such form."""
-        return self.rule.factor_sizes(self)
+        """Return the sizes (i, o) of the Kronecker factors of the weight's curvature, None if it has no such form.
+
+        A layer of several ops has none: its curvature is diagonal everywhere.
+        """
+        return self.rule.factor_sizes(self) if "" in self.ops(self) else None
 
     def root_shapes(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """Return the shapes that the roots of a matrix-variate posterior may have, those with the bias first."""

@@ -48,10 +48,10 @@ def layers_with_curvature(sites: Iterable[Site]) -> dict[str, BayesianLayer]:
                 f"parameter '{site.name}' must belong to one Bayesian layer, which has a curvature rule, got {found}. "
                 "Use IVON."
             )
-        if site.key not in site.module.rule.tensors:
+        if site.key not in (covered := site.module.covered(site.module)):
             raise ValueError(
                 f"parameter '{site.name}' must be covered by its layer's curvature rule, got a "
-                f"{type(site.module).__name__}, whose rule covers {', '.join(site.module.rule.tensors)}. Use IVON."
+                f"{type(site.module).__name__}, whose rule covers {', '.join(covered)}. Use IVON."
             )
         layers[site.name.rpartition(".")[0]] = site.module
     return layers
@@ -178,16 +178,29 @@ class Tracker:
 
     def _leaves_of(self, name: str, layer: BayesianLayer) -> Leaves:
         """Return the leaves of one layer; its frozen parameters have none."""
-        if name not in self._tallies:
-            tally = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-            tally.register_hook(partial(self._check, name or type(layer).__name__))
-            self._tallies[name] = tally
-        prefix, tally = f"{name}." if name else "", self._tallies[name]
+        prefix = f"{name}." if name else ""
         if self._kronecker and (factors := self._factors_of(prefix, layer)) is not None:
+            tally = self._tally(name, name or type(layer).__name__)
             return Leaves(factors, tally, "factors", passes=self._switches, name=name, watch=self._watch)
-        squares = {key: self._leaf(prefix + key, layer._parameters.get(key)) for key in layer.rule.tensors}
-        found = {key: leaf for key, leaf in squares.items() if leaf is not None}
-        return Leaves(found, tally, part=self._part, name=name, watch=self._watch)
+        ops = {}
+        for op, (rule, names) in layer.ops(layer).items():
+            own = prefix + op if op else name
+            squares = {
+                key: self._leaf(prefix + parameter, layer._parameters.get(parameter))
+                for key, parameter in zip(rule.tensors, names, strict=True)
+            }
+            found = {key: leaf for key, leaf in squares.items() if leaf is not None}
+            tally = self._tally(own, own or type(layer).__name__)
+            ops[op] = Leaves(found, tally, part=self._part, name=own, watch=self._watch)
+        return next(iter(ops.values()))._replace(ops=ops)
+
+    def _tally(self, key: str, name: str) -> Tensor:
+        """Return the leaf that counts the examples and uses of an op, checked under a name."""
+        if key not in self._tallies:
+            tally = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+            tally.register_hook(partial(self._check, name))
+            self._tallies[key] = tally
+        return self._tallies[key]
 
     def _factors_of(self, prefix: str, layer: BayesianLayer) -> dict[str, Tensor] | None:
         """Return the leaves of a layer's Kronecker factors, None if it has none or its matrix is frozen."""

@@ -432,7 +432,7 @@ def test_bad_argument_is_refused_by_name_and_value(name, value):
 
 def test_model_without_a_layer_that_can_become_bayesian_is_refused():
     with pytest.raises(ValueError, match="must have a layer that can become Bayesian, got none"):
-        bl.VOGN(nn.Sequential(nn.LSTM(2, 2)), dataset_size=10)
+        bl.VOGN(nn.Sequential(nn.EmbeddingBag(2, 2)), dataset_size=10)
 
 
 def test_weight_used_past_its_layer_is_refused_by_name():
