@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from bayeslayers import layers
 from bayeslayers.checks import network, positive
+from bayeslayers.convert.counterparts import COUNTERPARTS
 from bayeslayers.convert.in_place import unchanged_on_error
 from bayeslayers.convert.other_libraries import bayesian_class_of
 from bayeslayers.convert.readers import readers_of, turn_off_fast_paths
@@ -31,30 +31,7 @@ from bayeslayers.unwrap import unwrapped
 
 Network = TypeVar("Network", bound=nn.Module)
 
-_RULES: dict[type[nn.Module], type[BayesianLayer]] = {
-    nn.Linear: layers.BayesLinear,
-    nn.Conv1d: layers.BayesConv1d,
-    nn.Conv2d: layers.BayesConv2d,
-    nn.Conv3d: layers.BayesConv3d,
-    nn.ConvTranspose1d: layers.BayesConvTranspose1d,
-    nn.ConvTranspose2d: layers.BayesConvTranspose2d,
-    nn.ConvTranspose3d: layers.BayesConvTranspose3d,
-    nn.BatchNorm1d: layers.BayesBatchNorm1d,
-    nn.BatchNorm2d: layers.BayesBatchNorm2d,
-    nn.BatchNorm3d: layers.BayesBatchNorm3d,
-    nn.GroupNorm: layers.BayesGroupNorm,
-    nn.LayerNorm: layers.BayesLayerNorm,
-    layers.FilterResponseNorm2d: layers.BayesFilterResponseNorm2d,
-    nn.Embedding: layers.BayesEmbedding,
-    nn.Bilinear: layers.BayesBilinear,
-    nn.MultiheadAttention: layers.BayesMultiheadAttention,
-    nn.RNN: layers.BayesRNN,
-    nn.LSTM: layers.BayesLSTM,
-    nn.GRU: layers.BayesGRU,
-    nn.RNNCell: layers.BayesRNNCell,
-    nn.LSTMCell: layers.BayesLSTMCell,
-    nn.GRUCell: layers.BayesGRUCell,
-}
+_RULES = dict(COUNTERPARTS)
 
 # Modules of several ops: another forward does something else with their tensors.
 _OF_SEVERAL_OPS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
