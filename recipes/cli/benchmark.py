@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 
-from recipes.cli.options import add_data_root, add_json
+from recipes.cli.options import add_data_root, add_json, typed_path
 
 _TASKS = ["toy", "mnist", "energy"]
 
@@ -15,10 +15,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `benchmark`."""
     parser.add_argument(
         "what",
-        choices=["step", "load", "predict", "defaults"],
+        choices=["step", "load", "predict", "defaults", "convert"],
         help="step: a training step of VOGN beside one of Adam; load: a posterior loaded to predict one image, beside "
         "plain torch; predict: 32 samples beside one forward pass; defaults: what VOGN and IVON reach when only "
-        "dataset_size is given, beside Adam",
+        "dataset_size is given, beside Adam; convert: networks of other libraries, converted, trained by a step, "
+        "saved and loaded",
     )
     parser.add_argument("--rounds", type=int, default=100, help="interleaved runs of each (%(default)s)")
     _add_names(parser, "--optimizers", ["vogn"], "step: beside Adam, by their recipes' names (vogn)")
@@ -27,6 +28,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     tasks = f"defaults: of {' '.join(_TASKS)} (these), fashion resnet18 unet (minutes)"
     _add_names(parser, "--tasks", _TASKS, tasks)
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="defaults: runs of each (%(default)s)")
+    parser.add_argument("--only", metavar="PATTERN", help="convert: networks whose names fit, as 'timm:*' (all)")
+    text = "convert: file of results, which a further call goes on with (none)"
+    parser.add_argument("--file", type=typed_path, metavar="PATH", help=text)
+    parser.add_argument("--seconds", type=int, default=180, help="convert: limit of time for each (%(default)s)")
+    parser.add_argument("--gigabytes", type=float, default=6.0, help="convert: limit of memory (%(default)s)")
     add_data_root(parser, "defaults: folder of data (stand-ins are generated)")
     add_json(parser)
 
@@ -36,7 +42,9 @@ def _add_names(parser: argparse.ArgumentParser, option: str, default: list[str],
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure costs as ratios, or what the defaults reach, side by side in one process."""
+    """Measure costs as ratios, what the defaults reach, or which networks convert and train."""
+    if arguments.what == "convert":
+        return _convert(arguments)
     from recipes.reports.benchmark import benchmark_load, benchmark_predict, benchmark_step
 
     if arguments.what == "defaults":
@@ -54,4 +62,19 @@ def run(arguments: argparse.Namespace) -> int:
         from recipes.reports.tables import print_table
 
         print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    """Print the conversion table."""
+    from recipes.reports.benchmark_convert import HEAD, benchmark_convert, shown, totals
+
+    rows = benchmark_convert(arguments.only, arguments.file, arguments.seconds, arguments.gigabytes)
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        return 0
+    from recipes.reports.tables import print_table
+
+    print_table(HEAD, [shown(row) for row in rows])
+    print(totals(rows))
     return 0
