@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.checks import positive
-from bayeslayers.distributions.matrix_gaussian import marginal_precision, strengthened
-from bayeslayers.layers import BayesianLayer
+from bayeslayers.distributions.dense_gaussian import marginal_precision as dense_precision
+from bayeslayers.distributions.dense_gaussian import strengthened as dense_strengthened
+from bayeslayers.distributions.matrix_gaussian import marginal_precision, strengthened, without_scale
+from bayeslayers.layers import PRIOR_ROOTS, BayesianLayer
+from bayeslayers.layers.correlated import PRIOR_DENSE_ROOT
 from bayeslayers.sampling import Site, sites_of
 
 
@@ -25,8 +28,10 @@ def posterior_to_prior(model: nn.Module, strength: float = 1.0) -> None:
     precision, which knows no correlations, lets the weights forget less then. An entry whose precision is below its
     prior's is strengthened at most once, so that the precision stays positive.
 
-    A matrix-variate posterior (`NoisyKFAC`, `KFAC`) becomes a matrix-variate prior, which these methods use as such;
-    other methods use its precisions entry by entry. Prior means and precisions become tensors of the weights'
+    A matrix-variate posterior (`NoisyKFAC`, `KFAC`) becomes a matrix-variate prior, which these methods use as such,
+    and so does `laplace`, whose "kron" posterior is rounded to the nearest Kronecker product. A dense posterior
+    (`laplace(curvature="full")`) becomes a dense prior. Other methods use the precisions entry by entry.
+    Prior means and precisions become tensors of the weights'
     shape, saved with the posterior. An optimiser made for the next task keeps them, whatever its `prior_precision`,
     and one that goes on begins again without momentum.
 
@@ -59,12 +64,13 @@ def posterior_to_prior(model: nn.Module, strength: float = 1.0) -> None:
     for site in sites:
         by_module.setdefault(site.module, []).append(site)
     for module, own in by_module.items():
-        roots = _prior_roots(module, own, strength) if isinstance(module, BayesianLayer) else None
+        structure = _prior_structure(module, own, strength) if isinstance(module, BayesianLayer) else {}
         for site in own:
             setattr(module, f"{site.key}_prior_precision", _strengthened(site, strength))
             setattr(module, f"{site.key}_prior_mean", site.mean.detach().clone())
         if isinstance(module, BayesianLayer):
-            _set_prior_roots(module, own, roots)
+            module.set_prior_correlations(structure)
+            _set_precisions(module, own)
         module.__dict__["prior_version"] = getattr(module, "prior_version", 0) + 1  # optimisers begin again
 
 
@@ -75,25 +81,35 @@ def _strengthened(site: Site, strength: float) -> Tensor:
     return before + torch.where(gained > 0, strength, min(strength, 1.0)) * gained
 
 
-def _prior_roots(layer: BayesianLayer, sites: list[Site], strength: float) -> tuple[Tensor, Tensor] | None:
-    """Return the roots of a layer's next prior; None where the posterior is diagonal."""
+def _prior_structure(layer: BayesianLayer, sites: list[Site], strength: float) -> dict[str, Tensor]:
+    """Return the correlations of a layer's next prior; none where the posterior is diagonal."""
+    if (root := layer.dense_root) is not None:
+        if (before := layer.prior_dense_root) is None:
+            before = torch.cat([site.prior_precision.expand_as(site.mean).flatten() for site in sites]).rsqrt()
+        return {PRIOR_DENSE_ROOT: root.clone() if strength == 1.0 else dense_strengthened(root, before, strength)}
     if (roots := layer.roots) is None:
-        return None
-    if strength == 1.0:
-        return roots[0].clone(), roots[1].clone()
-    before = layer.prior_roots
-    if before is None or len(before[0]) != len(roots[0]):
-        precision = torch.cat([site.prior_precision.expand_as(site.mean).flatten() for site in sites]).mean()
-        before = torch.eye(len(roots[0])).to(roots[0]) * precision.rsqrt(), torch.eye(len(roots[1])).to(roots[1])
-    return strengthened(roots, before, strength)
+        return {}
+    roots = without_scale(*roots, layer.root_scale)
+    if strength != 1.0:
+        earlier = layer.prior_roots
+        if earlier is None or len(earlier[0]) != len(roots[0]):
+            precision = torch.cat([site.prior_precision.expand_as(site.mean).flatten() for site in sites]).mean()
+            earlier = (
+                torch.eye(len(roots[0])).to(roots[0]) * precision.rsqrt(),
+                torch.eye(len(roots[1])).to(roots[1]),
+            )
+        roots = strengthened(roots, earlier, strength)
+    return {name: root.clone() for name, root in zip(PRIOR_ROOTS, roots, strict=True)}
 
 
-def _set_prior_roots(layer: BayesianLayer, sites: list[Site], roots: tuple[Tensor, Tensor] | None) -> None:
-    """Give a layer a matrix-variate prior, with the precisions of its entries, or drop one where there is none."""
-    if roots is None:
-        layer.drop_prior_roots()
+def _set_precisions(layer: BayesianLayer, sites: list[Site]) -> None:
+    """Set the prior's precisions of entries that are correlated, as their correlations say."""
+    if (root := layer.prior_dense_root) is not None:
+        parts = dense_precision(root).split([site.mean.numel() for site in sites])
+        for site, part in zip(sites, parts, strict=True):
+            getattr(layer, f"{site.key}_prior_precision").copy_(part.view(site.mean.shape))
+    if (roots := layer.prior_roots) is None:
         return
-    layer.set_prior_roots(*roots)
     precisions = marginal_precision(*roots)
     columns = layer.get_parameter("weight").shape[1:].numel()
     for site in sites:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from bayeslayers.distributions import gaussian
 from bayeslayers.distributions.gaussian import in_double
-from bayeslayers.layers import PRIOR_ROOTS, ROOTS, BayesianLayer
+from bayeslayers.layers import STRUCTURE, BayesianLayer
 from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.method import DEFAULT_METHOD, method_of
 from bayeslayers.sampling import Site, posterior, sites_of
@@ -89,8 +89,8 @@ def _names(site: Site) -> tuple[str, ...]:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's tensors without the roots of matrix-variate Gaussians: their precisions are merged instead."""
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.endswith((*ROOTS, *PRIOR_ROOTS))}
+    """Return a model's tensors without the correlations of their Gaussians: their precisions are merged instead."""
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(STRUCTURE)}
 
 
 def _check_architecture(models: Sequence[nn.Module]) -> None:

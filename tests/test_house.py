@@ -24,7 +24,6 @@ ORDER = {
 }
 # Modules of more than 300 lines, each with the reason why it is one concept.
 LONG = {
-    "bayeslayers/laplace.py": "one fit: its pass over the data, the evidence, and the choice of the prior by it",
     "bayeslayers/optim/kronecker.py": "the factored step that K-FAC and Noisy K-FAC share",
     "recipes/tasks/toy2d.py": "one task, whole in one file",
 }

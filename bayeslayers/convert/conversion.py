@@ -22,8 +22,7 @@ from bayeslayers.layers import (
     DEFAULT_INIT_PRECISION,
     DEFAULT_PRIOR_PRECISION,
     POSTERIOR_SUFFIXES,
-    PRIOR_ROOTS,
-    ROOTS,
+    STRUCTURE,
     BayesianLayer,
 )
 from bayeslayers.sampling import posterior
@@ -154,7 +153,7 @@ def to_deterministic(net: Network) -> Network:
                 f"layer '{name}' must be of a class with a rule, got {type(layer).__name__}. register_rule adds one."
             )
         for key in list(layer._buffers):
-            if key.endswith(POSTERIOR_SUFFIXES) or key in (*ROOTS, *PRIOR_ROOTS):
+            if key.endswith(POSTERIOR_SUFFIXES) or key in STRUCTURE:
                 delattr(layer, key)
         layer.__class__ = kind
         if isinstance(layer, nn.RNNBase):

@@ -16,8 +16,9 @@ from bayeslayers.dtypes import at_least_float32
 CHUNK_BYTES = {"cpu": 2**21}
 DEFAULT_CHUNK_BYTES = 2**26
 
-Kind = Literal["squares", "factors"]
+Kind = Literal["squares", "factors", "block"]
 FACTORS = ("input", "output")  # the names of the leaves of the Kronecker factors
+BLOCK = "block"  # that of the leaf of the dense curvature
 
 
 class Part(NamedTuple):
@@ -69,9 +70,9 @@ class Leaves(NamedTuple):
 
     Attributes:
         tensors: A leaf for each sum. Squares go by the name of the parameter, of the parameter's shape, where one
-            that is frozen has no leaf; factors go by `FACTORS`.
+            that is frozen has no leaf; factors go by `FACTORS`, the dense curvature by `BLOCK`.
         tally: Leaf that counts examples and uses.
-        kind: What the leaves receive: sums of squares, or the Kronecker factors.
+        kind: What the leaves receive: sums of squares, the Kronecker factors, or the sum of outer products.
         part: The part of the batch that a weight's sum of squares is estimated from; None for all of it.
         passes: What a pass fills; None for everything.
         name: Name of the module.

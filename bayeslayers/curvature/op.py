@@ -71,7 +71,8 @@ class Op(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.plan, *operands = inputs
         ctx.recomputed_in = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
-        ctx.size = 0 if ctx.plan.kind == "squares" else len(operands[-3])  # of the first factor
+        first_leaf = {"squares": None, "factors": -3, "block": -2}[ctx.plan.kind]
+        ctx.size = 0 if first_leaf is None else len(operands[first_leaf])
         end = ctx.plan.inputs + len(ctx.plan.rule.tensors)
         if ctx.plan.place is not None:
             ctx.leaves = operands[end:-1]
@@ -92,6 +93,8 @@ class Op(torch.autograd.Function):
         def compute(use: Use) -> Sequence[Tensor | None]:
             if plan.kind == "squares":
                 return rule.kernel_for(g.device.type)(use, g)
+            if plan.kind == "block":
+                return rule.block(use, g)
             return rule.factors(use, g, ctx.size)
 
         if plan.place is None or not plan.place.collects:

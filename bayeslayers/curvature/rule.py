@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 
-from bayeslayers.curvature.accumulate import FACTORS, Leaves, chunks, sum_of_squares
+from bayeslayers.curvature.accumulate import BLOCK, FACTORS, Leaves, chunks, sum_of_squares
 from bayeslayers.curvature.layout import CONSTANT, Layout
 from bayeslayers.curvature.lifted import Lifted
 from bayeslayers.curvature.op import Backward, Op, Plan, Tensors, Use
@@ -201,7 +201,7 @@ class CurvatureRule(abc.ABC):
                 None if x is None else leaves.tensors.get(key) for key, x in zip(self.tensors, tensors, strict=True)
             ]
         else:
-            found = [leaves.tensors[key] for key in FACTORS]
+            found = [leaves.tensors[key] for key in ((BLOCK,) if leaves.kind == "block" else FACTORS)]
         place = None
         if (watch := leaves.watch) is not None and not torch.compiler.is_compiling():
             if watch.observed is not None:
@@ -242,6 +242,35 @@ class FactoredRule(CurvatureRule):
         Returns:
             One value for each of `use.needs`; what is not needed may be None.
         """
+
+    def block(self, use: Use, g: Tensor) -> Sequence[Tensor | None]:
+        """Return the gradients of the inputs, those of the tensors, and the sum over examples of g g^T.
+
+        Here g is the gradient of one example in all entries of weight and bias, in this order.
+
+        Args:
+            use: The use of the op.
+            g: Gradient of the output.
+
+        Returns:
+            One value for each of `use.needs`; what is not needed may be None.
+        """
+        first, tensors = len(use.inputs), [x for x in use.tensors if x is not None]
+        asked = use._replace(needs=use.needs[:first] + (True,) * (2 * len(use.tensors)))
+        entries, total = sum(x.numel() for x in tensors), torch.zeros(())
+        with full_precision(g.device.type):
+            of_inputs = self._input_gradients(use, g)
+            sums = [torch.zeros_like(at_least_float32(x)) for x in tensors]
+            total = at_least_float32(g.new_zeros(entries, entries))
+            for chunk in chunks(len(g), entries, g):
+                rows = self.per_example(asked._replace(inputs=tuple([x[chunk] for x in use.inputs])), g[chunk])
+                found = [at_least_float32(x) for x in rows if x is not None]
+                sums = [old + x.sum(0) for old, x in zip(sums, found, strict=True)]
+                flat = torch.cat([x.flatten(1) for x in found], 1)
+                total.addmm_(flat.mT, flat)
+        own = iter(sums)
+        gradients = [None if x is None else next(own).to(x.dtype) for x in use.tensors]
+        return (*of_inputs, *gradients, total)
 
 
 def rule_of(kind: type) -> CurvatureRule:

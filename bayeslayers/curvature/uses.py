@@ -133,8 +133,8 @@ class Uses:
             return self._merged(first)
         if first is not None and first.size:
             raise RuntimeError(
-                f"layer '{self.name}' must run once in each call under K-FAC, for its uses have no Kronecker factors "
-                "together. Use VOGN, or exclude the layer from the Bayesian ones."
+                f"layer '{self.name}' must run once in each call under K-FAC and Laplace's 'kron' and 'full', for its "
+                "uses have no such curvature together. Use a diagonal one, or exclude the layer from the Bayesian ones."
             )
         return self._squares()
 
@@ -144,7 +144,9 @@ class Uses:
             columns = zip(*[each.use.inputs for each in self.kept], strict=True)
             use = use._replace(inputs=tuple([torch.cat(column, 1) for column in columns]))
             g = torch.cat([each.g for each in self.kept], 1)
-        if first.size:
+        if first.size and len(first.leaves) == 1:
+            found = first.rule.block(use, g)
+        elif first.size:
             found = first.rule.factors(use, g, first.size)
         else:
             found = first.rule.kernel_for(g.device.type)(use, g)

@@ -5,7 +5,13 @@ convolution flattened into i and the bias its last column. With roots R_in (i, i
 
     W = M + R_out E R_in^T,  E ~ N(0, 1)  =>  Cov(W_oi, W_pj) = (R_out R_out^T)_op (R_in R_in^T)_ij
 
-Any finite roots define a valid covariance, so they need no check when they are read.
+Any finite roots define a valid covariance, so they need no check when they are read. A scale S (o, i) may stand between
+them, of positive or negative entries,
+
+    W = M + R_out (S * E) R_in^T
+
+as where a curvature that is a Kronecker product is added to a prior: then roots and S come from the eigenvectors and
+eigenvalues of both factors.
 """
 
 from __future__ import annotations
@@ -68,22 +74,41 @@ def inverse_root(matrix: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower, _scaled_identity(lower, 1.0), upper=False).mT.contiguous()
 
 
-def correlated(noise: Tensor, input_root: Tensor, output_root: Tensor) -> Tensor:
-    """Return R_out E R_in^T for standard normal values E `(o, i)`."""
-    return output_root @ noise @ input_root.mT
+def correlated(noise: Tensor, input_root: Tensor, output_root: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Return R_out (S * E) R_in^T for standard normal values E `(o, i)`; S is 1 where it is None."""
+    return output_root @ (noise if scale is None else noise * scale) @ input_root.mT
 
 
-def marginal_precision(input_root: Tensor, output_root: Tensor) -> Tensor:
+def marginal_precision(input_root: Tensor, output_root: Tensor, scale: Tensor | None = None) -> Tensor:
     """Return the marginal precision of each entry, one over its variance, `(o, i)`."""
-    return 1 / torch.outer(output_root.square().sum(1), input_root.square().sum(1))
+    if scale is None:
+        return 1 / torch.outer(output_root.square().sum(1), input_root.square().sum(1))
+    return 1 / (output_root.square() @ scale.square() @ input_root.square().mT)
+
+
+def without_scale(input_root: Tensor, output_root: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return roots of the Kronecker product nearest to a Gaussian with a scale, which is one already without.
+
+    Nearest is in the mean square of the logarithm of the scale, which keeps the determinant; see `strengthened`.
+    """
+    if scale is None:
+        return input_root, output_root
+    entries = scale.abs().log()
+    half = entries.mean() / 2
+    return input_root * (entries.mean(0) - half).exp(), output_root * (entries.mean(1) - half).exp()
 
 
 def kl_divergence(
-    mean: Tensor, input_root: Tensor, output_root: Tensor, prior_mean: Tensor, prior_precision: Tensor
+    mean: Tensor,
+    input_root: Tensor,
+    output_root: Tensor,
+    prior_mean: Tensor,
+    prior_precision: Tensor,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Return KL(N(M, covariance) || N(M0, 1/P0)) in nats; entries are independent under the prior.
 
-        KL = 1/2 sum [p0 v + p0 (m - m0)^2 - 1 - log p0] - i log abs det R_out - o log abs det R_in
+        KL = 1/2 sum [p0 v + p0 (m - m0)^2 - 1 - log p0] - i log abs det R_out - o log abs det R_in - sum log abs S
 
     with v the marginal variance of each entry.
 
@@ -93,37 +118,50 @@ def kl_divergence(
         output_root: R_out, `(o, o)`.
         prior_mean: M0, a scalar or the shape of `mean`.
         prior_precision: P0, > 0, likewise.
+        scale: S, None for 1.
     """
     o, i = mean.shape
-    variance = 1 / marginal_precision(at_least_float32(input_root), at_least_float32(output_root))
+    variance = 1 / marginal_precision(at_least_float32(input_root), at_least_float32(output_root), scale)
     terms = prior_precision * (variance + (mean - prior_mean).square()) - 1 - prior_precision.log()
     volumes = [torch.linalg.slogdet(at_least_float32(root)).logabsdet for root in (output_root, input_root)]
-    return 0.5 * terms.sum() - i * volumes[0] - o * volumes[1]
+    return 0.5 * terms.sum() - i * volumes[0] - o * volumes[1] - _log_volume(scale)
+
+
+def _log_volume(scale: Tensor | None) -> Tensor | float:
+    return 0.0 if scale is None else scale.abs().log().sum()
 
 
 def divergence_of_matrices(
-    mean: Tensor, roots: tuple[Tensor, Tensor], prior_mean: Tensor, prior_roots: tuple[Tensor, Tensor]
+    mean: Tensor,
+    roots: tuple[Tensor, Tensor],
+    prior_mean: Tensor,
+    prior_roots: tuple[Tensor, Tensor],
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Return KL(N(M, covariance) || N(M0, prior covariance)) in nats, of two matrix-variate Gaussians, in float64.
 
-        KL = 1/2 [ sum(S_out^2) sum(S_in^2) + sum((P_out (M - M0) P_in^T)^2) - o i ]
-             - i log abs det S_out - o log abs det S_in
+        KL = 1/2 [ a^T S^2 b + sum((P_out (M - M0) P_in^T)^2) - o i ]
+             - i log abs det Q_out - o log abs det Q_in - sum log abs S
 
-    with P the inverse of a prior root, S = P R for the posterior's root R, and squares entry by entry.
+    with P the inverse of a prior root, Q = P R for the posterior's root R, and a and b the sums of squares of the
+    columns of Q_out and Q_in.
 
     Args:
         mean: M, `(o, i)`.
         roots: R_in `(i, i)` and R_out `(o, o)`.
         prior_mean: M0, a scalar or the shape of `mean`.
         prior_roots: Those of the prior.
+        scale: S of the posterior, None for 1.
     """
     o, i = mean.shape
     (prior_in, prior_out), (root_in, root_out) = ([in_double(root) for root in pair] for pair in (prior_roots, roots))
     ratio_in, ratio_out = torch.linalg.solve(prior_in, root_in), torch.linalg.solve(prior_out, root_out)
     distance = torch.linalg.solve(prior_in, torch.linalg.solve(prior_out, in_double(mean - prior_mean)).mT)
-    spread = ratio_in.square().sum() * ratio_out.square().sum() + distance.square().sum() - o * i
+    variances = mean.new_ones(o, i, dtype=torch.float64) if scale is None else in_double(scale).square()
+    traces = ratio_out.square().sum(0) @ variances @ ratio_in.square().sum(0)
     volumes = [torch.linalg.slogdet(ratio).logabsdet for ratio in (ratio_out, ratio_in)]
-    return 0.5 * spread - i * volumes[0] - o * volumes[1]
+    spread = traces + distance.square().sum() - o * i
+    return 0.5 * spread - i * volumes[0] - o * volumes[1] - _log_volume(None if scale is None else in_double(scale))
 
 
 def strengthened(

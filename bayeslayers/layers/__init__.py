@@ -9,13 +9,12 @@ from bayeslayers.layers.base import (
     DEFAULT_INIT_PRECISION,
     DEFAULT_PRIOR_PRECISION,
     POSTERIOR_SUFFIXES,
-    PRIOR_ROOTS,
-    ROOTS,
     BayesianLayer,
     attach_posterior,
 )
 from bayeslayers.layers.bilinear import BayesBilinear
 from bayeslayers.layers.cells import BayesGRUCell, BayesLSTMCell, BayesRNNCell
+from bayeslayers.layers.correlated import POSTERIOR_STRUCTURE, PRIOR_ROOTS, PRIOR_STRUCTURE, ROOTS, STRUCTURE
 from bayeslayers.layers.linear import (
     BayesConv1d,
     BayesConv2d,
@@ -68,8 +67,11 @@ __all__ = [
     "DEFAULT_PRIOR_PRECISION",
     "FilterResponseNorm2d",
     "POSTERIOR_SUFFIXES",
+    "POSTERIOR_STRUCTURE",
     "PRIOR_ROOTS",
+    "PRIOR_STRUCTURE",
     "ROOTS",
+    "STRUCTURE",
     "attach_posterior",
     "can_draw_output",
 ]

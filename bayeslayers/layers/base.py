@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bayeslayers.checks import positive
 from bayeslayers.curvature.accumulate import Leaves
 from bayeslayers.curvature.rule import CurvatureRule, rule_of
+from bayeslayers.layers.correlated import STRUCTURE, Correlated
 from bayeslayers.layers.perturbation import Perturbation
 from bayeslayers.layers.scope import NOTHING, OUTSIDE, scope_for
 
@@ -18,8 +19,6 @@ DEFAULT_PRIOR_PRECISION = 50.0  # a standard deviation of 0.14, the usual initia
 DEFAULT_INIT_PRECISION = 1e3  # a standard deviation of 0.03, small beside it
 
 POSTERIOR_SUFFIXES = ("_precision", "_prior_mean", "_prior_precision")
-ROOTS = ("weight_input_root", "weight_output_root")
-PRIOR_ROOTS = ("weight_prior_input_root", "weight_prior_output_root")
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 
 Ops: TypeAlias = Mapping[str, tuple[CurvatureRule, Sequence[str]]]
@@ -52,7 +51,7 @@ def attach_posterior(
             module.register_buffer(key + suffix, parameter.new_full(shape, value, dtype=dtype, requires_grad=False))
 
 
-class BayesianLayer(nn.Module):
+class BayesianLayer(Correlated):
     """What every Bayesian layer adds to its torch.nn layer: a precision and a prior per parameter.
 
     For a parameter `weight` (the posterior's mean) there are the buffers `weight_precision` (the
@@ -62,10 +61,12 @@ class BayesianLayer(nn.Module):
 
     A layer may have a matrix-variate posterior, by two buffers more: `weight_input_root` and
     `weight_output_root`, from which its weight is drawn as in `matrix_gaussian`, jointly with the
-    bias if the first is one larger than a row of the weight. The precisions are then those of each
-    entry by itself. Optimisers of a diagonal posterior go on from these and drop the roots.
-    `posterior_to_prior` makes such a posterior a matrix-variate prior, by `weight_prior_input_root` and
-    `weight_prior_output_root`; the prior's precisions are then those of each entry by itself.
+    bias if the first is one larger than a row of the weight; `weight_root_scale` may come between them.
+    Or it has a dense posterior, by `joint_root`, a root of the covariance of all of its entries. The
+    precisions are then those of each entry by itself. Optimisers of a diagonal posterior go on from these
+    and drop the roots. `posterior_to_prior` makes such a posterior a prior of its kind, by
+    `weight_prior_input_root` and `weight_prior_output_root`, or `prior_joint_root`; the prior's precisions
+    are then those of each entry by itself.
 
     Args:
         prior_precision: Precision of the prior N(prior_mean, 1/prior_precision), > 0.
@@ -185,7 +186,7 @@ class BayesianLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BayesianLayer:
         """Apply what moves and casts a module, as `half()`; the posterior's buffers stay in at least float32."""
-        own = [key for key in self._buffers if key.endswith(POSTERIOR_SUFFIXES) or key in (*ROOTS, *PRIOR_ROOTS)]
+        own = [key for key in self._buffers if key.endswith(POSTERIOR_SUFFIXES) or key in STRUCTURE]
         before = {key: self._buffers[key] for key in own}
         super()._apply(fn, recurse)
         for key, old in before.items():
@@ -201,62 +202,6 @@ class BayesianLayer(nn.Module):
         """
         return self.rule.factor_sizes(self) if "" in self.ops(self) else None
 
-    def root_shapes(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        """Return the shapes that the roots of a matrix-variate posterior may have, those with the bias first."""
-        if (sizes := self.factor_sizes()) is None:
-            return []
-        i, o = sizes
-        return [((n, n), (o, o)) for n in ([i + 1, i] if self._parameters.get("bias") is not None else [i])]
-
-    @property
-    def roots(self) -> tuple[Tensor, Tensor] | None:
-        """The roots of a matrix-variate posterior, None where it is diagonal."""
-        return self._pair(ROOTS)
-
-    @property
-    def prior_roots(self) -> tuple[Tensor, Tensor] | None:
-        """The roots of a matrix-variate prior, None where it is diagonal."""
-        return self._pair(PRIOR_ROOTS)
-
-    def _pair(self, names: tuple[str, str]) -> tuple[Tensor, Tensor] | None:
-        found = [self._buffers.get(name) for name in names]
-        return None if found[0] is None or found[1] is None else (found[0], found[1])
-
-    def set_roots(self, input_root: Tensor, output_root: Tensor) -> None:
-        """Give the layer a matrix-variate posterior."""
-        self._set_pair(ROOTS, (input_root, output_root))
-
-    def set_prior_roots(self, input_root: Tensor, output_root: Tensor) -> None:
-        """Give the layer a matrix-variate prior; its mean and the precisions of its entries are set apart."""
-        self._set_pair(PRIOR_ROOTS, (input_root, output_root))
-
-    def _set_pair(self, names: tuple[str, str], roots: Sequence[Tensor]) -> None:
-        for name, root in zip(names, roots, strict=True):
-            self.register_buffer(name, root)
-
-    def drop_roots(self) -> None:
-        """Leave the layer the diagonal posterior of its precisions."""
-        self._drop_pair(ROOTS)
-
-    def drop_prior_roots(self) -> None:
-        """Leave the layer the diagonal prior of its prior precisions."""
-        self._drop_pair(PRIOR_ROOTS)
-
-    def _drop_pair(self, names: tuple[str, str]) -> None:
-        for name in names:
-            self._buffers.pop(name, None)
-
-    def _fit_roots(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Make room for the roots of a posterior and a prior to load, or none where they are diagonal."""
-        for names in (ROOTS, PRIOR_ROOTS):
-            found = [state_dict.get(prefix + name) for name in names]
-            shapes = tuple(tuple(root.shape) if isinstance(root, Tensor) else () for root in found)
-            if shapes in self.root_shapes():
-                weight = self.get_parameter("weight").detach()
-                self._set_pair(names, [weight.new_empty(shape) for shape in shapes])
-            elif found == [None, None] and prefix + "weight_precision" in state_dict:
-                self._drop_pair(names)
-
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -267,8 +212,8 @@ class BayesianLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self._fit_roots(state_dict, prefix)
-        own = [name for name in self._buffers if name.endswith(POSTERIOR_SUFFIXES) or name in (*ROOTS, *PRIOR_ROOTS)]
+        self._fit_structure(state_dict, prefix)
+        own = [name for name in self._buffers if name.endswith(POSTERIOR_SUFFIXES) or name in STRUCTURE]
         for name in own:
             self._fit_prior(name, state_dict.get(prefix + name))
         missing: list[str] = []
@@ -279,7 +224,7 @@ class BayesianLayer(nn.Module):
 
     def _fit_prior(self, name: str, loaded: object) -> None:
         """Give a prior's buffer the loaded shape, where that is a scalar or the parameter's."""
-        if not isinstance(loaded, Tensor) or "_prior_" not in name or name in PRIOR_ROOTS:
+        if not isinstance(loaded, Tensor) or "_prior_" not in name or name in STRUCTURE:
             return
         buffer, parameter = self.get_buffer(name), self.get_parameter(name.partition("_prior_")[0])
         if loaded.shape != buffer.shape and loaded.shape in ((), parameter.shape):

@@ -153,9 +153,9 @@ _DRAW_THEIR_OUTPUT = (BayesLinear.forward, _BayesConv.forward, _BayesConvTranspo
 
 
 def can_draw_output(layer: BayesianLayer) -> bool:
-    """Return whether a layer can draw its output in place of its weight: not under a matrix-variate posterior.
+    """Return whether a layer can draw its output in place of its weight: not where its weights are correlated.
 
     Args:
         layer: Layer in question.
     """
-    return type(layer).forward in _DRAW_THEIR_OUTPUT and layer.roots is None
+    return type(layer).forward in _DRAW_THEIR_OUTPUT and not layer.correlations

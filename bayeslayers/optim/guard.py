@@ -115,7 +115,9 @@ class Snapshot:
         self._values = {p: p.detach().clone() for p in moving}
         self._precisions = {p: sites[p].precision.clone() for p in moving if p in sites}
         self._states = {p: {k: _copied(v, p) for k, v in state[p].items()} for p in moving if p in state}
-        self._layers = {m: m.roots for p in moving if p in sites and isinstance(m := sites[p].module, BayesianLayer)}
+        self._layers = {
+            m: m.correlations for p in moving if p in sites and isinstance(m := sites[p].module, BayesianLayer)
+        }
 
     def refuse_values_outside_range(self) -> None:
         """Raise if a mean, a precision or a deterministic value has left the range.
@@ -146,8 +148,8 @@ class Snapshot:
             self._state.pop(parameter, None)
             if parameter in self._states:
                 self._state[parameter] = self._states[parameter]
-        for layer, roots in self._layers.items():
-            layer.drop_roots() if roots is None else layer.set_roots(*roots)
+        for layer, correlations in self._layers.items():
+            layer.set_correlations(correlations)
 
 
 def _copied(value: Any, parameter: Tensor) -> Any:

@@ -78,7 +78,7 @@ class KroneckerFactored(VariationalOptimizer):
 
     def _prepare(self) -> None:
         super()._prepare()
-        self._tracker = Tracker(layers_with_curvature(self._sites.values()), kronecker=True, model=self.model)
+        self._tracker = Tracker(layers_with_curvature(self._sites.values()), kind="factors", model=self.model)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model; see `VariationalOptimizer.add_param_group`.

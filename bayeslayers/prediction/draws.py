@@ -68,7 +68,7 @@ class _Networks:
         self._deviations = [site.deviation for site in self._sites]
         self._stacks: list[Tensor] = []
         self._device = sites[0].mean.device
-        correlated = any(getattr(site.module, "roots", None) is not None for site in self._sites)
+        correlated = any(getattr(site.module, "correlations", None) for site in self._sites)
         self._sampler = Sampler(self._sites, frozen=True) if correlated else None
         self.bytes = sum(mean.numel() * mean.element_size() for mean in self._means)
 

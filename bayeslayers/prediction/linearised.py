@@ -197,7 +197,7 @@ def _of_head(function: _OfNoise, sites: Sequence[Site], batch: Batch) -> tuple[T
     layer, inputs = sites[0].module, []
     if (
         type(layer) is not BayesLinear
-        or layer.roots is not None
+        or layer.correlations
         or any(site.module is not layer or len(site.places) > 1 for site in sites)
     ):
         return function(batch, function.zeros), None

@@ -55,8 +55,8 @@ def _linear(layer: nn.Module, x: Moments) -> Moments:
 
     The positions of a convolution share its weights and are therefore correlated; this is neglected.
     """
-    if getattr(layer, "roots", None) is not None:
-        raise no_rule("the matrix-variate posterior of a layer")
+    if getattr(layer, "correlations", None):
+        raise no_rule("a posterior of a layer with correlations")
     weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
     v, v_bias = _variance(layer, "weight"), None if bias is None else _variance(layer, "bias")
 

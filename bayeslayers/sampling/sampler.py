@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.distributions.matrix_gaussian import as_matrix, correlated
 from bayeslayers.distributions.noise import StandardNormal
 from bayeslayers.layers import BayesianLayer, can_draw_output
 from bayeslayers.layers.perturbation import PERTURBATIONS, Estimator, Perturbation
@@ -104,8 +103,8 @@ class Sampler:
             if (value := self._draw_site(site, noise, normal, perturbations.get(site.module))) is not None:
                 values[site.name] = value
         for layer in self._layers:
-            if layer.roots is not None and layer not in perturbations:
-                values |= self._correlated(layer, *layer.roots)
+            if layer.correlations and layer not in perturbations:
+                values |= self._correlated(layer)
         with placed(self.sites, values, perturbations):
             yield
 
@@ -132,16 +131,11 @@ class Sampler:
         # The node of addcmul keeps nothing for the mean: several backward passes may go through it.
         return torch.addcmul(mean, values, deviation, value=factor)
 
-    def _correlated(self, layer: BayesianLayer, input_root: Tensor, output_root: Tensor) -> dict[str, Tensor]:
-        """Return the sample of a matrix-variate posterior's weight, and of its bias if included, from their noise."""
-        weight, bias = self._layers[layer]["weight"], self._layers[layer].get("bias")
-        columns = weight.mean.shape[1:].numel()
-        if len(input_root) == columns:
-            bias = None
-        noise = [values * factor for values, factor in (self.noise[site.name] for site in (weight, bias) if site)]
-        change = correlated(as_matrix(*noise), input_root, output_root)
-        parts = ((weight, change[:, :columns]), (bias, change[:, columns:]))
-        return {s.name: s.mean + part.reshape(s.mean.shape).to(s.mean.dtype) for s, part in parts if s is not None}
+    def _correlated(self, layer: BayesianLayer) -> dict[str, Tensor]:
+        """Return the samples of a layer's tensors that are correlated, made of their noise."""
+        sites = self._layers[layer]
+        noise = {key: self.noise[site.name][0] * self.noise[site.name][1] for key, site in sites.items()}
+        return {sites[key].name: sites[key].mean + change for key, change in layer.change(noise).items()}
 
     def _leaf(self, site: Site, value: Tensor) -> Tensor:
         """Return the value, recorded as the site's leaf if gradients must reach it."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.distributions import gaussian, matrix_gaussian
+from bayeslayers.distributions import dense_gaussian, gaussian, matrix_gaussian
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.layers.base import HALF_PRECISIONS
 from bayeslayers.layers.scope import NOTHING, scope_for
@@ -114,34 +114,35 @@ def sites_of(model: nn.Module, argument: str = "model") -> list[Site]:
 
 
 def kl_divergence(model: nn.Module) -> Tensor:
-    """Return KL(posterior || prior) of all Bayesian layers, in nats; matrix-variate posteriors with correlations."""
-    sites = {site.mean: site for site in sites_of(model)}
+    """Return KL(posterior || prior) of all Bayesian layers, in nats; with correlations where layers have them."""
+    by_module: dict[nn.Module, dict[str, Site]] = {}
+    for site in sites_of(model):
+        by_module.setdefault(site.module, {})[site.key] = site
     terms = []
-    for site in list(sites.values()):
-        if site.key == "weight" and isinstance(site.module, BayesianLayer) and site.module.roots is not None:
-            bias = sites.get(site.module.bias) if _joint(site.module) else None  # pyright: ignore
-            terms.append(_kl_of_matrix([each for each in (site, bias) if each], site.module))
-            for each in (site, bias):
-                if each is not None:
-                    del sites[each.mean]
-    terms += [gaussian.kl_divergence(s.mean, s.precision, s.prior_mean, s.prior_precision) for s in sites.values()]
+    for module, sites in by_module.items():
+        joint: dict[str, Site] = {}
+        if isinstance(module, BayesianLayer) and module.correlations:
+            joint = {key: sites[key] for key in module.change({k: torch.zeros_like(s.mean) for k, s in sites.items()})}
+            terms.append(_kl_of_joint(module, list(joint.values())))
+        terms += [
+            gaussian.kl_divergence(s.mean, s.precision, s.prior_mean, s.prior_precision)
+            for key, s in sites.items()
+            if key not in joint
+        ]
     return torch.stack(terms).sum()
 
 
-def _joint(layer: BayesianLayer) -> bool:
-    """Return whether the roots of a layer's posterior include the bias."""
-    weight = layer.get_parameter("weight")
-    return layer.roots is not None and len(layer.roots[0]) > weight.shape[1:].numel()
-
-
-def _kl_of_matrix(sites: list[Site], layer: BayesianLayer) -> Tensor:
-    roots, prior_roots = layer.roots, layer.prior_roots
+def _kl_of_joint(layer: BayesianLayer, sites: list[Site]) -> Tensor:
+    """Return the divergence of tensors of a layer that are correlated."""
+    values = [[getattr(s, name).expand_as(s.mean) for s in sites] for name in ("mean", "prior_mean", "prior_precision")]
+    if (root := layer.dense_root) is not None:
+        mean, prior_mean, precision = (torch.cat([part.flatten() for part in parts]) for parts in values)
+        prior_root = layer.prior_dense_root
+        prior_root = precision.rsqrt() if prior_root is None else prior_root
+        return dense_gaussian.kl_divergence(mean, root, prior_mean, prior_root).to(mean)
+    mean, prior_mean, precision = (matrix_gaussian.as_matrix(*parts) for parts in values)
+    roots, prior_roots, scale = layer.roots, layer.prior_roots, layer.root_scale
     assert roots is not None
-    prior_mean, prior_precision = (
-        matrix_gaussian.as_matrix(*(getattr(site, name).expand_as(site.mean) for site in sites))
-        for name in ("prior_mean", "prior_precision")
-    )
-    mean = matrix_gaussian.as_matrix(*(site.mean for site in sites))
     if prior_roots is not None and len(prior_roots[0]) == len(roots[0]):
-        return matrix_gaussian.divergence_of_matrices(mean, roots, prior_mean, prior_roots).to(mean)
-    return matrix_gaussian.kl_divergence(mean, *roots, prior_mean, prior_precision)
+        return matrix_gaussian.divergence_of_matrices(mean, roots, prior_mean, prior_roots, scale).to(mean)
+    return matrix_gaussian.kl_divergence(mean, *roots, prior_mean, precision, scale)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 
-from bayeslayers.curvature.accumulate import FACTORS, Leaves, Part, Passes
+from bayeslayers.curvature.accumulate import BLOCK, FACTORS, Kind, Leaves, Part, Passes
 from bayeslayers.curvature.watch import ONE_CALL, Watch
+from bayeslayers.dtypes import at_least_float32
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.layers.scope import current, opened
 from bayeslayers.sampling.provenance import examples_of, find_layouts
@@ -62,24 +63,25 @@ class Tracker:
 
     Args:
         layers: Layers by their names.
-        kronecker: Sum the Kronecker factors of the weights that have them (`BayesianLayer.factor_sizes`)
-            in place of squares. A bias that is not frozen is in those of its weight.
+        kind: "squares" of all tensors; or for layers whose weight has Kronecker factors (`BayesianLayer.factor_sizes`)
+            these "factors", in which a bias is that is not frozen, or the dense "block" of weight and bias, unless one
+            is frozen.
         model: The model that they belong to, to see that the rows of their inputs are its examples.
 
     Attributes:
         leaves: Per parameter name, the leaf whose `.grad` is the sum of squares of the last scope,
             in the units of the loss that was back-propagated. Those of the factors of `NAME.weight`
-            are `NAME.weight_input_factor` and `NAME.weight_output_factor`.
+            are `NAME.weight_input_factor` and `NAME.weight_output_factor`, that of a block is `NAME.block`.
     """
 
-    def __init__(self, layers: Mapping[str, BayesianLayer], kronecker: bool = False, model: nn.Module | None = None):
+    def __init__(self, layers: Mapping[str, BayesianLayer], kind: Kind = "squares", model: nn.Module | None = None):
         self.layers = layers
         self._model, self._looks_left, self._looked = model, 3, False
         self._watch = Watch()
         self.leaves: dict[str, Tensor] = {}
         self._tallies: dict[str, Tensor] = {}
         self._part: Part | None = None
-        self._kronecker, self._switches = kronecker, Passes()
+        self._kind, self._switches = kind, Passes()
         self._seen: dict[int, tuple[str, int]] = {}  # per backward pass, a layer and how many examples it saw
         self._uses: dict[tuple[str, int], int] = {}  # per layer and backward pass
 
@@ -179,9 +181,10 @@ class Tracker:
     def _leaves_of(self, name: str, layer: BayesianLayer) -> Leaves:
         """Return the leaves of one layer; its frozen parameters have none."""
         prefix = f"{name}." if name else ""
-        if self._kronecker and (factors := self._factors_of(prefix, layer)) is not None:
+        structured = {"factors": self._factors_of, "block": self._block_of}.get(self._kind)
+        if structured is not None and (leaves := structured(prefix, layer)) is not None:
             tally = self._tally(name, name or type(layer).__name__)
-            return Leaves(factors, tally, "factors", passes=self._switches, name=name, watch=self._watch)
+            return Leaves(leaves, tally, self._kind, passes=self._switches, name=name, watch=self._watch)
         ops = {}
         for op, (rule, names) in layer.ops(layer).items():
             own = prefix + op if op else name
@@ -215,6 +218,14 @@ class Tracker:
             key: self._zeros(f"{prefix}{layer.rule.tensors[0]}_{key}_factor", like, torch.Size((size, size)))
             for key, size in zip(FACTORS, (sizes[0] + joint, sizes[1]), strict=True)
         }
+
+    def _block_of(self, prefix: str, layer: BayesianLayer) -> dict[str, Tensor] | None:
+        """Return the leaf of a layer's dense curvature, None if it has none or a tensor is frozen."""
+        tensors = [x for x in layer._parameters.values() if x is not None]
+        if layer.factor_sizes() is None or not all(x.requires_grad for x in tensors):
+            return None
+        entries, like = sum(x.numel() for x in tensors), at_least_float32(tensors[0].detach()[:0])
+        return {BLOCK: self._zeros(prefix + BLOCK, like, torch.Size((entries, entries)))}
 
     def _leaf(self, name: str, parameter: Tensor | None) -> Tensor | None:
         """Return a leaf with the parameter's shape, None if that is absent or frozen."""

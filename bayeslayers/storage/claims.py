@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from bayeslayers.distributions.gaussian import POINT_PRECISION
-from bayeslayers.layers import ROOTS
+from bayeslayers.layers import POSTERIOR_STRUCTURE
 from bayeslayers.sampling import Site, posterior
 from bayeslayers.storage.card import Card, likelihood_fields, likelihood_in
 
@@ -76,7 +76,7 @@ def refuse_unwritten(network: nn.Module, card: Card) -> None:
 
 def _untouched(sites: list[Site]) -> float | None:
     """Return the common value of all entries of all precisions, None if they differ."""
-    if any(root in site.module._buffers for site in sites for root in ROOTS):
+    if any(root in site.module._buffers for site in sites for root in POSTERIOR_STRUCTURE):
         return None
     spans = [site.precision.aminmax() for site in sites if site.precision.numel() > 1]
     values = {float(value) for span in spans for value in span}

@@ -13,7 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
-from bayeslayers.layers import POSTERIOR_SUFFIXES, PRIOR_ROOTS, ROOTS, BayesianLayer, attach_posterior
+from bayeslayers.layers import (
+    POSTERIOR_STRUCTURE,
+    POSTERIOR_SUFFIXES,
+    PRIOR_STRUCTURE,
+    BayesianLayer,
+    attach_posterior,
+)
 from bayeslayers.sampling import posterior
 from bayeslayers.storage.card import PosteriorError
 
@@ -89,7 +95,9 @@ class Weights:
         means = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         for name, expected in own.items():
             # A prior may be one number in the file and a tensor in the model, or the other way round.
-            prior_of = name.rpartition("_prior_")[0] if "_prior_" in name and not name.endswith(PRIOR_ROOTS) else None
+            prior_of = (
+                name.rpartition("_prior_")[0] if "_prior_" in name and not name.endswith(PRIOR_STRUCTURE) else None
+            )
             shapes = {tuple(expected.shape)} | ({(), means[prior_of]} if prior_of in means else set())
             if self.shapes[name] not in shapes or not self._fits(name, expected):
                 raise PosteriorError(
@@ -98,7 +106,7 @@ class Weights:
                 )
 
     def _expected(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the tensors that a model takes from this file: its own, with the roots and posteriors of the file."""
+        """Return the tensors that a model takes from this file: its own, and the file's correlations."""
         expected = dict(model.state_dict())
         for name, parameter in self._attachable(model).items():
             for suffix, shape in zip(POSTERIOR_SUFFIXES, (parameter.shape, (), ()), strict=True):
@@ -106,15 +114,18 @@ class Weights:
         for path, layer in model.named_modules(remove_duplicate=False):
             if not isinstance(layer, BayesianLayer):
                 continue
-            for roots in (ROOTS, PRIOR_ROOTS):
-                names = [f"{path}.{root}" if path else root for root in roots]
-                found, allowed = [self.shapes.get(name) for name in names], layer.root_shapes()
+            prefix = f"{path}." if path else ""
+            for prior, names in ((False, POSTERIOR_STRUCTURE), (True, PRIOR_STRUCTURE)):
+                found = {name: self.shapes[prefix + name] for name in names if prefix + name in self.shapes}
                 for name in names:
-                    expected.pop(name, None)
-                if allowed and found != [None, None]:
-                    shapes = next((pair for pair in allowed if list(pair) == found), allowed[0])
-                    weight = layer.get_parameter("weight")
-                    expected |= {n: weight.new_empty(s, device="meta") for n, s in zip(names, shapes, strict=True)}
+                    expected.pop(prefix + name, None)
+                if found and (allowed := layer.structure_shapes(prior)):
+                    alike = [shapes for shapes in allowed if shapes.keys() == found.keys()] or allowed
+                    like = next(iter(layer.own_tensors().values()))
+                    expected |= {
+                        prefix + name: like.new_empty(shape, device="meta")
+                        for name, shape in next((shapes for shapes in alike if shapes == found), alike[0]).items()
+                    }
         return expected
 
     def _attachable(self, model: nn.Module) -> dict[str, Tensor]:

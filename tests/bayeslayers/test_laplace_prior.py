@@ -76,7 +76,7 @@ def test_the_evidence_is_that_of_the_data_and_ignored_labels_stay_ignored():
     sampled = bl.laplace(net(), [(x, ignored)], prior_precision=2.0, fisher="sampled", generator=seeded(0))
     assert sampled.laplace.dataset_size == 20
     assert sampled.laplace.log_likelihood == bl.laplace(net(), [(x, ignored)]).laplace.log_likelihood
-    with pytest.raises(ValueError, match="fisher must be 'empirical' or 'sampled', got 'true'"):
+    with pytest.raises(ValueError, match="fisher must be 'empirical', 'sampled' or 'exact', got 'true'"):
         bl.laplace(net(), [(x, y)], fisher="true")
 
 
