@@ -23,6 +23,7 @@ from bayeslayers.distributions.matrix_gaussian import (
     inverse_root,
     marginal_precision,
 )
+from bayeslayers.layers import ROOTS
 from bayeslayers.likelihoods import sampled_loss
 from bayeslayers.sampling import Sampler
 
@@ -108,7 +109,7 @@ def test_layers_without_factors_keep_their_squares(kind, args, kwargs, shape):
     assert_close(tracked_factors(layer, lambda: potential(layer(x)).backward()), {
         name: leaf.grad for name, leaf in tracker.leaves.items()
     })  # fmt: skip
-    assert layer.root_shapes() == []
+    assert layer.structure_shapes() == []
 
 
 def test_frozen_parameters_change_the_factors():
@@ -252,7 +253,8 @@ def test_a_matrix_that_is_not_positive_definite_is_refused(matrix):
 
 def with_roots(layer: bl.BayesianLayer, joint: bool = True, seed: int = 0) -> bl.BayesianLayer:
     """Give a layer random roots, and the precisions that belong to them."""
-    (i, _), (o, _) = layer.root_shapes()[0 if joint else -1]
+    sizes = [list(found.values()) for found in layer.structure_shapes() if found.keys() == set(ROOTS)]
+    (i, _), (o, _) = sizes[0 if joint else -1]
     dtype = layer.weight.dtype
     roots = [torch.randn(n, n, generator=seeded(seed + n), **F64).to(dtype) / n for n in (i, o)]
     layer.set_roots(*roots)
