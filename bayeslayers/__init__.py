@@ -42,6 +42,7 @@ from bayeslayers.prediction import Prediction, SlidingWindow, predict
 from bayeslayers.prediction.linearised import linearised_moments, linearised_outputs
 from bayeslayers.recalibrate import Recalibration, recalibrate
 from bayeslayers.sampling import kl_divergence, posterior, sampled, tracked
+from bayeslayers.storage.adapters import load_adapters, save_adapters
 from bayeslayers.storage.card import Card, PosteriorError
 from bayeslayers.storage.posterior import load_posterior, save_posterior
 
@@ -96,6 +97,7 @@ __all__ = [
     "last_layer",
     "linearised_moments",
     "linearised_outputs",
+    "load_adapters",
     "load_posterior",
     "merge",
     "norms",
@@ -106,6 +108,7 @@ __all__ = [
     "recalibrate",
     "register_rule",
     "sampled",
+    "save_adapters",
     "save_posterior",
     "to_bayesian",
     "to_deterministic",

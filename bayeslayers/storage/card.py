@@ -47,6 +47,7 @@ class Card:
         name: Name of the posterior.
         builder: Name of its network in the zoo's registry, or None for the user's own network.
         kwargs: Arguments of the builder.
+        base_model: Name of the network whose adapters these are, or which was trained further; empty for none.
         likelihood: "categorical", "bernoulli" or "gaussian".
         likelihood_parameters: Its parameters, such as `{"variance": 0.3}`; None in cards of older releases.
         class_names: Names of the classes, in the order of the outputs.
@@ -72,6 +73,7 @@ class Card:
     name: str = "posterior"
     builder: str | None = None
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    base_model: str = ""
     likelihood: str = "categorical"
     likelihood_parameters: dict[str, Any] | None = None
     class_names: list[str] = dataclasses.field(default_factory=list)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 
+from bayeslayers.display import printable
 from bayeslayers.storage.card import Card
 
 _PLAIN = re.compile(r"[A-Za-z_]([\w./() ,+-]*[\w)])?", re.ASCII)  # text that YAML needs no quotes for
@@ -27,7 +28,12 @@ def model_card(card: Card) -> str:
     inputs = "images" if images else "x"
     how = "" if card.method == "sample" else f', method="{card.method}"'
     name = json.dumps(card.name, ensure_ascii=False)
-    if card.builder:
+    if card.base_model:
+        load = (
+            f"import bayeslayers as bl\n\nmodel = ...  # {printable(card.base_model)} with its adapters\n"
+            f"bl.load_adapters({name}, model)"
+        )
+    elif card.builder:
         load = f"import bayeslayers as bl, zoo\n\nmodel = zoo.load({name})"
     else:
         load = f"import bayeslayers as bl\n\nmodel = ...  # the author's own network\nbl.load_posterior({name}, model)"
@@ -44,6 +50,7 @@ def _front_matter(card: Card, images: bool) -> str:
     """Return the metadata that the Hub reads, in YAML: that of `huggingface_hub.ModelCardData`, without the package."""
     lines = ["library_name: bayeslayers"]
     lines += [f"license: {_yaml(card.license)}"] if card.license else []
+    lines += [f"base_model: {_yaml(card.base_model)}"] if card.base_model else []
     metrics = {key: card.metrics[key] for key in ("accuracy", "nll", "ece") if card.dataset and key in card.metrics}
     lines += [] if metrics else [f"model_name: {_yaml(card.name)}"]
     lines += ["tags:", "- bayesian", "- uncertainty", "- variational-inference"]

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,29 @@ def save_posterior(model: nn.Module, folder: str | Path, *, half: bool = False, 
             sampled from a posterior that was never trained.
         FileExistsError: If the folder holds anything but a posterior.
     """
-    folder, network = Path(os.path.expanduser(folder)).resolve(), unwrapped(model)
+    network = unwrapped(model)
     sites_of(network)
-    tensors = _checked_tensors(network)
-    weights = save_tensors(halved(tensors, {name for name, _ in network.named_parameters()}) if half else tensors)
+    tensors = checked_tensors(network)
+    return write_posterior(
+        network, folder, halved(tensors, {name for name, _ in network.named_parameters()}) if half else tensors, fields
+    )
+
+
+def write_posterior(
+    network: nn.Module, folder: str | Path, tensors: dict[str, Tensor], fields: Mapping[str, Any]
+) -> Card:
+    """Write tensors of a network to a folder, with its card; see `save_posterior`.
+
+    Args:
+        network: The network, for its card and likelihood.
+        folder: Folder to make or replace.
+        tensors: What is stored.
+        fields: Fields of the card.
+    """
+    folder, weights = Path(os.path.expanduser(folder)).resolve(), save_tensors(tensors)
     own = getattr(network, "card", None)
     card = own if isinstance(own, Card) else Card()
-    fields = {"name": folder.name} | fields | chosen_likelihood(network, fields)
+    fields = {"name": folder.name, **fields, **chosen_likelihood(network, dict(fields))}
     try:
         card = dataclasses.replace(card, **fields, sha256=hashlib.sha256(weights).hexdigest())
     except ValidationError as error:
@@ -79,7 +96,7 @@ def save_posterior(model: nn.Module, folder: str | Path, *, half: bool = False, 
     return card
 
 
-def _checked_tensors(network: nn.Module) -> dict[str, Tensor]:
+def checked_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Return a network's tensors, checked so that they can be loaded again.
 
     They are cloned, because a safetensors file cannot hold two names for one memory, as of a layer used twice.
@@ -224,8 +241,13 @@ def load_posterior(folder: str | Path, model: nn.Module) -> Card:
     card, weights = stored.card, stored.weights
     network = unwrapped(model)
     weights.fill(network)
+    take_card(network, card)
+    return card
+
+
+def take_card(network: nn.Module, card: Card) -> None:
+    """Give a network the card of a posterior that it has loaded, and the card's likelihood."""
     likelihood = getattr(network, "likelihood", None)
     if likelihood is None or (card.likelihood, card.likelihood_parameters) != ("categorical", None):
         likelihood = likelihood_in(card)  # older releases wrote "categorical" for every model
     network.__dict__.update(card=card, likelihood=likelihood)
-    return card

@@ -380,7 +380,7 @@ def test_methods_of_prediction_draw_the_weights_of_a_matrix_variate_posterior():
     net, x = make_net(), torch.randn(3, 1, 3, 3, generator=seeded())
     one, other = (bl.predict(net, x, 8, method=method, generator=seeded()).mean for method in ("sample", "local"))
     assert_close(one, other)
-    with pytest.raises(ValueError, match="no moment rule for the matrix-variate posterior"):
+    with pytest.raises(ValueError, match="no moment rule for a posterior of a layer with correlations"):
         bl.predict(net, x, method="moments", likelihood=bl.Gaussian(1.0))
     head = with_roots(bl.BayesLinear(3, 2).double())
     a, g = (root @ root.T for root in head.roots)
