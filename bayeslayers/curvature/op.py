@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bayeslayers.curvature.accumulate import Kind, Part, Passes, owned, tally
+from bayeslayers.curvature.block import outer_products
 
 Tensors: TypeAlias = tuple[Tensor | None, ...]
 
@@ -94,7 +95,7 @@ class Op(torch.autograd.Function):
             if plan.kind == "squares":
                 return rule.kernel_for(g.device.type)(use, g)
             if plan.kind == "block":
-                return rule.block(use, g)
+                return outer_products(rule, use, g)
             return rule.factors(use, g, ctx.size)
 
         if plan.place is None or not plan.place.collects:

@@ -144,7 +144,7 @@ class CurvatureRule(abc.ABC):
                     if per_example is not None:
                         grads[i] = grads[i] + per_example.sum(0)
                         sums[i] = sums[i] + sum_of_squares(per_example)
-            of_inputs = self._input_gradients(use, g)
+            of_inputs = self.input_gradients(use, g)
         return (*of_inputs, *(grads.get(i) for i in range(count)), *(sums.get(i) for i in range(count)))
 
     def kernel_for(self, device: str) -> Backward:
@@ -155,7 +155,13 @@ class CurvatureRule(abc.ABC):
         """
         return self.kernels.get(device, self.squares)
 
-    def _input_gradients(self, use: Use, g: Tensor) -> list[Tensor | None]:
+    def input_gradients(self, use: Use, g: Tensor) -> list[Tensor | None]:
+        """Return the gradients of the inputs, None for one that is not needed.
+
+        Args:
+            use: The use of the op.
+            g: Gradient of the output.
+        """
         wanted = [i for i in range(len(use.inputs)) if use.needs[i]]
 
         def op(*own: Tensor) -> Tensor:
@@ -242,35 +248,6 @@ class FactoredRule(CurvatureRule):
         Returns:
             One value for each of `use.needs`; what is not needed may be None.
         """
-
-    def block(self, use: Use, g: Tensor) -> Sequence[Tensor | None]:
-        """Return the gradients of the inputs, those of the tensors, and the sum over examples of g g^T.
-
-        Here g is the gradient of one example in all entries of weight and bias, in this order.
-
-        Args:
-            use: The use of the op.
-            g: Gradient of the output.
-
-        Returns:
-            One value for each of `use.needs`; what is not needed may be None.
-        """
-        first, tensors = len(use.inputs), [x for x in use.tensors if x is not None]
-        asked = use._replace(needs=use.needs[:first] + (True,) * (2 * len(use.tensors)))
-        entries, total = sum(x.numel() for x in tensors), torch.zeros(())
-        with full_precision(g.device.type):
-            of_inputs = self._input_gradients(use, g)
-            sums = [torch.zeros_like(at_least_float32(x)) for x in tensors]
-            total = at_least_float32(g.new_zeros(entries, entries))
-            for chunk in chunks(len(g), entries, g):
-                rows = self.per_example(asked._replace(inputs=tuple([x[chunk] for x in use.inputs])), g[chunk])
-                found = [at_least_float32(x) for x in rows if x is not None]
-                sums = [old + x.sum(0) for old, x in zip(sums, found, strict=True)]
-                flat = torch.cat([x.flatten(1) for x in found], 1)
-                total.addmm_(flat.mT, flat)
-        own = iter(sums)
-        gradients = [None if x is None else next(own).to(x.dtype) for x in use.tensors]
-        return (*of_inputs, *gradients, total)
 
 
 def rule_of(kind: type) -> CurvatureRule:

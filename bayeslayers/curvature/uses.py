@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bayeslayers.curvature.accumulate import Part, chunks, sum_of_squares
+from bayeslayers.curvature.block import outer_products
 from bayeslayers.curvature.layout import Layout
 from bayeslayers.curvature.op import Use
 from bayeslayers.dtypes import at_least_float32, full_precision
@@ -145,7 +146,7 @@ class Uses:
             use = use._replace(inputs=tuple([torch.cat(column, 1) for column in columns]))
             g = torch.cat([each.g for each in self.kept], 1)
         if first.size and len(first.leaves) == 1:
-            found = first.rule.block(use, g)
+            found = outer_products(first.rule, use, g)
         elif first.size:
             found = first.rule.factors(use, g, first.size)
         else:
