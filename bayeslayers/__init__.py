@@ -3,6 +3,7 @@
 from types import ModuleType
 
 from bayeslayers import distributed, plots
+from bayeslayers.conformal import ConformalFit, conformal
 from bayeslayers.continual import posterior_to_prior
 from bayeslayers.convert import ConversionReport, last_layer, norms, register_rule, to_bayesian, to_deterministic
 from bayeslayers.evaluate import Evaluation, evaluate
@@ -74,6 +75,7 @@ __all__ = [
     "Bernoulli",
     "Card",
     "Categorical",
+    "ConformalFit",
     "ConversionReport",
     "Evaluation",
     "Gaussian",
@@ -90,6 +92,7 @@ __all__ = [
     "SWAG",
     "VOGN",
     "attach_posterior",
+    "conformal",
     "distributed",
     "evaluate",
     "kl_divergence",

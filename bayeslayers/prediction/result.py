@@ -95,7 +95,7 @@ class Prediction:
     def credible_set(self, alpha: float = 0.05) -> Tensor:
         """Return the smallest set of classes that contains the label with probability 1 - alpha, a mask `(n, c, *)`.
 
-        The probability is the model's own; guaranteed coverage would need calibration data.
+        The probability is the model's own. `bl.conformal` guarantees coverage by calibration data.
 
         Args:
             alpha: Probability that may be left out, in [0, 1); 0 keeps every class of non-zero probability.
