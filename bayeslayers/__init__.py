@@ -6,6 +6,7 @@ from bayeslayers import distributed, plots
 from bayeslayers.conformal import ConformalFit, conformal
 from bayeslayers.continual import posterior_to_prior
 from bayeslayers.convert import ConversionReport, last_layer, norms, register_rule, to_bayesian, to_deterministic
+from bayeslayers.diagnosis import Diagnosis, Finding, TensorDiagnosis, diagnose
 from bayeslayers.evaluate import Evaluation, evaluate
 from bayeslayers.export import to_exported, to_onnx
 from bayeslayers.inputs import Inputs
@@ -77,7 +78,9 @@ __all__ = [
     "Categorical",
     "ConformalFit",
     "ConversionReport",
+    "Diagnosis",
     "Evaluation",
+    "Finding",
     "Gaussian",
     "IVON",
     "Inputs",
@@ -90,9 +93,11 @@ __all__ = [
     "Recalibration",
     "SlidingWindow",
     "SWAG",
+    "TensorDiagnosis",
     "VOGN",
     "attach_posterior",
     "conformal",
+    "diagnose",
     "distributed",
     "evaluate",
     "kl_divergence",

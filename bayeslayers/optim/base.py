@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -125,6 +125,26 @@ class VariationalOptimizer(SharedStep):
     def _check_numbers(self) -> None:
         if self._averages.draws > 0:
             self._refuse_bad_numbers()
+
+    def _lr(self, group: Mapping[str, Any]) -> float:
+        """Return the step size of a group's natural-gradient step."""
+        return group["lr"]
+
+    def effective_lr(self, parameter: nn.Parameter) -> Tensor:
+        """Return lr ess / precision: by how many loss gradients each entry of a mean moves in a natural-gradient step.
+
+        That is the learning rate of an SGD that would move it as far, without momentum, prior and a bound on the step.
+
+        Args:
+            parameter: An uncertain tensor that the optimizer trains.
+
+        Raises:
+            ValueError: If the optimizer does not train it, or it has no posterior.
+        """
+        for group in self.param_groups:
+            if parameter in self._sites and any(parameter is p for p in group["params"]):
+                return self._lr(group) * self._ess(group) / self._sites[parameter].precision
+        raise ValueError("parameter must be an uncertain tensor that the optimizer trains, got another.")
 
     def finalize(self) -> None:
         """Write the posterior to the model. Call it when training ends, before predicting and saving.

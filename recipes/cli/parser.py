@@ -12,7 +12,20 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from recipes.cli import benchmark, compare, demo, download, evaluate, info, predict, publish, search, train, verify
+from recipes.cli import (
+    benchmark,
+    compare,
+    demo,
+    diagnose,
+    download,
+    evaluate,
+    info,
+    predict,
+    publish,
+    search,
+    train,
+    verify,
+)
 from recipes.cli import list as list_command
 from recipes.cli.options import check_numbers
 
@@ -28,6 +41,7 @@ COMMANDS = {
     "verify": verify,
     "compare": compare,
     "evaluate": evaluate,
+    "diagnose": diagnose,
     "benchmark": benchmark,
 }
 

@@ -224,7 +224,7 @@ def folders(tmp_path):
     ]
 
 
-COMMANDS = "demo list info predict train publish download search verify compare evaluate benchmark".split()
+COMMANDS = "demo list info predict train publish download search verify compare evaluate diagnose benchmark".split()
 WORDS = """
 --json --help --version --num-samples --seed --output --method --device --limit --batch-size --ood --data --data-root
 --report --record --all --markdown --rounds --optimizers --models --invert --private --revision --config --resume
@@ -243,6 +243,7 @@ def test_hostile_command_lines_run_nothing(watched, capsys, tmp_path, folders, m
     reports = "demo.demo verify.verify verify.record verify_data.load_split benchmark.benchmark_step"
     reports += " benchmark.benchmark_load benchmark.benchmark_predict"
     work = ["bayeslayers.predict", "zoo.loading.download", "recipes.tasks.task.Task.train"]
+    work += ["bayeslayers.diagnosis.tensors.tensors_of"]
     work += ["recipes.tasks.images.load_split", *(f"recipes.reports.{name}" for name in reports.split())]
     for name in work:
         monkeypatch.setattr(name, stop)
@@ -254,6 +255,7 @@ def test_hostile_command_lines_run_nothing(watched, capsys, tmp_path, folders, m
         "predict": ["lenet5-mnist", *folders[:3]],
         "compare": folders[4:5],
         "evaluate": ["lenet5-mnist"],
+        "diagnose": ["lenet5-mnist"],
         "train": ["mnist/lenet5_vogn", "toy2d"],
         "verify": ["lenet5-mnist"],
     }
