@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -64,6 +64,9 @@ class World:
         return seed + _STRIDE * self.rank
 
 
+_started: list[World] = []  # the world that `start` has joined, while it is
+
+
 @contextmanager
 def start(
     device: str | torch.device | None = None,
@@ -95,8 +98,7 @@ def start(
     """
     positive("timeout", timeout)
     if dist.is_available() and dist.is_initialized():
-        rank, size = dist.get_rank(), dist.get_world_size()
-        yield World(rank, size, rank, _device(device, Place(rank=rank, size=size)), launcher_of(environment))
+        yield _present(device, environment)
         return
     launcher, restarts = launcher_of(environment), int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
     waiting = timedelta(seconds=timeout)
@@ -123,10 +125,21 @@ def start(
     try:
         with calling_the_roll(roll):
             agree(versions())
-            yield World(place.rank, place.size, place.local_rank, where, launcher, restarts)
+            _started.append(World(place.rank, place.size, place.local_rank, where, launcher, restarts))
+            yield _started[-1]
     finally:
+        _started.clear()
         with suppress(RuntimeError, ValueError, AssertionError):  # it is gone with a lost rank
             dist.destroy_process_group()
+
+
+def _present(device: str | torch.device | None, environment: Mapping[str, str]) -> World:
+    """Return the world of the process group that is there: the one that was started, or that of the user's."""
+    if _started:
+        return _started[-1] if device is None else replace(_started[-1], device=torch.device(device))
+    local_rank, local_size = int(environment.get("LOCAL_RANK", 0)), int(environment.get("LOCAL_WORLD_SIZE", 1))
+    place = Place(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, local_size=local_size)
+    return World(place.rank, place.size, place.local_rank, _device(device, place), launcher_of(environment))
 
 
 def versions() -> dict[str, str]:

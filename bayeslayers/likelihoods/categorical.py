@@ -68,6 +68,13 @@ class Categorical:
         ignored = _NEVER if self.ignore_index is None else self.ignore_index
         return F.cross_entropy(output, target, weight=weight, ignore_index=ignored)
 
+    def weight(self, target: Tensor) -> float:
+        """Return what the loss of these labels is divided by: how many count, each by the weight of its class."""
+        counted = target if self.ignore_index is None else target[target != self.ignore_index]
+        if self.class_weights is None:
+            return float(counted.numel())
+        return float(torch.tensor(self.class_weights, device=target.device)[counted].sum())
+
     def per_draw(self, output: Tensor) -> tuple[Tensor, Tensor]:
         probs = _with_classes(output).softmax(1)
         return probs, torch.special.entr(probs).sum(1)

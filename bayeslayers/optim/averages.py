@@ -30,43 +30,60 @@ class Averages:
         statistics: The means of what the scopes recorded, once multiplied by `scale`.
         scale: Factor that makes them means over examples; that of the first draw.
         draws: Number of draws so far.
-        weight: Elements of their losses, added up.
+        total: Their weights in the means, added up.
+        weight: What their losses are divided by, added up: of plain means their elements.
+        square_weight: That of their squares, the sum of the squared weights of the elements.
     """
 
     def __init__(self) -> None:
         self.statistics: dict[Any, Tensor] = {}
         self.scale = 1.0
         self.draws = 0
-        self.weight = 0.0
+        self.total = 0.0
+        self.weight = self.square_weight = 0.0
 
-    def add(self, recorded: Recorded, earlier: Mapping[nn.Parameter, Tensor | None]) -> None:
+    def add_weight(self, elements: float, weight: float | None) -> None:
+        """Count the loss of a draw.
+
+        Args:
+            elements: Elements that it is a mean over; of a weighted mean their effective number, see
+                `curvature.counts.effective_number`.
+            weight: Sum of the elements' weights, where they have any.
+        """
+        own = elements if weight is None else weight
+        self.weight += own
+        self.square_weight += own**2 / elements
+
+    def add(self, recorded: Recorded, earlier: Mapping[nn.Parameter, Tensor | None], weight: float = 1.0) -> None:
         """Fold a draw into the means.
 
         Args:
             recorded: What its scope left.
             earlier: The means of the gradients before it, where `.grad` holds its own; `.grad` becomes the new means.
+            weight: How much it counts beside the others: the examples of a sample group.
         """
         self.draws += 1
+        self.total += weight
         if self.draws == 1:
             self.scale = recorded.scale
         for parameter, mean in earlier.items():
             grad = parameter.grad
             if grad is not None and recorded.grad_scale != 1:
                 grad = grad * recorded.grad_scale
-            parameter.grad = self._mean(mean if self.draws > 1 else None, grad)
+            parameter.grad = self._mean(mean if self.draws > 1 else None, grad, weight / self.total)
         for key in {**self.statistics, **recorded.statistics}:
             new = recorded.statistics.get(key)
             if new is not None and recorded.scale != self.scale:  # a draw on a batch of another size
                 new = new * (recorded.scale / self.scale)
-            self.statistics[key] = self._mean(self.statistics.get(key), new)
+            self.statistics[key] = self._mean(self.statistics.get(key), new, weight / self.total)
 
-    def _mean(self, mean: Tensor | None, new: Tensor | None) -> Any:
-        """Return the mean over all draws, from that of all but the last and the last."""
+    def _mean(self, mean: Tensor | None, new: Tensor | None, share: float) -> Any:
+        """Return the mean over all draws, from that of all but the last and the last, which has this share."""
         if self.draws == 1 or (mean is None and new is None):
             return new
         if mean is None:
-            return new / self.draws  # pyright: ignore[reportOptionalOperand]
-        return torch.lerp(mean, torch.zeros_like(mean) if new is None else new, 1 / self.draws)
+            return new * share  # pyright: ignore[reportOptionalOperand]
+        return torch.lerp(mean, torch.zeros_like(mean) if new is None else new, share)
 
     def apply_scale(self) -> None:
         """Multiply the statistics by `scale`, which is 1 from there."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bayeslayers.checks import network
 from bayeslayers.curvature.counts import Reduction
 from bayeslayers.curvature.elements import Elements, LossFunctions
-from bayeslayers.distributed.messages import is_distributed
+from bayeslayers.distributed.messages import is_distributed, shares
 from bayeslayers.optim.amp import LossScale
 from bayeslayers.optim.averages import Averages, Recorded
 from bayeslayers.optim.groups import PosteriorGroups, Rules
@@ -49,6 +49,7 @@ class AveragedDraws(PosteriorGroups):
 
     _sampling_counterpart: ClassVar[str | None] = None  # the method that draws weights, for one that computes at means
     loss_reduction: Reduction = "mean"  # what the loss is of those of the examples
+    loss_weight: float | None = None  # what a weighted mean is divided by, where ranks share a step; None: its elements
     _keeps_roots: ClassVar[bool] = False  # moves matrix-variate posteriors as such
 
     def __init__(self, model: nn.Module, dataset_size: int, rules: Rules, values: Mapping[str, Any], options: Options):
@@ -69,7 +70,7 @@ class AveragedDraws(PosteriorGroups):
             self._sharing = ranks_of_group(self.num_mc_groups)
             own = shared_generator(options.generator, next(model.parameters()).device)
             options = dataclasses.replace(options, generator=own)
-        self._group = self._groups[0]
+        self._group, self._part_weight = self._groups[0], 1  # examples of the present group's part of a batch
         super().__init__(model, dataset_size, rules, values, options)
 
     @abc.abstractmethod
@@ -145,9 +146,9 @@ class AveragedDraws(PosteriorGroups):
         if recorded is None:
             self._restore(earlier)
             return
-        self._averages.add(recorded, earlier)
+        self._averages.add(recorded, earlier, self._part_weight)
         if self.sync:
-            self._averages.weight += self._weight()
+            self._averages.add_weight(self._weight(), self.loss_weight)
 
     # What matters where several ranks, or sample groups, make a step together.
 
@@ -158,7 +159,9 @@ class AveragedDraws(PosteriorGroups):
             count: Number of this rank's examples.
         """
         index, groups = self._group - self._groups[0], len(self._groups)
-        return slice(index * count // groups, (index + 1) * count // groups)
+        own = slice(index * count // groups, (index + 1) * count // groups)
+        self._part_weight = (own.stop - own.start) or 1 if groups > 1 else 1
+        return own
 
     def _watched(self) -> AbstractContextManager[None]:
         if not self.sync:
@@ -241,18 +244,20 @@ class AveragedDraws(PosteriorGroups):
 
     def _run_groups(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
         """Run the draws of this rank's sample groups; return the mean loss, and the outputs of all their parts."""
-        results = []
+        results, weights = [], []
         try:
             for group in self._groups:
                 self._group = group
                 results.append(self._run_draws(closure))
+                weights.append(float(self._part_weight))
         finally:
             self._group = self._groups[0]
         if len(results) == 1 or results[0][0] is None:
             return results[0]
         outputs = [output for _, output in results]
         whole = torch.cat(outputs) if isinstance(outputs[0], Tensor) else outputs[-1]
-        return torch.stack([loss for loss, _ in results]).mean(), whole
+        losses = [loss * share for (loss, _), share in zip(results, shares(weights), strict=True)]
+        return torch.stack(losses).sum(), whole
 
     def _run_draws(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
         """Run the closure in `num_samples` scopes, one after the other; return the means of loss and output."""

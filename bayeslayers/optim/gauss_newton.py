@@ -36,6 +36,8 @@ RULES: Rules = {
 class GaussNewton(VariationalOptimizer):
     """The step that VOGN and OGN share."""
 
+    _of_squares = True
+
     def __init__(
         self,
         model: nn.Module,

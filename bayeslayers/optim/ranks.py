@@ -72,6 +72,22 @@ def refuse_replicas(model: nn.Module) -> None:
             )
 
 
+def refuse_sharded_parameters(model: nn.Module) -> None:
+    """Raise if parameters are in shards of several ranks, as `fully_shard` (FSDP2) or `FullyShardedDataParallel` makes.
+
+    Raises:
+        ValueError: If so.
+    """
+    wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in unwrapping(model))
+    names = [name for name, parameter in model.named_parameters() if type(parameter.data).__name__ == "DTensor"]
+    if wrapped or names:
+        what = f"'{names[0]}' is a DTensor" if names else "model is in FullyShardedDataParallel"
+        raise ValueError(
+            f"parameters must be whole on each rank, for a layer draws all of its weights, but {what}. Use the model "
+            "without fully_shard; sync=True and shard=True keep the optimizer's state in shards."
+        )
+
+
 def refuse_no_group() -> None:
     """Raise if there is no process group to average over.
 
@@ -225,20 +241,30 @@ def statistics_of_norms(model: nn.Module) -> list[Tensor]:
     return [x for norm in norms for x in (norm.running_mean, norm.running_var) if x is not None]
 
 
-def rows_of_step(kind: Kind, weight: float, draws: int, layout: Sequence[Any]) -> list[Row]:
+def rows_of_step(kind: Kind, weights: tuple[float, float], draws: int, layout: Sequence[Any]) -> list[Row]:
     """Return what all ranks bring to a step, once the last forward pass of any of them is over.
 
     Args:
         kind: `STEP`, or `LEFT` of a rank without data.
-        weight: Elements that this rank's loss is a mean over.
+        weights: Those of this rank's loss, and of its squares, see `Averages`.
         draws: Its draws.
         layout: What it would send.
     """
     digest = zlib.crc32(json.dumps(layout).encode())
-    rows = exchange(kind, weight, draws, digest)
+    numbers = weights[0], draws, digest, weights[1]
+    rows = exchange(kind, *numbers)
     while any(row.kind is Kind.FORWARD for row in rows):
-        rows = exchange(kind, weight, draws, digest)
+        rows = exchange(kind, *numbers)
     return rows
+
+
+def shares_of(rows: Sequence[Row], rank: int) -> tuple[float, float]:
+    """Return the shares of a rank in the means of a step: of gradients, and of sums of squares.
+
+    They differ where elements have weights w: a mean is divided by the sum of w, a sum of squares by that of w^2.
+    """
+    first, second = (rows[rank].numbers[number] / sum(row.numbers[number] for row in rows) for number in (0, 3))
+    return first, second
 
 
 def all_layouts(layout: Sequence[Any], rows: Sequence[Row]) -> list[Any]:

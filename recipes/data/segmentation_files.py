@@ -179,8 +179,9 @@ def batches(
     start: int,
     augmentation: SceneAugmentation,
     size: tuple[int, int],
+    own: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield an epoch's full batches of crops in random order, from number `start` on, see `shuffled`.
+    """Yield an epoch's full batches of crops, or the part `own` of each, in random order, see `shuffled`.
 
     Args:
         scenes: Training examples.
@@ -190,12 +191,18 @@ def batches(
         start: Number of the first batch.
         augmentation: How images are varied.
         size: Height and width of the crops.
+        own: Which crops of a batch are read; how each is varied depends on its place alone.
     """
     for index, generator in shuffled(len(scenes), batch_size, seed, epoch, start):
-        pairs = _chosen(scenes.pairs, index)
+        pairs = _chosen(scenes.pairs, index[own])
+        for _ in range(own.start or 0):
+            augmentation.skip(generator)
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
             read = list(pool.map(lambda pair: (read_picture(pair.image), read_mask(pair, scenes.labels)), pairs))
         crops = [augmentation(image, labels, size, generator) for image, labels in read]
+        if not crops:  # fewer examples than ranks
+            yield torch.empty(0, 3, *size), torch.empty(0, *size, dtype=torch.long)
+            continue
         x, y = torch.stack([image for image, _ in crops]), torch.stack([labels for _, labels in crops])
         yield x.contiguous(memory_format=torch.channels_last), y.long()
 

@@ -19,6 +19,7 @@ import bayeslayers as bl
 import zoo
 from bayeslayers.checks import at_least_one, positive
 from bayeslayers.display import printable
+from bayeslayers.distributed import World, start, telling_failures
 from bayeslayers.files import write_atomically
 from bayeslayers.likelihoods import Gaussian
 from bayeslayers.storage.card import likelihood_fields
@@ -29,6 +30,8 @@ from recipes.reports.measure import EvaluationRequest, Section
 from recipes.reports.regression_figures import regression_sections
 from recipes.tasks.posterior_task import PosteriorTask, Splits
 from recipes.training.config import RunConfig, make_model
+from recipes.training.devices import device_in_place
+from recipes.training.launch import any_rank, decided_by_leader
 from recipes.training.run_folder import METRICS, POSTERIOR, Column, check_folder
 from zoo.registry import describe
 
@@ -141,9 +144,10 @@ class Regression(PosteriorTask):
     def train(self, resume: bool = False, command: str = "") -> dict[str, float] | None:
         if self.config.splits == 1:
             return super().train(resume, command)
-        self.check()
-        check_folder("output", self.folder)
-        return train_splits(self.config, self.folder, resume, command)
+        with start(device_in_place(self.config.device)) as world, telling_failures():
+            self.check()
+            check_folder("output", self.folder)
+            return train_splits(self.config, self.folder, resume or world.restarts > 0, command, world)
 
     @classmethod
     def metrics_table(cls, metrics: Mapping[str, float]) -> Shown:
@@ -183,7 +187,9 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
     return Regression(config).train(resume, command)
 
 
-def train_splits(config: Config, folder: Path, resume: bool, command: str) -> dict[str, float] | None:
+def train_splits(
+    config: Config, folder: Path, resume: bool, command: str, world: World | None = None
+) -> dict[str, float] | None:
     """Train several splits, and write the mean and the standard error of their metrics.
 
     Args:
@@ -191,6 +197,7 @@ def train_splits(config: Config, folder: Path, resume: bool, command: str) -> di
         folder: Folder of all; each run has one in it, `split-K`.
         resume: Go on where a run was stopped. Finished splits are read.
         command: How this run was asked for.
+        world: The processes that train each of them together; None for this one alone.
 
     Returns:
         The metrics, those of a standard error as "NAME_se"; None if Ctrl-C or SIGTERM stopped the run.
@@ -199,17 +206,18 @@ def train_splits(config: Config, folder: Path, resume: bool, command: str) -> di
     found: list[dict[str, float]] = []
     for number in range(first, first + config.splits):
         own = folder / f"split-{number}"
-        if resume and (own / METRICS).is_file():
+        if resume and decided_by_leader(world or World(), (own / METRICS).is_file):
             found.append(json.loads((own / METRICS).read_text()))
             continue
         part = dataclasses.replace(config, data=with_split(name, number), splits=1, output=str(own))
         metrics = OneOfMany(part).train(command=command)
-        if metrics is None:
+        if any_rank(metrics is None)[0]:
             return None
-        found.append(metrics)
+        found.append(metrics or {})
     summary = mean_and_error(found)
-    write_atomically(folder / METRICS, json.dumps(summary, indent=2).encode())
-    Console(stderr=True).print(printable(f"written to {folder / METRICS}"))
+    if world is None or world.leads:
+        write_atomically(folder / METRICS, json.dumps(summary, indent=2).encode())
+        Console(stderr=True).print(printable(f"written to {folder / METRICS}"))
     return summary
 
 

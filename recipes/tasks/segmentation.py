@@ -17,6 +17,7 @@ import bayeslayers as bl
 import zoo
 from bayeslayers.checks import non_negative
 from bayeslayers.display import printable
+from bayeslayers.distributed import World
 from bayeslayers.storage.card import likelihood_fields
 from recipes.data.augmentation import SceneAugmentation
 from recipes.data.examples import Examples
@@ -86,6 +87,11 @@ class Segmentation(PosteriorTask):
         non_negative("class_balance", config.class_balance)
         if config.class_weights is not None and config.class_balance:
             raise ValueError("class_weights must be None where class_balance is given. Leave one of them out.")
+        if (groups := config.optimizer.get("num_mc_groups", 1)) != 1:
+            raise ValueError(
+                f"optimizer.num_mc_groups must be 1 for {self.name}, whose labels weigh the parts of a batch "
+                f"differently, got {groups}. Use num_samples."
+            )
         if config.evaluation.ood:
             raise ValueError(f"evaluation.ood must be empty for {self.name}, got {', '.join(config.evaluation.ood)}.")
 
@@ -122,9 +128,17 @@ class Segmentation(PosteriorTask):
             )
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._crops(epoch, start, slice(None))
+
+    def parts(self, epoch: int, start: int, world: World) -> Iterator[tuple[Tensor, Tensor, int]]:
+        size = min(self.config.batch_size, len(self.splits.train))
+        for x, y in self._crops(epoch, start, world.part(size)):
+            yield x, y, size
+
+    def _crops(self, epoch: int, start: int, own: slice) -> Iterator[tuple[Tensor, Tensor]]:
         config, train = self.config, cast(Scenes, self.splits.train)
         height, width = config.augmentation.crop or zoo.card_of(self.model).input_size[1:]
-        return batches(train, config.batch_size, config.seed, epoch, start, config.augmentation, (height, width))
+        return batches(train, config.batch_size, config.seed, epoch, start, config.augmentation, (height, width), own)
 
     def tally(self) -> Tally:
         return PixelTally(len(cast(Scenes, self.splits.train).classes))

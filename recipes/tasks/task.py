@@ -26,7 +26,7 @@ from bayeslayers.display import printable
 from bayeslayers.distributed import World, agree, start, telling_failures
 from bayeslayers.plots import training_curves
 from bayeslayers.storage.training_state import load_checkpoint
-from recipes.training.devices import device_named
+from recipes.training.devices import device_in_place
 from recipes.training.interruption import interruption
 from recipes.training.launch import decided_by_leader, restore_rank_state, stopping_by
 from recipes.training.learner import Learner
@@ -43,7 +43,6 @@ class Task(ABC):
     Attributes:
         name: What a configuration calls it, as its `recipe`.
         Config: Class of its configurations, a dataclass with at least `name`, `output`, `seed` and `epochs`.
-        distributed: Whether several processes can train it together.
         resumable: Whether a run keeps checkpoint, log and curves while it trains, and can be resumed.
         leaves: What a run writes to its folder.
         config: The configuration.
@@ -54,7 +53,6 @@ class Task(ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type]
-    distributed: ClassVar[bool] = False
     resumable: ClassVar[bool] = True
     leaves: ClassVar[Sequence[str]] = WRITTEN
     learners: dict[str, Learner]
@@ -191,13 +189,7 @@ class Task(ABC):
         """
         if resume and not self.resumable:
             raise ValueError(f"resume must be off for {self.name}, which keeps no checkpoint. Start it again.")
-        if not self.distributed:
-            refuse_many_processes()
-            return self._train(resume, command)
-        device = getattr(self.config, "device", None)
-        if device is not None:
-            device_named(device)
-        with start(device) as self.world, telling_failures():
+        with start(device_in_place(getattr(self.config, "device", None))) as self.world, telling_failures():
             if self.world.size == 1:
                 refuse_many_processes()  # of a launcher that has not said which one this is
             return self._train(resume or self.world.restarts > 0, command)

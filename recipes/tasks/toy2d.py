@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from recipes.data.names import expanded
 from recipes.reports.measure import versions
 from recipes.reports.prediction_metrics import prediction_metrics
 from recipes.tasks.task import Task
-from recipes.training.config import check_seed
+from recipes.training.config import check_groups, check_seed
 from recipes.training.interruption import interruption
 from recipes.training.learner import Learner
 from recipes.training.loop import Plan
@@ -126,6 +127,7 @@ def check(config: Config) -> None:
     non_negative("data.seed", config.data.seed)
     for name in NAMES:
         check_options(name, getattr(config, name))
+    check_groups(config.vogn, math.gcd(config.batch_size, config.data.examples), "batch_size and data.examples")
     non_negative("temperature_steps", config.temperature_steps)
     fraction("temperature_start", config.temperature_start, one=True)
     if not 2 <= config.data.centres <= min(config.data.examples, config.data.test_examples):

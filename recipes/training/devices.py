@@ -5,6 +5,13 @@ from __future__ import annotations
 import torch
 
 
+def device_in_place(name: str | None) -> str | None:
+    """Return the name of a device that is there, None for none; see `device_named`."""
+    if name is not None:
+        device_named(name)
+    return name
+
+
 def device_named(name: str) -> torch.device:
     """Return the device of a name, as "cpu" or "cuda:1".
 

@@ -31,6 +31,11 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
     return tuple(any(row.numbers[place] for row in rows) for place in range(len(flags)))
 
 
+def share_of_ranks(weight: float) -> float:
+    """Return a rank's share of the weights of all ranks."""
+    return weight / sum(row.numbers[0] for row in exchange(Kind.STEP, weight)) if is_distributed() else 1.0
+
+
 @contextmanager
 def leader_first(world: World) -> Iterator[None]:
     """Run the scope on the first rank, which may download data or write files, and then on the others."""

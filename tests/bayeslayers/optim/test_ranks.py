@@ -109,17 +109,27 @@ def trained(name, cut, **options):
 def every_optimiser(world, folder):
     for name in CASES:
         save_file(trained(name, lambda x, _: x[world.part(len(x))], sync=True), folder / f"{name}{world.rank}")
-    # 3 and 5 examples, a rank without any in every other step, a network whose BatchNorm ranks share
+    # 3 and 5 examples, and a rank without any in every other step
     cuts = (slice(3), slice(3, 8)), (slice(8), slice(8, 8))
     for name in UNEQUAL:
         own = trained(name, lambda x, number: x[cuts[number % 2][world.rank]], sync=True)
         save_file(own, folder / f"{name}_unequal{world.rank}")
+    save_file(trained("vogn_groups", lambda x, _: x[:7][world.part(7)], sync=True), folder / f"seven{world.rank}")
+    save_file(norm_statistics(lambda x: x[world.part(8)], sync=True), folder / f"norm{world.rank}")
     # the same examples for both ranks, which are two sample groups
     save_file(trained("vogn_groups", lambda x, _: x, sync=True), folder / f"groups{world.rank}")
     save_file(trained("vogn", lambda x, _: x[world.part(len(x))], sync="bfloat16"), folder / f"wire{world.rank}")
 
 
 UNEQUAL = ("vogn", "ivon_price", "ivon_gradsq", "bbb", "noisykfac")
+
+
+def norm_statistics(cut, **options):
+    """Return the running statistics of a norm that sees the inputs of one step, or of its parts."""
+    model = nn.Sequential(nn.BatchNorm2d(1, momentum=0.25), nn.Flatten(), bl.BayesLinear(16, 3)).double()
+    x, y = batch(0)
+    step(bl.VOGN(model, N, generator=seeded(5), **options), model, cut(x), cut(y))
+    return {key: value.clone() for key, value in model[0].named_buffers() if key.startswith("running")}
 
 
 def step_of_both_groups(optimizer, model, x, y):
@@ -153,6 +163,11 @@ def test_two_ranks_of_half_a_batch_are_one_process_for_every_optimiser(tmp_path)
             assert not torch.allclose(found["0.weight"], whole["0.weight"], rtol=1e-6)
             assert_both("wire", found, rtol=0, atol=0)
             assert_close(found["0.weight"], whole["0.weight"], rtol=0.05, atol=0.02)
+    assert_both("seven", trained("vogn_groups", lambda x, _: x[:7]), rtol=1e-8, atol=1e-10)
+    halves = [norm_statistics(lambda x, own=own: x[own]) for own in (slice(4), slice(4, 8))]
+    mean = {key: torch.stack([half[key] for half in halves]).mean(0) for key in halves[0]}
+    assert_both("norm", mean, rtol=1e-12, atol=0)
+    assert_close(mean["running_mean"], norm_statistics(lambda x: x)["running_mean"])
     model = net()
     optimizer = made("vogn_groups", model)
     for number in range(STEPS):
