@@ -14,6 +14,9 @@ from torch import Tensor
 from bayeslayers.checks import fraction, non_negative
 from zoo.normalise import check_resize
 
+_SHAPE, _ATTEMPTS = 4 / 3, 10  # of a crop of random area: its longest side over the other; windows that are tried
+_DRAWS = 6  # of a scene's crop: factor, place, flip, brightness and contrast
+
 
 @dataclass
 class Augmentation:
@@ -25,12 +28,16 @@ class Augmentation:
         padding: Pixels around an image before its crop, >= 0.
         border: What these are: "zeros", or the image's own mirrored by "reflect".
         flip: Mirror every other image, at random.
+        scale: Smallest and largest part of a picture's area, in (0, 1], that a crop shows, of a random place and a
+            random shape from 3:4 to 4:3, as torchvision's RandomResizedCrop takes them; for pictures in files. None
+            for crops of one size.
     """
 
     resize: int | None = None
     padding: int = 0
     border: Literal["zeros", "reflect"] = "zeros"
     flip: bool = False
+    scale: list[float] | None = None
 
     def check(self, size: Sequence[int]) -> None:
         """Refuse an augmentation that breaks a rule, by name, for inputs of `size`, (c, h, w)."""
@@ -39,6 +46,10 @@ class Augmentation:
         non_negative("augmentation.padding", self.padding)
         if self.border not in ("zeros", "reflect"):
             raise ValueError(f"augmentation.border must be 'zeros' or 'reflect', got {self.border!r}.")
+        if self.scale is not None and (len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1):
+            raise ValueError(f"augmentation.scale must be two parts of the area, in (0, 1], got {self.scale}.")
+        if self.scale is not None and self.padding:
+            raise ValueError(f"augmentation.padding must be 0 beside augmentation.scale, got {self.padding}.")
         if self.border == "reflect" and self.padding >= (side := self.resize or min(size[1:])):
             raise ValueError(f"augmentation.padding must be < {side}, the image that it reflects, got {self.padding}.")
 
@@ -74,6 +85,46 @@ class Augmentation:
             columns = torch.where(mirrored, columns.flip(1), columns)
         crops = x[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (n, h, w, c)
         return crops.permute(0, 3, 1, 2)
+
+    def varied(self, image: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """Return a random crop of one picture, mirrored or not.
+
+        Args:
+            image: Bytes `(c, h, w)`: the whole picture where there is a `scale`, else one resized.
+            size: Height and width of the crop.
+            generator: Source of the choices.
+
+        Returns:
+            Float in [0, 1], `(c, *size)`.
+        """
+        if self.scale is None:
+            return self((image.float() / 255)[None], size, generator)[0]
+        from torchvision.transforms.v2 import functional
+
+        window = _window_of_area(image.shape[1:], self.scale, generator)
+        image = functional.resized_crop(image, *window, size=list(size), antialias=True)
+        if self.flip and float(torch.rand((), generator=generator)) < 0.5:
+            image = functional.horizontal_flip(image)
+        return functional.to_dtype(image, torch.float32, scale=True)
+
+
+def _window_of_area(
+    size: Sequence[int], scale: Sequence[float], generator: torch.Generator
+) -> tuple[int, int, int, int]:
+    """Return top, left, height and width of a window of a random part of an image's area, and of a random shape.
+
+    Where ten of them do not fit, it is the largest in the middle of the least extreme shape, as in torchvision.
+    """
+    height, width = size
+    for _ in range(_ATTEMPTS):
+        area, shape, row, column = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+        ratio = math.exp((2 * shape - 1) * math.log(_SHAPE))
+        rows, columns = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < rows <= height and 0 < columns <= width:
+            return int(row * (height - rows + 1)), int(column * (width - columns + 1)), rows, columns
+    rows, columns = min(height, round(width * _SHAPE)), min(width, round(height * _SHAPE))
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 
 @dataclass
@@ -115,12 +166,12 @@ class SceneAugmentation:
             image: Bytes `(c, h, w)`.
             labels: Class per pixel `(h, w)`; they take the nearest pixel's where the image is interpolated.
             size: Height and width of the result.
-            generator: Source of the choices, of which an image always takes six.
+            generator: Source of the choices, of which an image always takes as many.
 
         Returns:
             The image as float in [0, 1], `(c, *size)`, and its labels `(*size)`.
         """
-        draws = torch.rand(6, generator=generator).tolist()
+        draws = torch.rand(_DRAWS, generator=generator).tolist()
         low, high = map(math.log, self.scale)
         fits = max(side / extent for side, extent in zip(size, labels.shape, strict=True))
         factor = max(math.exp(low + (high - low) * draws[0]), fits)
@@ -136,6 +187,10 @@ class SceneAugmentation:
             x, y = x.flip(2), y.flip(1)
         mean, (brightness, contrast) = x.mean(), (2 * draw - 1 for draw in draws[4:])
         return _lit(x, mean, 1 + self.brightness * brightness, 1 + self.contrast * contrast), y
+
+    def skip(self, generator: torch.Generator) -> None:
+        """Move a generator on as the choices for an image would."""
+        torch.rand(_DRAWS, generator=generator)
 
 
 def _window(side: int, extent: int, place: float) -> slice:

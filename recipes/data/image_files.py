@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,13 +92,37 @@ class ImageFiles:
             images = list(pool.map(partial(_decode, size=self.size), paths))
         return torch.stack(images) if images else torch.empty(0, *self.size, dtype=torch.uint8)
 
+    def read(self, number: int, whole: bool = False) -> Tensor:
+        """Return an image as bytes, `(c, h, w)`.
+
+        Args:
+            number: Of the file.
+            whole: Return the picture as it is, of whatever size.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        return _decode(self.paths[number], self.size, whole)
+
+    def faults(self, numbers: Sequence[int]) -> dict[int, str]:
+        """Return what is wrong with those files of these numbers that cannot be read."""
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(self._fault, numbers)
+        return {number: fault for number, fault in zip(numbers, found, strict=True) if fault is not None}
+
+    def _fault(self, number: int) -> str | None:
+        try:
+            self.read(number)
+        except (ValueError, OSError) as error:
+            return str(error)
+
     def taken(self, index: Tensor) -> ImageFiles:
         """Return the images of these numbers."""
         return ImageFiles([self.paths[number] for number in index.tolist()], self.size)
 
 
 def read_folder(
-    path: str, *, train: bool, size: Sequence[int] | None = None, argument: str = "data"
+    path: str, *, train: bool, size: Sequence[int] | None = None, argument: str = "data", skip: bool = False
 ) -> tuple[ImageFiles, Tensor, list[str]]:
     """Return images, labels and classes of a folder of pictures in ImageNet's layout.
 
@@ -110,6 +135,7 @@ def read_folder(
         train: The training split, else the test split.
         size: `(c, h, w)` of the images; None for that of the first.
         argument: As for `read_npz`.
+        skip: Look past pictures that cannot be read.
 
     Raises:
         FileNotFoundError: If there is no such folder, or a class without pictures.
@@ -139,7 +165,7 @@ def read_folder(
         )
     paths = [path for files in pictures.values() for path in files]
     labels = torch.tensor([numbers[name] for name, files in pictures.items() for _ in files])
-    return ImageFiles(paths, _size_of(paths, size)), labels, list(numbers)
+    return ImageFiles(paths, _size_of(paths, size, skip)), labels, list(numbers)
 
 
 def _classes(folder: Path) -> list[str]:
@@ -147,12 +173,14 @@ def _classes(folder: Path) -> list[str]:
     return visible(entry.name for entry in folder.iterdir() if entry.is_dir())
 
 
-def _size_of(paths: Sequence[Path], size: Sequence[int] | None) -> tuple[int, int, int]:
+def _size_of(paths: Sequence[Path], size: Sequence[int] | None, skip: bool) -> tuple[int, int, int]:
     """Return the size to decode to, after a look whether the pictures have its colours."""
     heads = []
     for path in paths[:: -(-len(paths) // _PROBED)]:
-        with header(path) as image:
+        with suppress(ValueError) if skip else nullcontext(), header(path) as image:
             heads.append((image.mode, image.height, image.width))
+    if not heads:
+        raise ValueError(f"data must hold a picture that can be read, got {paths[0].parent} without any.")
     colours = 3 if any(mode in _COLOUR for mode, _, _ in heads) else 1
     if size is None:
         return colours, *heads[0][1:]
@@ -171,8 +199,8 @@ def check_colours(name: str, got: int, expected: int) -> None:
         )
 
 
-def _decode(path: Path, size: tuple[int, int, int]) -> Tensor:
-    """Return a picture as bytes `(c, h, w)`, upright, and white where it is transparent."""
+def _decode(path: Path, size: tuple[int, int, int], whole: bool = False) -> Tensor:
+    """Return a picture as bytes `(c, h, w)`, upright, and white where it is transparent; of its own size if `whole`."""
     from PIL import Image, ImageOps
 
     channels, height, width = size
@@ -186,5 +214,6 @@ def _decode(path: Path, size: tuple[int, int, int]) -> Tensor:
         picture = reduced(picture.convert("RGBA"), (height, width))
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     picture = reduced(picture.convert(colours), (height, width))
-    picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(picture)).reshape(height, width, channels).permute(2, 0, 1)
+    if not whole:
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(picture)).reshape(picture.height, picture.width, channels).permute(2, 0, 1)

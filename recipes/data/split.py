@@ -102,6 +102,7 @@ def load_split(
     size: Sequence[int] | None = None,
     resize: int | None = None,
     argument: str = "data",
+    skip: bool = False,
 ) -> Split:
     """Return a split of a data set.
 
@@ -114,6 +115,7 @@ def load_split(
         size: `(c, h, w)` of the inputs; None, or of another number of dimensions, for that of the images.
         resize: Side that images are resized to before `size` is cropped from them; None for that of `size`.
         argument: What errors say was to name it.
+        skip: Look past pictures of a folder that cannot be read.
 
     Raises:
         ValueError: If the name is unknown, the data is damaged, or its images are grey where `size` is for
@@ -124,7 +126,7 @@ def load_split(
     size, crop = sides(size, resize)
     kind, _, path = name.partition(":")
     if kind == "imagefolder" and path:
-        return Split(*read_folder(path, train=train, size=size, argument=argument), crop=crop)
+        return Split(*read_folder(path, train=train, size=size, argument=argument, skip=skip), crop=crop)
     if kind == "npz" and path:
         images, labels, classes = read_npz(path, train=train, argument=argument)
     elif name in NAMES:

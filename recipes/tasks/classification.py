@@ -9,18 +9,23 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import bayeslayers as bl
 import zoo
+from bayeslayers.display import printable
 from bayeslayers.distributed import World
 from bayeslayers.likelihoods import Likelihood, likelihood_of
 from bayeslayers.metrics.calibration import CalibrationBins
 from recipes.data.examples import Examples, InOrder
+from recipes.data.image_files import ImageFiles
+from recipes.data.image_loader import VariedPictures, file_batches
 from recipes.data.split import Split, batches
 from recipes.reports.measure import EvaluationRequest, Picture, Section, method_options
-from recipes.tasks.images import Config, read_splits, read_test_splits
+from recipes.tasks.images import Config, read_splits, read_test_splits, readable
 from recipes.tasks.posterior_task import PosteriorTask, Splits
+from recipes.training.loop import UNKNOWN
 from recipes.training.run_folder import DEFAULT_COLUMNS, Column
 from recipes.training.tally import Tally
 from zoo.networks.segmentation import labels_pixels
@@ -33,7 +38,6 @@ class Classification(PosteriorTask):
 
     name = "classification"
     Config = Config
-    distributed: ClassVar[bool] = True
     columns: ClassVar[tuple[Column, ...]] = DEFAULT_COLUMNS
     logged = ("accuracy", "nll", "brier", "ece")
     reported = ("misclassification_auroc_confidence",)
@@ -43,24 +47,56 @@ class Classification(PosteriorTask):
         return read_splits(self.config, zoo.card_of(self.model).input_size)
 
     def check_model(self) -> None:
+        self._told: set[str] = set()
+        if self.config.on_error == "skip":
+            self._leave_out_unreadable()
         check_classes(self.model, self.splits, self.method(trained=True))
 
+    def _leave_out_unreadable(self) -> None:
+        """Leave out the pictures to measure on that cannot be read; those to train on are met in training."""
+        splits, same = self.splits, self.splits.held_out is self.splits.test
+
+        def read(split: Examples) -> Split:
+            found, faults = readable(cast(Split, split), self.world)
+            self._tell(faults)
+            return found
+
+        test, ood = read(splits.test), {name: read(split) for name, split in splits.ood.items()}
+        self.splits = Splits(splits.train, test if same else read(splits.held_out), splits.split, test, ood)
+
+    def _tell(self, faults: Sequence[str]) -> None:
+        """Print which pictures are left out, each once."""
+        for fault in (fault for fault in faults if fault not in self._told):
+            self._told.add(fault)
+            Console(stderr=True).print(f"left out: {printable(fault)}", markup=False, highlight=False, soft_wrap=True)
+
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        config, train = self.config, cast(Split, self.splits.train)
-        return batches(train, config.batch_size, config.seed, epoch, start, augmentation=config.augmentation)
+        return self._read(epoch, start, slice(None))
 
     def parts(self, epoch: int, start: int, world: World) -> Iterator[tuple[Tensor, Tensor, int]]:
-        if world.size == 1:
-            yield from super().parts(epoch, start, world)
-            return
+        size = min(self.config.batch_size, len(self.splits.train))
+        for x, y in self._read(epoch, start, world.part(size)):
+            yield x, y, size if self.config.on_error == "raise" else UNKNOWN
+
+    def _read(self, epoch: int, start: int, own: slice) -> Iterator[tuple[Tensor, Tensor]]:
         config, train = self.config, cast(Split, self.splits.train)
-        size = min(config.batch_size, len(train))
-        own = world.part(size)
-        for x, y in batches(train, config.batch_size, config.seed, epoch, start, config.augmentation, own):
-            yield x, y, size
+        where = config.batch_size, config.seed, epoch, start
+        if not isinstance(train.images, ImageFiles):
+            yield from batches(train, *where, config.augmentation, own)
+            return
+        skip, crop = config.on_error == "skip", train.crop or train.images.size[1:]
+        pictures = VariedPictures(train.images, train.labels, config.augmentation, crop, skip)
+        for x, y, faults in file_batches(pictures, *where, own, config.workers, config.prefetch):
+            if faults:
+                self._tally.sums["skipped"] += len(faults)
+                self._tell(faults)
+            if len(y) == 0 and self.world.size == 1:
+                raise ValueError(f"a batch must hold a picture that can be read, got {len(faults)} with faults.")
+            yield x, y
 
     def tally(self) -> Tally:
-        return AccuracyTally(likelihood_of(self.model))
+        self._tally = AccuracyTally(likelihood_of(self.model), self.config.on_error == "skip")
+        return self._tally
 
     def card_fields(self) -> dict[str, Any]:
         return {
@@ -98,10 +134,11 @@ def train(config: Config, resume: bool = False, command: str = "") -> dict[str, 
 
 
 class AccuracyTally:
-    """Accuracy and calibration of an epoch's steps, measured while the weights move."""
+    """Accuracy and calibration of an epoch's steps, measured while the weights move, and pictures left out."""
 
-    def __init__(self, likelihood: Likelihood):
-        self.likelihood, self.bins, self.sums = likelihood, CalibrationBins(), {"accuracy": 0.0}
+    def __init__(self, likelihood: Likelihood, skips: bool = False):
+        self.likelihood, self.bins = likelihood, CalibrationBins()
+        self.sums = {"accuracy": 0.0} | ({"skipped": 0.0} if skips else {})
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -115,7 +152,8 @@ class AccuracyTally:
         self.sums["accuracy"] += float((labels == target).float().mean())
 
     def means(self, steps: int) -> dict[str, float]:
-        return {"accuracy": self.sums["accuracy"] / steps, "ece": float(self.bins.errors())}
+        skipped = {key: value for key, value in self.sums.items() if key == "skipped"}
+        return {"accuracy": self.sums["accuracy"] / steps, "ece": float(self.bins.errors())} | skipped
 
     def load(self, sums: Mapping[str, float], tensors: Mapping[str, Tensor]) -> None:
         self.sums, self.bins.sums = dict(sums), tensors["bins"]

@@ -143,7 +143,7 @@ class Continual(PosteriorTask):
         likelihood = likelihood_of(model)
         if config.penalty:
             likelihood = cast(Likelihood, Penalised(likelihood, model, len(examples)))  # a step needs its loss alone
-        return Learner(model, optimizer, likelihood, schedulers)
+        return Learner(model, optimizer, likelihood, schedulers, precision=config.precision)
 
     def before_epoch(self, epoch: int, step: int) -> None:
         """Begin the task of an epoch: the posterior becomes the prior, where no step of the task is done yet."""

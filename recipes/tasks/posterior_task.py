@@ -31,7 +31,7 @@ from recipes.reports.measure import (
     versions,
 )
 from recipes.tasks.task import Task
-from recipes.training.config import RunConfig, check, device_of, make_model
+from recipes.training.config import RunConfig, check, check_groups, device_of, make_model
 from recipes.training.laplace_fit import fit_laplace
 from recipes.training.launch import leader_first
 from recipes.training.learner import Learner
@@ -51,6 +51,8 @@ _MAY_DIFFER = (
     "device",
     "compile",
     "checkpoint_minutes",
+    "workers",
+    "prefetch",
     "tensorboard",
     "notes",
     "recipe",
@@ -162,8 +164,12 @@ class PosteriorTask(Task):
             describe(self.model, dataclasses.replace(zoo.card_of(self.model), **likelihood_fields(self.likelihood)))
         if config.start is not None and not resume:
             go_on_from(config.start, self.model)
+        if config.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         with leader_first(self.world):  # it may download them
             self.splits = self.read_splits()
+        if len(self.splits.train) < config.batch_size:
+            check_groups(config.optimizer, len(self.splits.train), "the training examples, which are one batch,")
         self.chosen_by = f"{self.splits.split}_nll"
         self.check_model()
         self.learners = {"": self.make_learner()}
@@ -174,7 +180,7 @@ class PosteriorTask(Task):
         optimizer = make_optimizer(config.optimizer, self.model, len(self.splits.train), config.seed)
         forward = torch.compile(self.model, dynamic=False) if config.compile else None
         schedulers = make_schedulers(config.schedule, optimizer, self.steps_per_epoch, config.epochs)
-        return Learner(self.model, optimizer, likelihood_of(self.model), schedulers, forward)
+        return Learner(self.model, optimizer, likelihood_of(self.model), schedulers, forward, config.precision)
 
     @property
     def steps_per_epoch(self) -> int:

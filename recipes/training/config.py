@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict
@@ -114,6 +114,8 @@ class Learning:
         laplace: Fit a Laplace approximation after a point estimate is trained; None for none.
         device: Where to train, as torch names it: "cuda:1"; None for the first GPU, or the CPU if there is none.
         compile: Run training steps through torch.compile, at the cost of a minute at the start.
+        precision: "bfloat16" for training steps under autocast; measurements are in float32.
+        channels_last: Keep colours innermost in the memory of convolutions, which GPUs are faster for.
     """
 
     model: dict[str, Any]
@@ -127,6 +129,8 @@ class Learning:
     laplace: Laplace | None = None
     device: str | None = None
     compile: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
+    channels_last: bool = False
 
 
 @dataclass(kw_only=True)
@@ -220,6 +224,7 @@ def _check_learning(learning: Learning) -> None:
     check_seed("seed", learning.seed)
     _check_model(learning.model)
     _check_optimizer(learning.optimizer, device_of(learning))
+    check_groups(learning.optimizer, learning.batch_size)
     learning.schedule.check()
     point = method_of(learning.optimizer).point
     if learning.optimizer.get("vectorise"):
@@ -251,6 +256,14 @@ def _check_prediction(config: RunConfig) -> None:
         raise ValueError(
             f"evaluation.method must be one of {', '.join(methods)} after this training, got {how!r}."
             f"{did_you_mean(how, methods)}"
+        )
+
+
+def check_groups(optimizer: Mapping[str, Any], examples: int, what: str = "batch_size") -> None:
+    """Refuse sample groups that would see unequal parts of a step's examples, whose means count alike."""
+    if examples % (groups := optimizer.get("num_mc_groups", 1)):
+        raise ValueError(
+            f"{what} must be a multiple of optimizer.num_mc_groups, {groups}, got {examples}. Change one of them."
         )
 
 

@@ -12,11 +12,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 
 from bayeslayers.distributed import is_distributed, telling_failures
-from bayeslayers.distributed.messages import Kind, exchange
-from bayeslayers.likelihoods import Likelihood
+from bayeslayers.distributed.messages import Kind, exchange, shares
+from bayeslayers.likelihoods import Categorical, Likelihood
 from bayeslayers.optim import TemperatureWarmup
 from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.ranks import statistics_of_norms, weighted_sum
+
+_LEAST_WEIGHT = 1e-12  # of targets none of which counts: a batch of them moves by its prior alone
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Learner:
         likelihood: Its loss.
         schedulers: Schedules of learning rate and temperature, stepped after every batch.
         forward: The network as it is called in training, compiled, say; None for the network itself.
+        precision: "bfloat16" for forward passes under autocast, else "float32".
     """
 
     model: nn.Module
@@ -36,6 +39,7 @@ class Learner:
     likelihood: Likelihood
     schedulers: Sequence[LambdaLR | TemperatureWarmup] = ()
     forward: Callable[[Tensor], Tensor] | None = None
+    precision: str = "float32"
 
     @property
     def device(self) -> torch.device:
@@ -75,19 +79,21 @@ class Learner:
             micro_batch: Examples per forward pass, whose gradients a step adds up; None for all of them.
             refuse: Called with the loss before the optimiser moves, to raise for one that is not finite.
         """
-        if getattr(self.optimizer, "vectorise", False) and getattr(self.optimizer, "num_samples", 1) > 1:
+        if getattr(self.optimizer, "vectorise", False) and getattr(self.optimizer, "num_samples", 1) > 1 and len(x):
             return self._step_at_once(x, y, refuse)
         posterior = self.optimizer if isinstance(self.optimizer, VariationalOptimizer) else None
 
         def closure() -> tuple[Tensor, Tensor]:
             self.optimizer.zero_grad()
             own = slice(None) if posterior is None else posterior.part(len(x))
+            if posterior is not None:
+                posterior.loss_weight = self.weight(y[own])
             loss, output = self._backward(x[own], y[own], micro_batch)
             refuse(loss)
             return loss, output
 
         if posterior is None and is_distributed():
-            loss, output = self._step_of_ranks(closure, len(x))
+            loss, output = self._step_of_ranks(closure, y)
         elif len(x) == 0:  # of a step whose examples other ranks have
             self.optimizer.step()
             loss, output = x.new_zeros(()), None
@@ -99,24 +105,41 @@ class Learner:
     def _backward(self, x: Tensor, y: Tensor, micro_batch: int | None) -> tuple[Tensor, Tensor]:
         """Go forward and backward; return loss and outputs."""
         call, losses, outputs = self.forward or self.model, [], []
+        autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
         size = micro_batch or len(x)
-        for inputs, targets in zip(x.split(size), y.split(size), strict=True):
-            outputs.append(call(inputs))
-            losses.append(self.likelihood.loss(outputs[-1], targets) * (len(inputs) / len(x)))
+        weights = [self.weight(targets) or len(targets) for targets in y.split(size)]
+        for inputs, targets, share in zip(x.split(size), y.split(size), shares(weights), strict=True):
+            with autocast:
+                output = call(inputs)
+            outputs.append(output.float() if self.precision == "bfloat16" else output)
+            losses.append(self.likelihood.loss(outputs[-1], targets) * share)
             losses[-1].backward()
         return torch.stack(losses).sum().detach(), torch.cat(outputs).detach()
 
-    def _step_of_ranks(self, closure: Callable[[], tuple[Tensor, Tensor]], n: int) -> tuple[Tensor, Tensor | None]:
-        """Take a step of torch's own optimiser with the mean gradient of all ranks' examples, of which this has n."""
+    def weight(self, y: Tensor) -> float | None:
+        """Return what the loss of targets is divided by, where examples do not count alike; None where they do."""
+        likelihood = self.likelihood
+        if not isinstance(likelihood, Categorical) or (likelihood.ignore_index is likelihood.class_weights is None):
+            return None
+        return max(likelihood.weight(y), _LEAST_WEIGHT)
+
+    def _step_of_ranks(self, closure: Callable[[], tuple[Tensor, Tensor]], y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Take a step of torch's own optimiser with the mean gradient of all ranks' examples, of which this has some.
+
+        Args:
+            closure: Goes backward.
+            y: Targets of this rank's examples, which may be none.
+        """
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         with telling_failures():
             self.optimizer.zero_grad()
-            loss, output = closure() if n else (parameters[0].new_zeros(()), None)
-        counts = [row.numbers[0] for row in exchange(Kind.STEP, n)]
+            loss, output = closure() if len(y) else (parameters[0].new_zeros(()), None)
+            weight = self.weight(y) or len(y)
+        rows = exchange(Kind.STEP, weight)
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         averaged = [*(p.grad for p in parameters if p.grad is not None), *statistics_of_norms(self.model)]
-        weighted_sum(averaged, n / sum(counts))
+        weighted_sum(averaged, weight / sum(row.numbers[0] for row in rows))
         self.optimizer.step()
         return loss, output
 

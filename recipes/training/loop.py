@@ -20,11 +20,13 @@ from bayeslayers.files import write_atomically
 from bayeslayers.storage.training_state import load_checkpoint, save_checkpoint
 from bayeslayers.storage.weight_file import Weights
 from recipes.training.interruption import interruption
-from recipes.training.launch import Totals, any_rank, rank_states, restore_rank_state, stopping_by
+from recipes.training.launch import Totals, any_rank, rank_states, restore_rank_state, share_of_ranks, stopping_by
 from recipes.training.restore import check_extent, check_identity, check_optimizer, check_progress, in_a_sentence
 from recipes.training.run_folder import CHECKPOINT, LOG, log_text
 from recipes.training.shown import ProgressBar, events, in_words
 from recipes.training.trainable import Plan, Trainable
+
+UNKNOWN = -1  # examples of a step that other ranks too have left some out of
 
 
 class Training:
@@ -80,7 +82,7 @@ class Training:
             while self.epoch < epochs:
                 self.task.before_epoch(self.epoch, self.step)
                 for x, y, examples in self.task.parts(self.epoch, self.step, self.world):
-                    self.share = len(x) / examples
+                    self.share = self._share_of(y, examples)
                     self._step(x, y)
                     metrics = in_words(self.settings | self._means())
                     progress.update(task, advance=1, epoch=self.epoch + 1, metrics=metrics)
@@ -97,6 +99,13 @@ class Training:
                 if any_rank(interrupted())[0]:
                     return False
         return True
+
+    def _share_of(self, y: Tensor, examples: int) -> float:
+        """Return this rank's part of what the loss of a step is a mean over; ranks ask where it is not known."""
+        weight = next(iter(self.task.learners.values())).weight(y)
+        if weight is None and examples != UNKNOWN:
+            return len(y) / examples
+        return share_of_ranks(len(y) if weight is None else weight)
 
     @property
     def _between_epochs(self) -> bool:
@@ -211,14 +220,14 @@ class Training:
         self._collect()
         self.saved = self.epoch, self.step, time.monotonic()
         states_of_ranks = rank_states()
-        if not self.world.leads:
-            return
-        device = self._device
         states: dict[str, Any] = {
             _key(name, key): value
             for name, learner in self.task.learners.items()
-            for key, value in learner.state().items()
+            for key, value in learner.state().items()  # of all ranks, where it is in shards
         }
+        if not self.world.leads:
+            return
+        device = self._device
         states |= {key: getattr(self, key) for key in ("epoch", "step", "settings", "rows")}
         states |= {"sums": self._all_sums(), "identity": self.plan.identity} | self.tally.tensors
         states["rng"], states["rank_rng"] = torch.get_rng_state(), states_of_ranks

@@ -53,6 +53,7 @@ WANTED = {
     "cifar100/alexnet": "adam sgd vogn ivon",
     "cifar100/resnet18": "adam sgd vogn ivon",
     "imagenet/resnet18": "adam sgd kfac noisykfac vogn vogn_4gpu ivon",
+    "imagenet/resnet50": "vogn ivon",
 }
 
 
@@ -94,6 +95,7 @@ def thin(monkeypatch):
     monkeypatch.setattr(registry, "_BUILDERS", dict(registry._BUILDERS))
     # Of fewer channels, channels last, a 1x1 convolution of stride 2 crashes torch 2.15 on the CPU.
     registry._BUILDERS["resnet18"] = resnet._resnet("thin_resnet18", resnet.BasicBlock, 16, (2, 2, 2, 2))
+    registry._BUILDERS["resnet50"] = resnet._resnet("thin_resnet50", resnet.Bottleneck, 64, (1, 1, 1, 1))
     monkeypatch.setattr(vgg, "WIDTHS", (4, 4, 4, 4, 4))
     monkeypatch.setattr(resnet, "wide_resnet", lambda k, size, depth, width, *rest: wide_resnet(k, size, 10, 1, *rest))
     layers = {
@@ -118,7 +120,10 @@ def take_two_steps(name, data, folder, monkeypatch):
     model = zoo.create(**config.model)
     make_optimizer(config.optimizer, model, 4, config.seed)  # it sets precisions
     start = model.state_dict()
-    options = f"--limit 4 --batch_size 2 --epochs 1 --compile false --output {folder} --data {data[name.split('/')[0]]}"
+    options = f"--limit 4 --batch_size 2 --epochs 1 --compile false --workers 0 --output {folder}"
+    options += f" --data {data[name.split('/')[0]]}"
+    if "num_mc_groups" in config.optimizer:  # each of which wants an example
+        options += " --optimizer.num_mc_groups 2"
     if config.start is not None:  # a run that is not there
         bl.save_posterior(model, folder.with_name("start"))
         options += f" --start {folder.with_name('start')}"
