@@ -112,9 +112,11 @@ class VariationalOptimizer(SharedStep):
         if self.sync and not self._average_over_ranks(left):
             return False
         try:
-            self._check_numbers()
-            self._plan()
-            self._move()
+            with self._failing_together():
+                self._check_numbers()
+                self._plan()
+                harmless = all(is_harmless(self._reach(group), group["params"]) for group in self.param_groups)
+            self._move(self._all_agree(harmless))
         except FloatingPointError:
             self._forget()
             raise
@@ -195,14 +197,23 @@ class VariationalOptimizer(SharedStep):
         ess = max(self._ess(group) for group in self.param_groups) * max(1.0, self._averages.scale)
         refuse_not_finite({"gradient": grads, self._statistic: self._averages.statistics}, self._names, ess)
 
-    def _move(self) -> None:
-        """Move all groups, or none if one would leave the range of its floating-point numbers."""
-        if all(is_harmless(self._reach(group), group["params"]) for group in self.param_groups):
-            return self._update_groups()
+    def _move(self, harmless: bool) -> None:
+        """Move all groups, or none if one would leave the range of its floating-point numbers.
+
+        Args:
+            harmless: Whether none can.
+        """
+        if harmless:
+            self._update_groups()
+            self._send_moved()
+            return
         before = Snapshot(self._sites, self._names, self.state)
         try:
             self._update_groups()
-            before.refuse_values_outside_range()
+            with self._failing_together():
+                before.refuse_values_outside_range()
+            self._all_agree(True)
+            self._send_moved()
         except BaseException:
             before.restore()
             self._forget()

@@ -57,6 +57,8 @@ class BBB(VariationalOptimizer):
             of that type.
         num_mc_groups: Sample groups: ranks of a group share their draws, groups have their own. One process runs
             them all, each on its part of the batch, `optimizer.part(len(x))`.
+        shard: Keep the state of each parameter on one rank alone, which moves it and sends it to the others; needs
+            `sync`. See docs/distributed.md for the memory that it saves.
         how: The former name of `estimator`, which it replaces if given.
 
     Raises:
@@ -92,6 +94,7 @@ class BBB(VariationalOptimizer):
         sync: Sync = False,
         how: Estimator | None = None,
         num_mc_groups: int = 1,
+        shard: bool = False,
     ):
         self.estimator: Estimator = estimator if how is None else how
         arguments = locals()

@@ -15,7 +15,7 @@ from bayeslayers.convert.in_place import unchanged_on_error, warn_of_determinist
 from bayeslayers.convert.report import ConversionReport, report_of
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.optim.options import Options
-from bayeslayers.optim.ranks import refuse_replicas
+from bayeslayers.optim.ranks import refuse_replicas, refuse_sharded_parameters
 from bayeslayers.sampling import Sampler, Site, posterior, sites_of
 
 Rules = Mapping[str, Callable[[str, Any], Any]]  # per hyperparameter the check that returns its value
@@ -42,6 +42,7 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
     def __init__(self, model: nn.Module, dataset_size: int, rules: Rules, values: Mapping[str, Any], options: Options):
         network("model", model)
         refuse_replicas(model)
+        refuse_sharded_parameters(model)
         self.model = model
         self.dataset_size = size("dataset_size", dataset_size)
         self._rules = {**rules, "prior_precision": positive}

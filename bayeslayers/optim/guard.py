@@ -83,7 +83,7 @@ def refuse_not_finite(quantities: Mapping[str, Mapping[Any, Tensor]], names: Map
     """
     # A sum is finite only if every entry is: one reduction each, one look at the result.
     sums = [tensor.sum() for tensors in quantities.values() for tensor in tensors.values()]
-    if (torch.stack(sums) * ess).isfinite().all():
+    if not sums or (torch.stack(sums) * ess).isfinite().all():
         return
     for quantity, tensors in quantities.items():
         for key, tensor in tensors.items():

@@ -89,6 +89,7 @@ class IVON(VariationalOptimizer):
             of that type.
         num_mc_groups: Sample groups: ranks of a group share their draws, groups have their own. One process runs
             them all, each on its part of the batch, `optimizer.part(len(x))`.
+        shard: Keep the state of each parameter on one rank alone, as for `VOGN`; not with "gradsq".
 
     Raises:
         ValueError: If an argument breaks its rule, or no parameter requires a gradient.
@@ -125,10 +126,13 @@ class IVON(VariationalOptimizer):
         keep_posterior: bool = False,
         sync: Sync = False,
         num_mc_groups: int = 1,
+        shard: bool = False,
     ):
         arguments, chooses = locals(), lr is None
         if estimator not in ("price", "gradsq"):
             raise ValueError(f"estimator must be 'price' or 'gradsq', got {estimator!r}.")
+        if shard and estimator == "gradsq":
+            raise ValueError("shard must be off for estimator='gradsq', whose ranks need the gradients of all.")
         self.estimator: Estimator = estimator
         self.rescale_lr, self.keep_posterior = rescale_lr, keep_posterior
         self._loss_power = 1 if estimator == "price" else 2
@@ -255,7 +259,7 @@ class IVON(VariationalOptimizer):
             for parameter in group["params"]:
                 if parameter in statistics:  # the new precision takes the place of what it is made of
                     statistics[parameter] = self._new_precision(parameter, group)
-        if torch.stack([precision.sum() for precision in statistics.values()]).isfinite().all():
+        if not statistics or torch.stack([p.sum() for p in statistics.values()]).isfinite().all():
             return
         for parameter, precision in statistics.items():
             if bad := int((~precision.isfinite()).sum()):

@@ -30,6 +30,7 @@ class Options:
             type. A model in a `DistributedDataParallel` of several ranks turns it on.
         num_mc_groups: Sample groups: ranks of one group share their draws, those of different groups have draws of
             their own.
+        shard: Keep the optimizer's state of each parameter on one rank alone, which moves it; needs `sync`.
         elements_per_example: Elements that an example's loss is a mean over; None for those that are seen.
 
     Raises:
@@ -45,6 +46,7 @@ class Options:
     generator: torch.Generator | None = None
     sync: Sync = False
     num_mc_groups: int = 1
+    shard: bool = False
     elements_per_example: float | None = None
 
     def __post_init__(self):

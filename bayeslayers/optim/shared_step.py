@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from bayeslayers.distributed.lost import RankError
-from bayeslayers.distributed.messages import Kind, Row, agree, is_distributed, telling_failures
+from bayeslayers.distributed.messages import Kind, Row, agree, exchange, is_distributed, telling_failures
 from bayeslayers.optim.draws import AveragedDraws
 from bayeslayers.optim.groups import Rules
 from bayeslayers.optim.options import Options
@@ -21,9 +21,11 @@ from bayeslayers.optim.ranks import (
     copy_from_first_rank,
     rows_of_step,
     share_state,
+    shares_of,
     statistics_of_norms,
     weighted_sum,
 )
+from bayeslayers.optim.shards import Shards
 
 NO_DRAW = (
     "step() must follow a backward pass under drawn weights, got none since the last step. Pass a closure, or call "
@@ -46,12 +48,21 @@ class SharedStep(AveragedDraws):
         options: What else the user has chosen.
     """
 
+    _of_squares: ClassVar[bool] = False  # whether statistics are sums of squares over the weighted elements of a loss
+
     def __init__(self, model: nn.Module, dataset_size: int, rules: Rules, values: Mapping[str, Any], options: Options):
+        self._sharded = options.shard
         super().__init__(model, dataset_size, rules, values, options)
         if self.sync:
             if is_distributed():
                 agree(self._facts())
             copy_from_first_rank(model.state_dict().values())
+        self._shards: Shards | None = None
+        if options.shard and not self.sync:
+            raise ValueError("shard must be off without sync, which it divides among ranks. Pass sync=True.")
+        if options.shard and is_distributed():
+            self._shards = Shards(dist.get_rank(), dist.get_world_size())
+            self._shards.deal(self._names)
 
     @abc.abstractmethod
     def _finish(self, left: bool = False) -> bool:
@@ -68,6 +79,7 @@ class SharedStep(AveragedDraws):
             "parameter groups": {str(number): group for number, group in enumerate(groups)},
             "num_samples": self.num_samples,
             "num_mc_groups": self.num_mc_groups,
+            "shard": self._sharded,
         }
 
     @contextmanager
@@ -117,7 +129,8 @@ class SharedStep(AveragedDraws):
     def _meet(self, left: bool) -> bool:
         averages = self._averages
         layout = self._layout()
-        rows = rows_of_step(Kind.LEFT if left else Kind.STEP, averages.weight, averages.draws, layout)
+        weights = averages.weight, averages.square_weight
+        rows = rows_of_step(Kind.LEFT if left else Kind.STEP, weights, averages.draws, layout)
         if all(row.kind is Kind.LEFT for row in rows):
             return False
         if sum(row.numbers[0] for row in rows) == 0:
@@ -138,10 +151,70 @@ class SharedStep(AveragedDraws):
         Args:
             rows: Weight and draws of each rank.
         """
+        if self._shards is not None:
+            self._reduce_to_owners(self._shards, rows)
+            return
         grads = [] if self._forwards.reduced else [p.grad for p in self._names if p.grad is not None]
-        statistics = self._averages.statistics.values()
-        share = self._averages.weight / sum(row.numbers[0] for row in rows)
+        statistics = list(self._averages.statistics.values())
+        share, of_squares = shares_of(rows, dist.get_rank())
+        if self._of_squares and share != of_squares:
+            for value in statistics:
+                value.mul_(of_squares / share)
         weighted_sum([*grads, *statistics, *statistics_of_norms(self.model)], share, self._wire)
+
+    def _reduce_to_owners(self, shards: Shards, rows: Sequence[Row]) -> None:
+        """Average gradients and statistics on the ranks that move their parameters, and drop them on the others."""
+        if self._forwards.reduced:
+            raise ValueError(
+                "shard must be off under DistributedDataParallel, which sends all gradients to all ranks. Use the "
+                "model without the wrapper, with sync=True."
+            )
+        averages, (share, of_squares) = self._averages, shares_of(rows, shards.rank)
+        shards.deal(self._names)
+        self._moving = [p for p in self._names if p.grad is not None]
+        grads = [(p, p.grad.mul_(share)) for p in self._moving if p.grad is not None]
+        factor = of_squares if self._of_squares else share
+        shards.sum_to_owners(
+            [*grads, *((p, value.mul_(factor)) for p, value in averages.statistics.items())], self._wire
+        )
+        for parameter in self._moving:
+            if not shards.owns(parameter):
+                parameter.grad = None
+                averages.statistics.pop(parameter, None)
+        weighted_sum(statistics_of_norms(self.model), share)
+
+    def _all_agree(self, harmless: bool) -> bool:
+        """Return whether all ranks say so; where each moves its own parameters, none goes on before the others can."""
+        if self._shards is None:
+            return harmless
+        return all(row.numbers[0] for row in exchange(Kind.STEP, harmless))
+
+    @contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """Tell the other ranks of an error inside the scope, where each moves its own parameters."""
+        with nullcontext() if self._shards is None else telling_failures(Kind.REFUSED):
+            yield
+
+    def _send_moved(self) -> None:
+        """Send what this rank has moved to the others, where each moves its own parameters."""
+        if self._shards is not None:
+            precisions = [(p, self._sites[p].precision) for p in self._moving if p in self._sites]
+            self._shards.send_to_all([*((p, p.data) for p in self._moving), *precisions])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state; of all ranks, where it is in shards: all of them then call it together."""
+        found = super().state_dict()
+        if self._shards is not None:
+            found["state"] = self._shards.whole_state(found["state"])
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, of any number of ranks."""
+        super().load_state_dict(state_dict)
+        if self._shards is not None:
+            for parameter in self._names:
+                if not self._shards.owns(parameter):
+                    self.state.pop(parameter, None)
 
     def _refuse_unequal_shares(self, rows: list[Row]) -> None:
         """Refuse what `DistributedDataParallel` has averaged with equal weights, where they should differ."""

@@ -72,6 +72,8 @@ class VOGN(GaussNewton):
             of that type.
         num_mc_groups: Sample groups: ranks of a group share their draws, groups have their own. One process runs
             them all, each on its part of the batch, `optimizer.part(len(x))`.
+        shard: Keep the state of each parameter on one rank alone, which moves it and sends it to the others; needs
+            `sync`. See docs/distributed.md for the memory that it saves.
         vectorise: Run the draws of `step(closure)` at once, by `torch.func.vmap`. The closure leaves
             `backward` to the optimizer then. Faster for small networks and batches alone.
         clip_radius: Bound on each entry of the mean's step before `lr`, > 0; None for no bound with an `lr` of
@@ -112,6 +114,7 @@ class VOGN(GaussNewton):
         elements_per_example: float | None = None,
         clip_radius: float | None = None,
         num_mc_groups: int = 1,
+        shard: bool = False,
     ):
         arguments, chooses = locals(), lr is None
         bound = LARGEST_MOVE if chooses else math.inf  # of the move; `_scale_steps` makes it one of the step
@@ -191,6 +194,7 @@ class OGN(GaussNewton):
         groups: Parameter groups with hyperparameters of their own.
         deterministic_lr: Learning rate of parameters that are not Bayesian.
         sync: Average over ranks before each step.
+        shard: Keep the state of each parameter on one rank alone.
 
     Raises:
         ValueError: If an argument breaks its rule, or no layer of the model can become Bayesian.
@@ -216,6 +220,7 @@ class OGN(GaussNewton):
         deterministic_lr: float | None = None,
         sync: Sync = False,
         elements_per_example: float | None = None,
+        shard: bool = False,
     ):
         arguments = locals()
         super().__init__(
