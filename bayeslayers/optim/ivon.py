@@ -142,12 +142,10 @@ class IVON(VariationalOptimizer):
             lr = moves * (1.0 if rescale_lr else hess_init + weight_decay)  # `rescale_lr` multiplies the step by that
         self._sites = {}
         self._new: set[nn.Parameter] = set()  # whose precision and prior no group has set yet
-        chosen = {
-            "lr": lr,
-            "beta2": beta2 if beta2 is not None else BETA2 if chooses else 0.99999,
-            "hess_init": 1.0 if hess_init is None else hess_init,
-            "clip_radius": bound if clip_radius is None else clip_radius,
-        }
+        beta2 = beta2 if beta2 is not None else BETA2 if chooses else 0.99999
+        hess_init = 1.0 if hess_init is None else hess_init
+        clip_radius = bound if clip_radius is None else clip_radius
+        chosen = {"lr": lr, "beta2": beta2, "hess_init": hess_init, "clip_radius": clip_radius}
         options = Options.among(arguments, groups=with_plain_steps(groups or ()) if chooses else groups)
         super().__init__(model, dataset_size, _RULES, arguments | chosen, options)
         self._process_group = group_of(self._sharing) if estimator == "gradsq" and self.sync else None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from typing import Any
 
 from recipes.cli.options import add_data_root, add_json, typed_path
 
+_MODELS = ["mlp", "lenet5"]
 _TASKS = ["toy", "mnist", "energy"]
 
 
@@ -15,16 +17,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `benchmark`."""
     parser.add_argument(
         "what",
-        choices=["step", "load", "predict", "defaults", "convert"],
+        choices=["step", "load", "predict", "defaults", "convert", "scaling"],
         help="step: a training step of VOGN beside one of Adam; load: a posterior loaded to predict one image, beside "
         "plain torch; predict: 32 samples beside one forward pass; defaults: what VOGN and IVON reach when only "
         "dataset_size is given, beside Adam; convert: networks of other libraries, converted, trained by a step, "
-        "saved and loaded",
+        "saved and loaded; scaling: steps of VOGN by several processes beside a model of their cost",
     )
     parser.add_argument("--rounds", type=int, default=100, help="interleaved runs of each (%(default)s)")
     _add_names(parser, "--optimizers", ["vogn"], "step: beside Adam, by their recipes' names (vogn)")
-    models = "step: classifiers of the zoo, on batches of 128 (mlp lenet5)"
-    _add_names(parser, "--models", ["mlp", "lenet5"], models)
+    models = "step: classifiers of the zoo, on batches of 128 (mlp lenet5); scaling: one of ten classes (resnet20)"
+    _add_names(parser, "--models", _MODELS, models)
     tasks = f"defaults: of {' '.join(_TASKS)} (these), fashion resnet18 unet (minutes)"
     _add_names(parser, "--tasks", _TASKS, tasks)
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="defaults: runs of each (%(default)s)")
@@ -33,6 +35,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", type=typed_path, metavar="PATH", help=text)
     parser.add_argument("--seconds", type=int, default=180, help="convert: limit of time for each (%(default)s)")
     parser.add_argument("--gigabytes", type=float, default=6.0, help="convert: limit of memory (%(default)s)")
+    parser.add_argument(
+        "--processes", nargs="+", type=int, default=[1, 2, 4], metavar="P", help="scaling: their numbers (1 2 4)"
+    )
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="scaling: examples of each (%(default)s)")
     add_data_root(parser, "defaults: folder of data (stand-ins are generated)")
     add_json(parser)
 
@@ -42,9 +48,11 @@ def _add_names(parser: argparse.ArgumentParser, option: str, default: list[str],
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure costs as ratios, what the defaults reach, or which networks convert and train."""
+    """Measure costs as ratios, what the defaults reach, which networks convert and train, or what processes cost."""
     if arguments.what == "convert":
         return _convert(arguments)
+    if arguments.what == "scaling":
+        return _scaling(arguments)
     from recipes.reports.benchmark import benchmark_load, benchmark_predict, benchmark_step
 
     if arguments.what == "defaults":
@@ -59,9 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(rows, indent=2))
     else:
-        from recipes.reports.tables import print_table
-
-        print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
+        _print(rows)
     return 0
 
 
@@ -78,3 +84,25 @@ def _convert(arguments: argparse.Namespace) -> int:
     print_table(HEAD, [shown(row) for row in rows])
     print(totals(rows))
     return 0
+
+
+def _scaling(arguments: argparse.Namespace) -> int:
+    """Measure several processes on this machine, and print beside them what the model says of many GPUs."""
+    from recipes.reports.scaling import measure_scaling, on_paper
+
+    model = arguments.models[0] if arguments.models != _MODELS else "resnet20"
+    measured = measure_scaling(arguments.processes, model, arguments.batch, arguments.rounds)
+    found = {"measured": measured, "on_paper": on_paper()}
+    tables = {key: [dataclasses.asdict(row) for row in rows] for key, rows in found.items()}
+    if arguments.json:
+        print(json.dumps(tables, indent=2))
+    else:
+        for rows in tables.values():
+            _print(rows)
+    return 0
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    from recipes.reports.tables import print_table
+
+    print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
