@@ -7,7 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import bayeslayers as bl
 import zoo
@@ -84,3 +87,16 @@ def test_newcomers_find_what_they_look_for():
         assert (ROOT / package / "py.typed").is_file()
     for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.md"):
         assert {"name", "about"} <= yaml.safe_load(path.read_text().split("---\n")[1]).keys()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_to_write_in_place_of_other_libraries_runs():
+    page = (DOCS / "coming_from.md").read_text()
+    blocks = re.findall(r"^## (.*?)\n.*?```python\n(.*?)```", page, re.M | re.S)
+    assert [title.split(",")[0] for title, _ in blocks] == re.findall(r"^## ([\w-]+)", page, re.M)
+    for _, block in blocks:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        loader = DataLoader(TensorDataset(torch.randn(60, 4), torch.randint(3, (60,))), 20)
+        names = {"bl": bl, "zoo": zoo, "torch": torch, "F": nn.functional, "net": net, "loader": loader, "N": 60}
+        exec(block, names | {"x": torch.randn(5, 4)})
