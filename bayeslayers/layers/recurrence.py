@@ -149,7 +149,7 @@ class _Recurrence(torch.autograd.Function):
 def _rnn_backward(hidden: Tensor, weight: Tensor, g: Tensor, relu: bool) -> tuple[Tensor | None, ...]:
     slope = (hidden > 0).to(g.dtype) if relu else 1 - hidden.square()
     carried, grads = torch.zeros_like(g[0]), []
-    for g_t, slope_t in zip(g.flip(0).unbind(0), slope.flip(0).unbind(0), strict=True):
+    for g_t, slope_t in zip(reversed(g.unbind(0)), reversed(slope.unbind(0)), strict=True):
         grads.append((g_t + carried) * slope_t)
         carried = grads[-1] @ weight
     of_p = torch.stack(grads[::-1])
@@ -164,8 +164,7 @@ def _gru_backward(a: Tensor, p: Tensor, before: Tensor, weight: Tensor, g: Tenso
     of_gates = torch.stack([of_n * p_n * r * (1 - r), (before - n) * z * (1 - z), of_n], -2)  # (t, n, 3, h), times g
     through_p = of_gates * torch.stack([torch.ones_like(r), torch.ones_like(r), r], -2)
     carried, total = torch.zeros_like(g[0]), []
-    steps = zip(g.flip(0).unbind(0), z.flip(0).unbind(0), through_p.flip(0).unbind(0), strict=True)
-    for g_t, z_t, through_t in steps:
+    for g_t, z_t, through_t in zip(*[reversed(x.unbind(0)) for x in (g, z, through_p)], strict=True):
         total.append(g_t + carried)
         carried = total[-1] * z_t + (total[-1].unsqueeze(-2) * through_t).flatten(-2) @ weight
     of_hidden = torch.stack(total[::-1]).unsqueeze(-2)
@@ -181,19 +180,21 @@ def _lstm_backward(
     g: Tensor,
     g_cells: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    i, f, c, o = gates.chunk(4, -1)
-    i, f, c, o, squashed = i.sigmoid(), f.sigmoid(), c.tanh(), o.sigmoid(), cells.tanh()
-    by_cell = torch.stack([c * i * (1 - i), cells_before * f * (1 - f), i * (1 - c.square())], -2)  # (t, n, 3, h)
-    by_hidden, cell_by_hidden = squashed * o * (1 - o), o * (1 - squashed.square())
-    carried, carried_cell = torch.zeros_like(g[0]), torch.zeros_like(cells[0])
-    of_gates, total = [], []
-    columns = [x.flip(0).unbind(0) for x in (g, f, by_cell, by_hidden, cell_by_hidden)]
-    extra = None if g_cells is None else g_cells.flip(0).unbind(0)
-    for t, (g_t, f_t, by_cell_t, by_hidden_t, cell_t) in enumerate(zip(*columns, strict=True)):
+    i, f, _, o = gates.sigmoid().chunk(4, -1)
+    c, squashed = gates.chunk(4, -1)[2].tanh(), cells.tanh()
+    by_inner = o - o * squashed.square()  # of the cell state; the gates' are of the cell state, but the last one's
+    of_gates = torch.stack(
+        [c * (i - i * i), cells_before * (f - f * f), i - i * c.square(), squashed * (o - o * o)], -2
+    )  # (t, n, 4, h)
+    carried, carried_cell, total = torch.zeros_like(g[0]), torch.zeros_like(cells[0]), []
+    extra = [None] * len(g) if g_cells is None else g_cells.unbind(0)
+    columns = [reversed(x.unbind(0)) for x in (g, f, by_inner, of_gates)]
+    for g_t, f_t, by_inner_t, of_gates_t, extra_t in zip(*columns, reversed(extra), strict=True):
         total.append(g_t + carried)
         of_inner = total[-1] if projection is None else total[-1] @ projection
-        of_cell = torch.addcmul(carried_cell if extra is None else carried_cell + extra[t], of_inner, cell_t)
-        of_gates.append(torch.cat([(of_cell.unsqueeze(-2) * by_cell_t).flatten(-2), of_inner * by_hidden_t], -1))
-        carried, carried_cell = of_gates[-1] @ weight, of_cell * f_t
-    of_p = torch.stack(of_gates[::-1])
+        of_cell = torch.addcmul(carried_cell if extra_t is None else carried_cell + extra_t, of_inner, by_inner_t)
+        of_gates_t[..., :3, :].mul_(of_cell.unsqueeze(-2))
+        of_gates_t[..., 3, :].mul_(of_inner)
+        carried, carried_cell = of_gates_t.flatten(-2) @ weight, of_cell * f_t
+    of_p = of_gates.flatten(-2)
     return of_p, of_p, None if projection is None else torch.stack(total[::-1]), carried, carried_cell

@@ -260,6 +260,26 @@ class TestTraining:
         names = [name for name, _ in net.named_parameters()]
         assert {*names, *(f"{name}_precision" for name in names)} <= moved
 
+    @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=case_id)
+    def test_samples_at_once_are_those_one_after_the_other(self, kind):
+        states = []
+        for vectorise in (False, True):
+            torch.manual_seed(0)
+            net = nn.Sequential(kind(3, 4, num_layers=2, batch_first=True), _First(), nn.Linear(4, 2)).double()
+            x, generator = torch.randn(4, 5, 3, **F64), torch.Generator().manual_seed(0)
+            optimizer = bl.VOGN(net, dataset_size=20, num_samples=3, vectorise=vectorise, generator=generator)
+
+            def closure(net=net, x=x, optimizer=optimizer, vectorise=vectorise):
+                optimizer.zero_grad()
+                loss = net(x).square().mean()
+                if not vectorise:
+                    loss.backward()
+                return loss
+
+            optimizer.step(closure)
+            states.append(net.state_dict())
+        assert_close(*states, rtol=1e-7, atol=1e-10)
+
     def test_a_posterior_is_saved_and_loaded_and_ordinary_weights_load(self, tmp_path):
         net, batch, _ = self.make()
         ordinary = copy.deepcopy(net)
