@@ -134,7 +134,7 @@ def conformal(
     """Return the threshold at which sets, or intervals, contain the target with probability at least 1 - alpha.
 
     Split conformal prediction: the threshold is the ceil((n + 1) (1 - alpha))-th smallest score of n calibration
-    examples. The scores of an example are, with class probabilities p, mean m and total variance v:
+    examples. The scores of an example are, with class probabilities p, mean m and total variance v::
 
         "lac"     1 - p_y, which gives the smallest sets on average (Sadinle et al. 2019, arXiv 1609.00451)
         "aps"     sum of all p_c > p_y, plus u p_y with u uniform in (0, 1): sets grow where classes are hard to

@@ -23,8 +23,8 @@ class TensorDiagnosis:
     Attributes:
         name: Name of the parameter.
         shape: Its shape.
-        signal_to_noise: Median of |mean| / standard deviation.
-        undecided: Share of entries with |mean| below the standard deviation, whose sign is open.
+        signal_to_noise: Median of abs(mean) / standard deviation.
+        undecided: Share of entries with abs(mean) below the standard deviation, whose sign is open.
         noise: Root mean square of the standard deviations over that of the means.
         precision_over_prior: Median of the precision over the prior's.
         precision_range: Greatest precision over the least; 1 where no step has moved them.
