@@ -43,8 +43,10 @@ def _posterior(kind: Callable[..., torch.optim.Optimizer], predict: str = "sampl
     draws = "generator" in inspect.signature(kind).parameters
 
     def make(model: nn.Module, size: int, generator: torch.Generator, options: Mapping[str, Any]):
-        sync = options.get("sync", True) if is_distributed() else False
-        return kind(model, size, **({"generator": generator} if draws else {}), **{**options, "sync": sync})
+        several = is_distributed()
+        own = {key: value for key, value in options.items() if several or key != "shard"}  # one process has all
+        sync = options.get("sync", True) if several else False
+        return kind(model, size, **({"generator": generator} if draws else {}), **{**own, "sync": sync})
 
     return Method(make, predict, _options(kind))
 

@@ -32,6 +32,7 @@ CASES = {
     "vogn": {"optimizer": VOGN},
     "groups": {"optimizer": VOGN | {"num_mc_groups": 2}, "batch_size": 4},
     "kfac": {"optimizer": {"name": "noisykfac", "lr": 0.1, "init_precision": 1e3}, "micro_batch": 1, "batch_size": 4},
+    "shards": {"optimizer": VOGN | {"shard": True}},
     "adam": {"optimizer": {"name": "adam", "lr": 0.01}},
 }
 
@@ -48,6 +49,7 @@ def assert_same_to_rounding(folder, whole):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
     state, other = (load_checkpoint(run / CHECKPOINT) for run in (folder, whole))
     assert_close(state["model"], other["model"], rtol=1e-5, atol=1e-6)
+    assert state["optimizer"]["state"].keys() == other["optimizer"]["state"].keys()
     metrics, others = (json.loads((run / "metrics.json").read_text()) for run in (folder, whole))
     assert metrics == pytest.approx(others, rel=1e-4, abs=1e-5)
 
