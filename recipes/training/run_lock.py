@@ -37,6 +37,19 @@ def refuse_many_processes(environment: Mapping[str, str] = os.environ) -> None:
             )
 
 
+_held: list[BinaryIO] = []  # open lock files of this process
+
+
+def _close_in_child() -> None:
+    """Close the lock files in a fork, such as a worker that reads data: it may outlive a training that is killed."""
+    for file in _held:
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other trainings out of a run folder; folders that are made for it go if they stay empty.
@@ -49,9 +62,11 @@ def locked(folder: Path) -> Iterator[None]:
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     file = _acquired(folder)
+    _held.append(file)
     try:
         yield
     finally:
+        _held.remove(file)
         _release(folder, file)
         with suppress(OSError):  # not empty
             for path in made:

@@ -150,3 +150,25 @@ def test_one_of_several_processes_is_refused_before_anything_is_written(name, tm
     assert {path.name for path in tmp_path.iterdir()} == {"train.npz", "test.npz"}
     for value in ("1", "", "many", "-2"):
         refuse_many_processes({name: value})
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_worker_that_outlives_a_killed_training_does_not_hold_its_lock(tmp_path):
+    told, tell = os.pipe()
+    if (training := os.fork()) == 0:
+        with locked(tmp_path):
+            if (worker := os.fork()) == 0:
+                time.sleep(30)
+                os._exit(0)
+            os.write(tell, worker.to_bytes(8, "big"))
+            time.sleep(30)
+        os._exit(0)
+    worker = int.from_bytes(os.read(told, 8), "big")
+    os.kill(training, signal.SIGKILL)
+    os.waitpid(training, 0)
+    try:
+        with locked(tmp_path):
+            assert (tmp_path / LOCK).exists()
+    finally:
+        os.kill(worker, signal.SIGKILL)
