@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 
 from bayeslayers.checks import network, positive
 from bayeslayers.convert.counterparts import COUNTERPARTS
 from bayeslayers.convert.in_place import unchanged_on_error
 from bayeslayers.convert.other_libraries import bayesian_class_of
+from bayeslayers.convert.outcome import is_scale_of_norm, names_of, plain_keys, report_of_conversion, with_ties
 from bayeslayers.convert.readers import readers_of, turn_off_fast_paths
-from bayeslayers.convert.report import ConversionReport, Status, entry_of
+from bayeslayers.convert.report import ConversionReport
 from bayeslayers.convert.reroute import ReroutedLayer, bayesian_subclass, obstacle
 from bayeslayers.convert.selection import Selectors, select
 from bayeslayers.curvature.rule import rule_of
@@ -24,6 +28,7 @@ from bayeslayers.layers import (
     POSTERIOR_SUFFIXES,
     STRUCTURE,
     BayesianLayer,
+    attach_posterior,
 )
 from bayeslayers.sampling import posterior
 from bayeslayers.unwrap import unwrapped
@@ -158,6 +163,8 @@ def to_deterministic(net: Network) -> Network:
         layer.__class__ = kind
         if isinstance(layer, nn.RNNBase):
             layer._init_flat_weights()  # a list that the Bayesian layer does not keep
+        for flag in ("is_read", "shares"):
+            vars(layer).pop(flag, None)
     return counterpart
 
 
@@ -168,65 +175,83 @@ def _convert_network(
     prior_precision: float,
     init_precision: float,
 ) -> ConversionReport:
-    """Convert the layers of a network in place, and report."""
-    reasons = _reasons_against(net, include, exclude)
-    report = _report(net, reasons)
+    """Convert the layers of a network in place, and the parameters that modules read themselves; and report."""
+    reasons, readers = _reasons_against(net, include, exclude), readers_of(net)
+    report = report_of_conversion(net, reasons, _bayesian_class)
     if not report.totals["converted"]:
         found = "; ".join(f"'{entry.name}': {entry.reason}" for entry in report.entries[:3]) or "no parameters"
         raise ValueError(
             f"the model must have a layer that can become Bayesian, got none. {found}. IVON makes any parameter "
             "Bayesian."
         )
-    for layer in list(net.modules()):
-        if layer not in reasons and _bayesian_class(type(layer)) is not None:
-            _convert(layer, prior_precision, init_precision)
+    tied, have = {p for p, several in names_of(net).items() if len(several) > 1}, set[nn.Parameter]()
+    for module in list(net.modules()):
+        own = {key: p for key, p in module._parameters.items() if p is not None}
+        if module not in reasons and not isinstance(module, BayesianLayer) and own:
+            keys = [key for key in plain_keys(module, reasons) if own[key] not in have]
+            _convert(module, keys, prior_precision, init_precision)
+            if isinstance(module, BayesianLayer):
+                vars(module).update({"is_read": True} if module in readers else {})
+                vars(module).update({"shares": True} if not tied.isdisjoint(own.values()) else {})
+            have |= set(own.values())
     turn_off_fast_paths(net)
     return report
+
+
+def _convert(module: Any, keys: Sequence[str], prior_precision: float, init_precision: float) -> None:
+    """Change a layer's class, which keeps its tensors, hooks and places in the network, and add posteriors."""
+    kind: Any = _bayesian_class(type(module))
+    if kind is not None:
+        module.__class__ = kind
+    missing = [key for key in keys if f"{key}_precision" not in module._buffers]
+    attach_posterior(module, prior_precision, init_precision, missing)
+    for key in missing if kind is None else ():
+        if is_scale_of_norm(module, key):
+            module.get_buffer(f"{key}_prior_mean").fill_(1.0)
 
 
 def _bayesian_class(kind: type[nn.Module]) -> type[BayesianLayer] | None:
     """Return the Bayesian version of a class of layers, None if it or its bases have no rule."""
     if issubclass(kind, BayesianLayer):
         return None
-    base = next((base for base in kind.__mro__ if base in _RULES), None)
-    if base is None:
-        return bayesian_class_of(kind)
+    if (known := bayesian_class_of(kind)) is not None:
+        return known
+    if (base := next((base for base in kind.__mro__ if base in _RULES), None)) is None:
+        return None
     if base is kind:
         return _RULES[kind]
     return bayesian_subclass(kind, base, _RULES[base])
 
 
-def _convert(layer: Any, prior_precision: float, init_precision: float) -> None:
-    """Change a layer's class, which keeps its tensors, hooks and places in the network, and add its posterior."""
-    kind: Any = _bayesian_class(type(layer))
-    layer.__class__ = kind
-    layer.attach_posterior(prior_precision, init_precision)
-
-
-def _reasons_against(net: nn.Module, include: Selectors | None, exclude: Selectors | None) -> dict[nn.Module, str]:
-    """Return the modules that own parameters and stay as they are, with the reason."""
+def _reasons_against(
+    net: nn.Module, include: Selectors | None, exclude: Selectors | None
+) -> dict[nn.Module | nn.Parameter, str]:
+    """Return the modules and single parameters that stay as they are, with the reason."""
     included = None if include is None else select(net, include, "include", _is_layer)
     excluded = set() if exclude is None else select(net, exclude, "exclude", _is_layer)
-    tied, readers = _tied(net), readers_of(net)
-    reasons = {}
+    reasons: dict[nn.Module | nn.Parameter, str] = {}
     for module in net.modules():
-        if isinstance(module, BayesianLayer) or not any(True for _ in module.parameters(recurse=False)):
+        own = [p for p in module._parameters.values() if p is not None]
+        if isinstance(module, BayesianLayer) or not own:
             continue
         if module in excluded:
             reasons[module] = "excluded"
-        elif included is not None and module not in included:
+        elif included is not None and module not in included and included.isdisjoint(own):
             reasons[module] = "not included"
-        elif module in readers:
-            reasons[module] = (
-                f"{readers[module]} reads it without calling its layer, so no sample of the layer would count"
-            )
-        elif any(parameter in tied for parameter in module.parameters(recurse=False)):
-            reasons[module] = "its layer has a tensor in common with another"
         elif reason := _obstacle(module):
             reasons[module] = reason
         if module in reasons and isinstance(module, nn.MultiheadAttention):
-            readers[module.out_proj] = type(module).__name__  # whose weight it reads unless it is Bayesian
-    return reasons
+            reasons[module.out_proj] = (
+                f"{type(module).__name__} reads it without calling its layer, so no sample of the layer would count"
+            )
+        for parameter in own if module not in reasons else ():
+            if parameter in excluded:
+                reasons[parameter] = "excluded"
+            elif included is not None and module not in included and parameter not in included:
+                reasons[parameter] = "not included"
+            elif not parameter.is_floating_point():
+                reasons[parameter] = f"it is of {parameter.dtype}, not of real numbers"
+    return with_ties(reasons, net)
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -238,8 +263,10 @@ def _obstacle(module: nn.Module) -> str | None:
     kind = type(module).__name__
     own = {key for key, _ in module.named_parameters(recurse=False)}
     bayesian = _bayesian_class(type(module))
+    if isinstance(module, ParametrizationList | LazyModuleMixin | torch.jit.ScriptModule):
+        return f"a parameter of {kind}, from which another tensor is computed"
     if bayesian is None:
-        return f"a parameter of {kind} itself, for which there is no Bayesian layer"
+        return None  # its module reads it itself
     if isinstance(module, _OF_SEVERAL_OPS) and issubclass(bayesian, ReroutedLayer):
         return f"the forward of {kind} is its own, for which there is no curvature rule"
     for name in bayesian.covered(module):
@@ -249,42 +276,9 @@ def _obstacle(module: nn.Module) -> str | None:
         return f"this {kind} has a parameter '{min(extra)}' too, for which there is no curvature rule"
     if "forward" in vars(module):
         return f"the forward of this {kind} was replaced"
-    for option in ("max_norm", "scale_grad_by_freq", "sparse") if isinstance(module, nn.Embedding) else ():
+    for option in (
+        ("max_norm", "scale_grad_by_freq", "sparse") if isinstance(module, nn.Embedding | nn.EmbeddingBag) else ()
+    ):
         if getattr(module, option):
             return f"{option} is on, which no posterior has a meaning for"
     return obstacle(module, bayesian)
-
-
-def _tied(net: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Return the parameters that several modules own, with all of their names."""
-    names = defaultdict(list)
-    for path, module in net.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                names[parameter].append(f"{path}.{key}" if path else key)
-    return {parameter: several for parameter, several in names.items() if len(several) > 1}
-
-
-def _report(net: nn.Module, reasons: dict[nn.Module, str]) -> ConversionReport:
-    """Return the report of a network that is to be converted but for the modules with a reason."""
-    tied = _tied(net)
-    paths, owner = defaultdict(list), {}
-    for path, module in net.named_modules(remove_duplicate=False):
-        paths[module].append(path)
-        owner |= {parameter: module for parameter in module.parameters(recurse=False) if parameter not in owner}
-    entries = []
-    for name, parameter in net.named_parameters():
-        module = owner[parameter]
-        status: Status = "converted" if module not in reasons else "deterministic"
-        notes = [reasons[module]] if module in reasons else []
-        if parameter in tied:
-            status, notes = "tied", [f"one tensor of several names: {', '.join(tied[parameter])}"]
-        if status == "converted" and isinstance(module, BayesianLayer):
-            notes.append("was Bayesian before")
-        if status == "converted" and len(paths[module]) > 1:
-            notes.append(f"one layer in several places: {', '.join(paths[module])}")
-        bayesian: Any = type(module) if isinstance(module, BayesianLayer) else _bayesian_class(type(module))
-        if status == "converted" and "" not in bayesian.ops(module):
-            notes.append("diagonal under K-FAC")
-        entries.append(entry_of(name, parameter, status, notes))
-    return ConversionReport(tuple(entries))

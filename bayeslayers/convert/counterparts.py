@@ -22,6 +22,7 @@ COUNTERPARTS: dict[type[nn.Module], type[BayesianLayer]] = {
     nn.LayerNorm: layers.BayesLayerNorm,
     layers.FilterResponseNorm2d: layers.BayesFilterResponseNorm2d,
     nn.Embedding: layers.BayesEmbedding,
+    nn.EmbeddingBag: layers.BayesEmbeddingBag,
     nn.Bilinear: layers.BayesBilinear,
     nn.MultiheadAttention: layers.BayesMultiheadAttention,
     nn.RNN: layers.BayesRNN,

@@ -5,10 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from bayeslayers.convert.reroute import bayesian_subclass
-from bayeslayers.layers import BayesianLayer, BayesTransposedLinear
+from bayeslayers.layers import BayesianLayer, BayesScaledConv2d, BayesStandardisedConv2d, BayesTransposedLinear
 
 _CLASSES: dict[tuple[str, str], type[BayesianLayer]] = {
     ("transformers.pytorch_utils", "Conv1D"): BayesTransposedLinear,
+    ("timm.layers.std_conv", "StdConv2d"): BayesStandardisedConv2d,
+    ("timm.layers.std_conv", "StdConv2dSame"): BayesStandardisedConv2d,
+    ("timm.layers.std_conv", "ScaledStdConv2d"): BayesScaledConv2d,
+    ("timm.layers.std_conv", "ScaledStdConv2dSame"): BayesScaledConv2d,
 }
 
 

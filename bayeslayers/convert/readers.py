@@ -1,6 +1,6 @@
 """Modules that read the weight of a layer inside them, instead of calling the layer.
 
-Inside `sampled` such a read gets the mean: no draw would count, and no curvature arrive.
+A layer that is known to be read so gives the sample and takes its curvature there too (`BayesianLayer.is_read`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _CALL_THEIR_LAYERS = (*_FAST_PATHS, nn.MultiheadAttention)
 _METADATA = ("dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad")
 
 
-def readers_of(net: nn.Module) -> dict[nn.Module, str]:
-    """Return the modules of which another module's forward reads a parameter, with the class of that.
+def readers_of(net: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Return the modules of which another module's forward reads a parameter, with that module.
 
     The source of each class is searched for reads as `self.qkv.weight`, in its forward and what that
     calls of it. A read by other means is found by the optimiser, which refuses a gradient that comes
@@ -40,7 +40,7 @@ def readers_of(net: nn.Module) -> dict[nn.Module, str]:
             continue
         for name, key in _children_read(type(parent)):
             if (child := parent._modules.get(name)) is not None and key in child._parameters:
-                readers[child] = type(parent).__name__
+                readers[child] = parent
     return readers
 
 
@@ -64,6 +64,10 @@ def _children_read(kind: type[nn.Module]) -> frozenset[tuple[str, str]]:
         seen.add(method)
         nodes = _nodes(method)
         metadata = {id(n.value) for n in nodes if isinstance(n, ast.Attribute) and n.attr in _METADATA}
+        for node in nodes:
+            match node:
+                case ast.Call(ast.Name("isinstance"), [argument, *_]):
+                    metadata.add(id(argument))
         for node in nodes:
             match node:
                 case ast.Attribute(ast.Attribute(ast.Name("self"), child), key):

@@ -94,7 +94,8 @@ class _Reroute(TorchFunctionMode):
     def __init__(self, layer: BayesianLayer):
         super().__init__()
         self.name = type(layer).__name__.removeprefix("Bayes")
-        means = {key: getattr(layer, key) for key in layer.rule.tensors}
+        own = layer._parameters
+        means = {key: own[key] if key in own else getattr(layer, key) for key in layer.rule.tensors}
         tensors, self.leaves, _ = layer.operands()
         self.values = dict(zip(means, tensors, strict=True))
         self.drawn = {id(mean): self.values[key] for key, mean in means.items() if mean is not None}

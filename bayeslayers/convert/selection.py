@@ -33,13 +33,18 @@ def norms(modules: Mapping[str, nn.Module]) -> list[str]:
         modules: Modules by path.
     """
     kinds = (_NormBase, nn.LayerNorm, nn.GroupNorm, FilterResponseNorm2d)
-    return [path for path, module in modules.items() if isinstance(module, kinds)]
+    return [path for path, module in modules.items() if isinstance(module, kinds) or _is_norm_by_name(module)]
+
+
+def _is_norm_by_name(module: nn.Module) -> bool:
+    """Return whether a module is a norm of its own class, as an `RMSNorm`."""
+    return "Norm" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))
 
 
 def select(
     net: nn.Module, selectors: Selectors, argument: str, is_layer: Callable[[nn.Module], bool]
-) -> set[nn.Module]:
-    """Return the selected modules, with all modules inside them.
+) -> set[nn.Module | nn.Parameter]:
+    """Return the selected modules, with all modules inside them, and parameters that modules read themselves.
 
     Args:
         net: Network.
@@ -54,7 +59,7 @@ def select(
     """
     modules = dict(net.named_modules(remove_duplicate=False))
     own_names = _own_names(modules)
-    chosen: set[nn.Module] = set()
+    chosen: set[nn.Module | nn.Parameter] = set()
     for selector in _flat(selectors):
         if isinstance(selector, str):
             chosen |= _by_name(selector, modules, own_names, argument, is_layer)
@@ -97,9 +102,11 @@ def _by_name(
     own_names: Mapping[str, list[str]],
     argument: str,
     is_layer: Callable[[nn.Module], bool],
-) -> set[nn.Module]:
-    """Return the modules whose path a pattern matches, or all of whose own parameters' names."""
-    chosen = {m for path, module in modules.items() if fnmatchcase(path, pattern) for m in module.modules()}
+) -> set[nn.Module | nn.Parameter]:
+    """Return the modules whose path a pattern matches, or all of whose own parameters' names, and single parameters."""
+    chosen: set[nn.Module | nn.Parameter] = {
+        m for path, module in modules.items() if fnmatchcase(path, pattern) for m in module.modules()
+    }
     found = bool(chosen)
     for path, own in own_names.items():
         matched, module = [name for name in own if fnmatchcase(name, pattern)], modules[path]
@@ -111,6 +118,8 @@ def _by_name(
                 f"{argument} must name whole layers, got {pattern!r}, which matches {', '.join(map(repr, matched))} of "
                 f"layer {path!r} alone."
             )
+        elif matched:
+            chosen.update(module.get_parameter(name.rpartition(".")[2]) for name in matched)
     if not found:
         names = [*modules, *(name for own in own_names.values() for name in own)]
         raise ValueError(f"{argument} must name modules of the network, got {pattern!r}.{did_you_mean(pattern, names)}")

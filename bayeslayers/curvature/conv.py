@@ -119,25 +119,36 @@ def _as_linear(x: Tensor, g: Tensor, weight: Tensor, settings: Settings) -> tupl
 def _batch_as_groups(x: Tensor, g: Tensor, weight: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """Per-example gradients as those of one convolution whose groups are the examples."""
     grad, squares = torch.zeros_like(weight), torch.zeros_like(weight, dtype=_accumulation_dtype(weight))
-    zeros = [0] * len(settings.stride)
     for chunk in chunks(len(x), weight.numel(), x):
-        n = len(x[chunk])
-        per_example = torch.ops.aten.convolution_backward(
-            g[chunk].reshape(1, -1, *g.shape[2:]),
-            x[chunk].reshape(1, -1, *x.shape[2:]),
-            weight.new_empty(n * weight.shape[0], *weight.shape[1:]),  # only its shape is read
-            None,
-            settings.stride,
-            settings.padding,
-            settings.dilation,
-            False,
-            zeros,
-            n * settings.groups,
-            [False, True, False],
-        )[1].unflatten(0, (n, -1))
+        per_example = per_example_weight_gradients(x[chunk], g[chunk], weight, settings)
         grad += per_example.sum(0)
         squares += sum_of_squares(per_example)
     return grad, squares
+
+
+def per_example_weight_gradients(x: Tensor, g: Tensor, weight: Tensor, settings: Settings) -> Tensor:
+    """Return the per-example gradients of the weight of an ordinary convolution, `(n, *weight.shape)`.
+
+    Args:
+        x: Input, `(n, c_in, *)`.
+        g: Gradient of the output.
+        weight: Of which only the shape is read.
+        settings: Of the convolution.
+    """
+    n = len(x)
+    return torch.ops.aten.convolution_backward(
+        g.reshape(1, -1, *g.shape[2:]),
+        x.reshape(1, -1, *x.shape[2:]),
+        weight.new_empty(n * weight.shape[0], *weight.shape[1:]),
+        None,
+        settings.stride,
+        settings.padding,
+        settings.dilation,
+        False,
+        [0] * len(settings.stride),
+        n * settings.groups,
+        [False, True, False],
+    )[1].unflatten(0, (n, -1))
 
 
 def _offset_by_offset(x: Tensor, g: Tensor, weight: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:

@@ -73,16 +73,12 @@ class CurvatureRule(abc.ABC):
     def lifted_settings(self, settings: Any) -> Any:
         """Return the settings of the op for inputs that have one dimension more, of examples, in front of theirs.
 
+        `NotImplemented` if the op takes no such inputs; then the two first dimensions are folded.
+
         Args:
             settings: Of the op without it.
-
-        Raises:
-            RuntimeError: If the op takes no such inputs.
         """
-        raise RuntimeError(
-            f"the input of a layer with the rule {type(self).__name__} must depend on the batch, got one that does "
-            "not. Exclude the layer from the Bayesian ones, or use IVON."
-        )
+        return NotImplemented
 
     def as_positions(self, use: Use, g: Tensor, layout: Layout, examples: int) -> tuple[Use, Tensor] | None:
         """Return a use with the examples in dimension 0 and all positions in dimension 1, so that uses can be joined.
@@ -221,9 +217,17 @@ class CurvatureRule(abc.ABC):
                 inputs = tuple(
                     [x.rows if isinstance(x, Lifted) else x.expand(place.examples, *x.shape) for x in inputs]
                 )
-                place, settings = place.lifted(), self.lifted_settings(settings)
-                plan = Plan(self, len(inputs), settings, leaves.kind, leaves.part, leaves.passes, place)
-                return Lifted.of(Op.apply(plan, *inputs, *tensors, *found, leaves.tally), watch.meetings)
+                lifted = self.lifted_settings(settings)
+                folds, place = lifted is NotImplemented, place.lifted()
+                if folds:
+                    lifted, place = settings, place.lifted(inputs[0].shape[1])
+                    inputs = tuple([x.flatten(0, 1) for x in inputs])
+                plan = Plan(self, len(inputs), lifted, leaves.kind, leaves.part, leaves.passes, place)
+                rows = Op.apply(plan, *inputs, *tensors, *found, leaves.tally)
+                if folds:
+                    rows = rows.unflatten(0, (place.examples, -1))
+                return Lifted.of(rows, watch.meetings, f"the output of layer '{leaves.name}'")
+            inputs = tuple([_of_examples(x, place, leaves.name) for x in inputs])
         plan = Plan(self, len(inputs), settings, leaves.kind, leaves.part, leaves.passes, place)
         return Op.apply(plan, *inputs, *tensors, *found, leaves.tally)
 
@@ -275,6 +279,13 @@ def rule_of(kind: type) -> CurvatureRule:
     else:
         return rule
     raise TypeError(f"{type(rule).__name__}.tensors must be {rules}, got {names!r}: rule of {kind.__name__}.")
+
+
+def _of_examples(x: Tensor, place: Any, name: str) -> Tensor:
+    """Return an input with a row for each example, which has them already where it is the same for all."""
+    if not isinstance(x, Lifted):
+        return x
+    return x.spread(Layout(-1) if place is None else place.layout, f"the input of layer {name}")
 
 
 def _needed(use: Use, i: int, count: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ from bayeslayers.curvature.lifted import Lifted, Meetings
 from bayeslayers.curvature.op import Use
 from bayeslayers.curvature.uses import Uses, keep, own_sums
 
+AS_WEIGHT = " as a weight"  # behind the name of a read parameter, where an op takes it that has a curvature rule
+
 
 class Observed(NamedTuple):
     """What an op was called with while the model was looked at, and the dimensions that may hold examples."""
@@ -27,22 +29,26 @@ class Observed(NamedTuple):
 class Watch:
     """The state of one tracker: its open call of the model, and what has come in each backward pass.
 
+    Args:
+        groups: By layer or read, the first of those that it shares tensors with; only of those that share some.
+        reads: Names of the parameters that are tracked where modules read them.
+
     Attributes:
         examples: Examples of the call that is open; None outside of one.
         layouts: By layer, where the examples are in each of its uses in a call; None where that is not known.
         observed: Where a look at the model collects what its ops get, None outside of one.
         captured: What the leaves receive in place of their `.grad`, where that is asked for.
-        groups: By layer, the first of those that it shares tensors with.
         meetings: Of tensors that do not depend on the batch with those that do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, groups: Mapping[str, str] | None = None, reads: frozenset[str] = frozenset()) -> None:
         self.examples: int | None = None
         self.layouts: dict[str, list[Layout | None]] = {}
         self.observed: dict[str, list[Observed]] | None = None
         self.captured: dict[int, Tensor] | None = None
-        self.groups: dict[str, str] = {}
+        self.groups: Mapping[str, str] = groups or {}
         self.meetings = Meetings()
+        self.reads = reads
         self.clear()
 
     def clear(self) -> None:
@@ -73,8 +79,8 @@ class Watch:
         uses.append(Observed(x.detach().clone(), dims))
         if self.examples is None or len(uses) > len(known) or known[len(uses) - 1] != CONSTANT:
             return output
-        self.meetings.name = name
-        return Lifted.of(output.expand(self.examples, *output.shape), self.meetings)
+        rows = output.expand(self.examples, *output.shape).clone()  # an op in place may follow
+        return Lifted.of(rows, self.meetings, f"the output of layer '{name}'")
 
     def enter(self, name: str, x: Tensor) -> Place | None:
         """Return where the examples of a use are, None if that is not known."""
@@ -94,15 +100,32 @@ class Watch:
                 f"layer '{name}', whose input does not depend on the batch, must run outside of activation "
                 "checkpointing. Exclude it from the Bayesian layers, or use IVON."
             )
-        return None if layout is None else Place(self, name, layout, examples, call)
+        return None if layout is None else Place(self, name.removesuffix(AS_WEIGHT), layout, examples, call)
+
+    def enter_read(self, name: str) -> Place | None:
+        """Return the place of a read of a parameter, by the module that owns it; None outside of a call of the model.
+
+        Args:
+            name: Of the parameter.
+        """
+        if self.examples is not None:
+            examples, call = self.examples, self.call
+            self._counts[name] += 1
+            self._most[name] = max(self._most[name], self._counts[name])
+        elif len(self.sizes) == 1 and torch._C._current_graph_task_id() != -1:  # checkpointing runs it again
+            (examples,), call = self.sizes, None
+            self._most[name] = 2  # of how many reads is not known
+        else:
+            return None
+        return Place(self, name, EXAMPLES, examples, call)
 
     def runs_again(self, name: str) -> bool:
         """Return whether uses of a layer, or of one that it shares tensors with, must be added before squaring."""
         return max(self._most[name], len(self.layouts.get(name, ()))) > 1 or name in self.groups
 
     def must_collect(self, name: str) -> bool:
-        """Return whether a layer's examples are known to be elsewhere than in dimension 0 alone."""
-        return any(layout not in (None, EXAMPLES) for layout in self.layouts.get(name, ()))
+        """Return whether a layer shares tensors, or its examples are known to be elsewhere than in dimension 0."""
+        return name in self.groups or any(layout not in (None, EXAMPLES) for layout in self.layouts.get(name, ()))
 
     def open_pass(self, task: int) -> dict[str, Uses]:
         """Return the uses that have come in a backward pass, which is now running."""
@@ -163,10 +186,13 @@ class Place:
         """Whether the use has others to be added to, or examples to be unfolded."""
         return self.layout != EXAMPLES or self.watch.runs_again(self.name)
 
-    def lifted(self) -> Place:
-        """Return the place of the use with a copy of its input for each example."""
-        self.watch.meetings.name = self.name
-        return replace(self, layout=EXAMPLES)
+    def lifted(self, folded: int = 1) -> Place:
+        """Return the place of the use with a copy of its input for each example.
+
+        Args:
+            folded: Rows of a copy that are folded behind the examples.
+        """
+        return replace(self, layout=Layout(0, 1, folded))
 
     def recomputed_in(self, task: int) -> None:
         """Prepare a backward pass that runs the layer again for what the layer will collect."""

@@ -18,7 +18,7 @@ from bayeslayers.likelihoods import Categorical, Likelihood, sampled_targets
 from bayeslayers.likelihoods.fisher import fisher_columns
 from bayeslayers.outputs import Output, tensor_output
 from bayeslayers.sampling import Site, Tracker, evaluation_mode
-from bayeslayers.sampling.tracker import layers_of
+from bayeslayers.sampling.units import layers_of
 
 Fisher = Literal["empirical", "sampled", "exact"]
 _INPUT = "_input_factor"

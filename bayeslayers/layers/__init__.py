@@ -5,6 +5,7 @@ inside `tracked(model)` the backward pass also sums squared per-example gradient
 """
 
 from bayeslayers.layers.attention import BayesMultiheadAttention
+from bayeslayers.layers.bags import BayesEmbeddingBag
 from bayeslayers.layers.base import (
     DEFAULT_INIT_PRECISION,
     DEFAULT_PRIOR_PRECISION,
@@ -36,6 +37,7 @@ from bayeslayers.layers.norms import (
     FilterResponseNorm2d,
 )
 from bayeslayers.layers.recurrent import BayesGRU, BayesLSTM, BayesRNN
+from bayeslayers.layers.standardised import BayesScaledConv2d, BayesStandardisedConv2d
 from bayeslayers.layers.transposed import BayesTransposedLinear
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "BayesConvTranspose2d",
     "BayesConvTranspose3d",
     "BayesEmbedding",
+    "BayesEmbeddingBag",
     "BayesFilterResponseNorm2d",
     "BayesGRU",
     "BayesGRUCell",
@@ -61,6 +64,8 @@ __all__ = [
     "BayesMultiheadAttention",
     "BayesRNN",
     "BayesRNNCell",
+    "BayesScaledConv2d",
+    "BayesStandardisedConv2d",
     "BayesTransposedLinear",
     "BayesianLayer",
     "DEFAULT_INIT_PRECISION",

@@ -77,6 +77,8 @@ class BayesianLayer(Correlated):
 
     rule: ClassVar[CurvatureRule]  # of the layer's op, whose tensors are the layer's parameters; see `ops` for several
     prior_means: ClassVar[Mapping[str, float]] = {}
+    is_read = False  # another module's forward reads a tensor of the layer, without calling it
+    shares = False  # another layer has a tensor of the layer too
 
     def __init__(
         self,
@@ -198,9 +200,10 @@ class BayesianLayer(Correlated):
     def factor_sizes(self) -> tuple[int, int] | None:
         """Return the sizes (i, o) of the Kronecker factors of the weight's curvature, None if it has no such form.
 
-        A layer of several ops has none: its curvature is diagonal everywhere.
+        A layer of several ops has none, nor has one that shares a tensor: its curvature is diagonal everywhere.
         """
-        return self.rule.factor_sizes(self) if "" in self.ops(self) else None
+        diagonal = self.shares or self.is_read or "" not in self.ops(self)
+        return None if diagonal else self.rule.factor_sizes(self)
 
     def _load_from_state_dict(
         self,

@@ -26,17 +26,19 @@ class Scope:
         drawn: The drawn tensors of a module by their parameters' names.
         perturbations: How a layer draws its output, where no weight of it is drawn.
         leaves: Where a layer's curvature goes.
+        reads: Where the curvature of a parameter goes that a module reads itself, by the parameter's name in it.
         observes: Layers get their leaves without gradients too, for the model is looked at.
     """
 
     drawn: Mapping[nn.Module, Mapping[str, Tensor]] = field(default_factory=dict)
     perturbations: Mapping[nn.Module, Perturbation] = field(default_factory=dict)
     leaves: Mapping[nn.Module, Leaves] = field(default_factory=dict)
+    reads: Mapping[nn.Module, Mapping[str, Leaves]] = field(default_factory=dict)
     observes: bool = False
 
     def __contains__(self, module: nn.Module) -> bool:
         """Return whether the scope has something for a module."""
-        return module in self.drawn or module in self.perturbations or module in self.leaves
+        return any(module in part for part in (self.drawn, self.perturbations, self.leaves, self.reads))
 
 
 OUTSIDE = Scope()  # what holds outside every scope
@@ -91,5 +93,5 @@ def scope_for(module: nn.Module) -> Scope:
 def _agree(one: Scope, other: Scope, module: nn.Module) -> bool:
     return all(
         getattr(one, part).get(module) is getattr(other, part).get(module)
-        for part in ("drawn", "perturbations", "leaves")
+        for part in ("drawn", "perturbations", "leaves", "reads")
     )

@@ -15,6 +15,7 @@ from bayeslayers.checks import network
 from bayeslayers.curvature.counts import Reduction
 from bayeslayers.curvature.elements import Elements, LossFunctions
 from bayeslayers.distributed.messages import is_distributed, shares
+from bayeslayers.layers import BayesianLayer
 from bayeslayers.optim.amp import LossScale
 from bayeslayers.optim.averages import Averages, Recorded
 from bayeslayers.optim.groups import PosteriorGroups, Rules
@@ -97,6 +98,11 @@ class AveragedDraws(PosteriorGroups):
     @staticmethod
     def _without_its_layer(site: Site) -> RuntimeError:
         """Return the error for a gradient without a statistic."""
+        if not isinstance(site.module, BayesianLayer):
+            return RuntimeError(
+                f"parameter '{site.name}' must be read in a call of the model as a whole, neither compiled nor under "
+                f"vectorise. Call the model so, exclude ['{site.name}'] from the Bayesian ones, or use IVON."
+            )
         return RuntimeError(
             f"parameter '{site.name}' must get its gradient through its own layer, but was used without calling it. "
             "Read it by calling the layer, or use an ordinary parameter."

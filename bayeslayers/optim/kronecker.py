@@ -211,7 +211,9 @@ class KroneckerFactored(VariationalOptimizer):
     def _has_factors(site: Site) -> bool:
         """Whether a tensor's curvature is in the factors of its layer's weight, which are not those of a frozen one."""
         layer: Any = site.module
-        return layer.factor_sizes() is not None and layer.weight.requires_grad
+        if not isinstance(layer, BayesianLayer) or layer.factor_sizes() is None:
+            return False
+        return layer.get_parameter("weight").requires_grad
 
     def _curvature(self, site: Site, group: dict[str, Any]) -> dict[str, Any]:
         """Return what this step changes in the state of a weight's factors, with the roots of the posterior.

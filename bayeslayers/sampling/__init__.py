@@ -3,7 +3,8 @@
 from bayeslayers.sampling.sampler import Sampler, sampled
 from bayeslayers.sampling.sharing import evaluation_mode
 from bayeslayers.sampling.sites import Site, kl_divergence, posterior, sites_of
-from bayeslayers.sampling.tracker import Tracker, layers_with_curvature, tracked
+from bayeslayers.sampling.tracker import Tracker, tracked
+from bayeslayers.sampling.units import layers_with_curvature
 
 __all__ = [
     "Sampler",

@@ -1,8 +1,9 @@
-"""Sampled weights in modules that are not Bayesian layers.
+"""Sampled weights in modules that are not Bayesian layers, and in layers whose tensors other modules read.
 
-A parameter of such a module may be uncertain too, as under IVON. While a scope that samples it is open, the module's
-class is a subclass in which each parameter is a property. The property returns the sample of the calling thread's
-scope, or the parameter itself if there is none. `named_parameters`, `state_dict`, copies and pickles never see samples.
+A parameter of such a module may be uncertain too, as a class token. While a scope that samples or tracks it is open,
+the module's class is a subclass in which each parameter is a property. The property returns the sample of the calling
+thread's scope, or the parameter itself if there is none, and lets curvature arrive from where it is read.
+`named_parameters`, `state_dict`, copies and pickles never see samples.
 """
 
 from __future__ import annotations
@@ -14,12 +15,24 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-from bayeslayers.layers.scope import NOTHING, scope_for
+from bayeslayers.curvature.parameter import read as tracked_read
+from bayeslayers.layers import BayesianLayer
+from bayeslayers.layers.scope import NOTHING, Scope, scope_for
 
 _readers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # scopes open for a module
 _lock = threading.Lock()
+
+
+def is_read(module: nn.Module) -> bool:
+    """Return whether a module's parameters are read as attributes, not by the forward of a Bayesian layer alone.
+
+    Args:
+        module: Any module.
+    """
+    return module.is_read if isinstance(module, BayesianLayer) else True
 
 
 @contextmanager
@@ -57,10 +70,17 @@ def _reading(kind: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
 
 def _property(key: str) -> property:
     def read(self: nn.Module) -> Any:
-        draw = scope_for(self).drawn.get(self, NOTHING).get(key)
-        return self._parameters[key] if draw is None else draw
+        scope = scope_for(self)
+        draw = scope.drawn.get(self, NOTHING).get(key)
+        value: Any = self._parameters[key] if draw is None else draw
+        leaves = scope.reads.get(self, {}).get(key)
+        return value if leaves is None or value is None or not _tracks(scope) else tracked_read(value, leaves)
 
     return property(read)
+
+
+def _tracks(scope: Scope) -> bool:
+    return torch.is_grad_enabled() or scope.observes
 
 
 def _flat_weights(self: Any) -> list[Any]:

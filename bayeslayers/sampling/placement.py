@@ -8,10 +8,9 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from bayeslayers.layers import BayesianLayer
 from bayeslayers.layers.perturbation import Perturbation
 from bayeslayers.layers.scope import current, opened
-from bayeslayers.sampling.ordinary import reading_draws
+from bayeslayers.sampling.ordinary import is_read, reading_draws
 from bayeslayers.sampling.sites import Site
 
 
@@ -37,7 +36,7 @@ def placed(
                 fresh.setdefault(module, {})[key] = values[site.name]
     others = {module: outer.perturbations[module] for module in outer.perturbations if module not in modules}
     scope = replace(outer, drawn=drawn | fresh, perturbations=others | dict(perturbations or {}))
-    ordinary = [module for module in fresh if not isinstance(module, BayesianLayer)]
+    ordinary = [module for module in fresh if is_read(module)]
     with reading_draws(ordinary), opened(scope):
         yield
 
@@ -51,7 +50,7 @@ def computing_with(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[
         values: Tensors by the parameters' names in it.
     """
     outer = current()
-    ordinary = () if isinstance(module, BayesianLayer) else (module,)
+    ordinary = (module,) if is_read(module) else ()
     with reading_draws(ordinary), opened(replace(outer, drawn={**outer.drawn, module: values})):
         yield
 

@@ -60,6 +60,7 @@ def find_layouts(model: nn.Module, watch: Watch, args: Any, kwargs: Any) -> bool
     batched = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.dim() > 0 and len(v) == examples]
     with _undisturbed(model):
         state = torch.get_rng_state()
+        watch.layouts, watch.examples, watch.meetings.layouts, watch.meetings.observed = {}, examples, [], []
         try:
             before = _inputs_of(model, watch, args, kwargs)
             tried: list[Layouts] = []
@@ -71,7 +72,7 @@ def find_layouts(model: nn.Module, watch: Watch, args: Any, kwargs: Any) -> bool
                 if _unknown(tried[-1]) == 0:
                     break
             layouts = min(tried, key=_unknown)
-            if any(CONSTANT in found for found in layouts.values()):
+            if watch.reads or any(CONSTANT in found for found in layouts.values()):
                 torch.set_rng_state(state)
                 rolled = next(r for r, each in zip(_choices(batched), tried, strict=False) if each is layouts)
                 moved = [v.roll(1, 0) if i in rolled else v for i, v in enumerate(values)]
@@ -80,6 +81,8 @@ def find_layouts(model: nn.Module, watch: Watch, args: Any, kwargs: Any) -> bool
             again = _inputs_of(model, watch, args, kwargs) if suspects else {}
         except Exception:  # whatever a model raises outside its own mode
             return False
+        finally:
+            watch.examples, watch.meetings.observed = None, None
     for name, i in suspects:
         if is_close(before[name][i].input, again[name][i].input):  # else the network is random
             raise RuntimeError(
@@ -104,7 +107,7 @@ def _find_meetings(model: nn.Module, watch: Watch, layouts: Layouts, examples: i
         runs: Arguments of the two runs: as they are, and rolled.
     """
     meetings, state = watch.meetings, torch.get_rng_state()
-    watch.layouts, watch.examples, meetings.layouts = layouts, examples, []
+    watch.layouts, meetings.layouts = layouts, []
     try:
         while True:
             seen = []
@@ -115,16 +118,27 @@ def _find_meetings(model: nn.Module, watch: Watch, layouts: Layouts, examples: i
                 seen.append(meetings.observed)
             found = list(meetings.layouts)
             results = list(zip(*seen, strict=True))
-            for old, new in results[len(found) - found.count(CONSTANT) :]:
-                found.append(CONSTANT if torch.equal(old, new) else find_layout(old, new, examples, range(old.dim())))
-                if found[-1] == CONSTANT:  # behind it there are further meetings
+            known = sum(layout != CONSTANT for _, layout in found)
+            for (op, old), (_, new) in results[known:]:
+                constant = torch.equal(old, new)
+                found.append((op, CONSTANT if constant else find_layout(old, new, examples, range(old.dim()))))
+                if constant:  # behind it there are further meetings
                     break
             else:
                 meetings.layouts = found
                 return
             meetings.layouts = found
     finally:
-        watch.layouts, watch.examples, meetings.observed = {}, None, None
+        watch.layouts, meetings.observed = {}, []
+
+
+def storages_of(model: nn.Module) -> frozenset[int]:
+    """Return the storages of a model's parameters and buffers, by which tensors are known that no example enters.
+
+    Args:
+        model: The model.
+    """
+    return frozenset(x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers()))
 
 
 def _suspects(before: Inputs, layouts: Layouts, examples: int) -> list[tuple[str, int]]:

@@ -19,13 +19,15 @@ class Site:
     """One uncertain tensor of a model: `name` is its parameter's name in `model.named_parameters()`.
 
     The tensors are read from the module each time, so they follow `model.to(...)`. `places` are all
-    modules that hold the parameter, each with its name there; tied weights share one sample.
+    modules that hold the parameter, each with its name there, and `names` its names in the model; tied weights share
+    one sample.
     """
 
     name: str
     module: nn.Module
     key: str
     places: tuple[tuple[nn.Module, str], ...]
+    names: tuple[str, ...]
 
     @property
     def mean(self) -> nn.Parameter:
@@ -86,7 +88,7 @@ def posterior(model: nn.Module) -> Iterator[Site]:
                 "layer twice, or ordinary layers for tied weights."
             )
         if names:
-            site = Site(names[0], *places[names[0]], tuple(places.values()))
+            site = Site(names[0], *places[names[0]], tuple(places.values()), tuple(places))
             if site.precision.dtype in HALF_PRECISIONS:
                 raise TypeError(
                     f"the precision of '{site.name}' must be in float32 or wider, got {site.precision.dtype}, in which "

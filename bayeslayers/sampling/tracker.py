@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,8 +17,9 @@ from bayeslayers.curvature.watch import ONE_CALL, Watch
 from bayeslayers.dtypes import at_least_float32
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.layers.scope import current, opened
-from bayeslayers.sampling.provenance import examples_of, find_layouts
-from bayeslayers.sampling.sites import Site
+from bayeslayers.sampling.ordinary import reading_draws
+from bayeslayers.sampling.provenance import examples_of, find_layouts, storages_of
+from bayeslayers.sampling.units import groups_of, layers_of, parameter_names, reads_of
 
 
 def tracked(model: nn.Module) -> AbstractContextManager[Tracker]:
@@ -29,40 +30,11 @@ def tracked(model: nn.Module) -> AbstractContextManager[Tracker]:
     return Tracker(layers_of(model), model=model).track()
 
 
-def layers_of(model: nn.Module) -> dict[str, BayesianLayer]:
-    """Return all Bayesian layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, BayesianLayer)}
-
-
-def layers_with_curvature(sites: Iterable[Site]) -> dict[str, BayesianLayer]:
-    """Return the layers of some sites by name, each of which has a curvature rule for what it owns.
-
-    Raises:
-        ValueError: If a parameter is not a Bayesian layer's, several modules hold it, or the layer's rule does not
-            cover it.
-    """
-    layers: dict[str, BayesianLayer] = {}
-    for site in sites:
-        if not isinstance(site.module, BayesianLayer) or len(site.places) > 1:
-            found = " and ".join(f"a {type(module).__name__}" for module, _ in site.places)
-            raise ValueError(
-                f"parameter '{site.name}' must belong to one Bayesian layer, which has a curvature rule, got {found}. "
-                "Use IVON."
-            )
-        if site.key not in (covered := site.module.covered(site.module)):
-            raise ValueError(
-                f"parameter '{site.name}' must be covered by its layer's curvature rule, got a "
-                f"{type(site.module).__name__}, whose rule covers {', '.join(covered)}. Use IVON."
-            )
-        layers[site.name.rpartition(".")[0]] = site.module
-    return layers
-
-
 class Tracker:
     """Sums of squared per-example gradients of some layers, one scope after the other.
 
     Args:
-        layers: Layers by their names.
+        layers: Bayesian layers, and modules that read uncertain parameters themselves, by their names.
         kind: "squares" of all tensors; or for layers whose weight has Kronecker factors (`BayesianLayer.factor_sizes`)
             these "factors", in which a bias is that is not frozen, or the dense "block" of weight and bias, unless one
             is frozen.
@@ -74,10 +46,11 @@ class Tracker:
             are `NAME.weight_input_factor` and `NAME.weight_output_factor`, that of a block is `NAME.block`.
     """
 
-    def __init__(self, layers: Mapping[str, BayesianLayer], kind: Kind = "squares", model: nn.Module | None = None):
-        self.layers = layers
+    def __init__(self, layers: Mapping[str, nn.Module], kind: Kind = "squares", model: nn.Module | None = None):
+        self.layers = {name: module for name, module in layers.items() if isinstance(module, BayesianLayer)}
+        self._names, self._reads = parameter_names(layers), reads_of(layers)
         self._model, self._looks_left, self._looked = model, 3, False
-        self._watch = Watch()
+        self._watch = Watch(groups_of(layers, self._reads), frozenset(self._reads))
         self.leaves: dict[str, Tensor] = {}
         self._tallies: dict[str, Tensor] = {}
         self._part: Part | None = None
@@ -122,7 +95,11 @@ class Tracker:
             self._part = Part(fraction, float(torch.rand((), generator=generator, device=device)), place)
         outer = current()
         leaves = {layer: self._leaves_of(name, layer) for name, layer in self.layers.items()}
-        with opened(replace(outer, leaves={**outer.leaves, **leaves})), self._watching():
+        reads: dict[nn.Module, dict[str, Leaves]] = {}
+        for name, (module, key) in self._reads.items():
+            reads.setdefault(module, {})[key] = self._leaves_of_read(name, module._parameters[key])
+        scope = replace(outer, leaves={**outer.leaves, **leaves}, reads={**outer.reads, **reads})
+        with reading_draws(reads), opened(scope), self._watching():
             yield self
 
     @contextmanager
@@ -146,6 +123,8 @@ class Tracker:
             return
         if peek_interpreter_stack() is not None or (examples := examples_of(args, kwargs)) == 0:  # under vmap
             return
+        if self._reads:
+            self._watch.meetings.constants = storages_of(model)
         if not self._looked and self._looks_left:
             self._looks_left -= 1
             self._looked = find_layouts(model, self._watch, args, kwargs)
@@ -197,17 +176,22 @@ class Tracker:
             ops[op] = Leaves(found, tally, part=self._part, name=own, watch=self._watch)
         return next(iter(ops.values()))._replace(ops=ops)
 
+    def _leaves_of_read(self, name: str, parameter: nn.Parameter | None) -> Leaves:
+        """Return the leaves of a parameter that is read as an attribute."""
+        leaf = self._leaf(name, parameter)
+        found = {} if leaf is None else {"value": leaf}
+        return Leaves(found, self._tally(name, name), name=name, watch=self._watch)
+
     def _tally(self, key: str, name: str) -> Tensor:
-        """Return the leaf that counts the examples and uses of an op, checked under a name."""
+        """Return the tally of a layer or a read, whose name in messages is the second."""
         if key not in self._tallies:
-            tally = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+            tally = self._tallies[key] = torch.zeros(3, dtype=torch.float64, requires_grad=True)
             tally.register_hook(partial(self._check, name))
-            self._tallies[key] = tally
         return self._tallies[key]
 
     def _factors_of(self, prefix: str, layer: BayesianLayer) -> dict[str, Tensor] | None:
         """Return the leaves of a layer's Kronecker factors, None if it has none or its matrix is frozen."""
-        if (sizes := layer.factor_sizes()) is None:
+        if (sizes := layer.factor_sizes()) is None or prefix[:-1] in self._watch.groups:
             return None
         matrix, column = (layer._parameters.get(key) for key in layer.rule.tensors)
         if matrix is None or not matrix.requires_grad:
@@ -228,7 +212,8 @@ class Tracker:
         return {BLOCK: self._zeros(prefix + BLOCK, like, torch.Size((entries, entries)))}
 
     def _leaf(self, name: str, parameter: Tensor | None) -> Tensor | None:
-        """Return a leaf with the parameter's shape, None if that is absent or frozen."""
+        """Return a leaf with the parameter's shape, None if that is absent or frozen; tied ones have one."""
+        name = self._names.get(parameter, name)  # pyright: ignore[reportArgumentType, reportCallIssue]
         if parameter is None or not parameter.requires_grad:
             self.leaves.pop(name, None)
             return None

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from support.per_example import EXACT, potential, squares_by_autograd, tracked_squares
 from support.subclasses import SUBCLASSES, NormAct, make_input, name_of
 from torch import nn
 from torch.func import functional_call
@@ -38,7 +39,7 @@ class ReadsPast(nn.Module):
         return self.outer(self.project(x.to(self.outer.weight.dtype)))
 
     def project(self, x):
-        return F.linear(x, self.inner.weight)
+        return F.linear(x, self.inner.weight, self.inner.bias)
 
 
 def make_net() -> nn.Sequential:
@@ -77,7 +78,7 @@ per_layer = pytest.mark.parametrize(("layer", "shape"), [*LAYERS, *SUBCLASSES], 
 def test_converted_layer_is_the_layer_with_a_posterior_beside_it(layer, shape):
     net, report = bl.to_bayesian(layer, prior_precision=3, init_precision=50)
     assert isinstance(net, bl.BayesianLayer) and isinstance(net, type(layer))
-    assert sorted(converted(report)) == sorted(name for name, _ in layer.named_parameters(recurse=False))
+    assert sorted(converted(report)) == sorted(name for name, _ in layer.named_parameters())
     state = net.state_dict()
     assert_close({key: state[key] for key in layer.state_dict()}, dict(layer.state_dict()), **SAME)
     assert {key for key in state if key.endswith(POSTERIOR_SUFFIXES)} == state.keys() - layer.state_dict().keys()
@@ -118,7 +119,6 @@ REFUSED = [
     (nn.Embedding(5, 3, max_norm=1.0), "max_norm is on"),
     (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "computed from other tensors"),
     (OwnLSTM(3, 3), "the forward of OwnLSTM is its own"),
-    (nn.EmbeddingBag(3, 3), "a parameter of EmbeddingBag itself"),
 ]
 
 
@@ -130,10 +130,18 @@ def test_what_has_no_exact_curvature_stays_with_a_reason(layer, reason):
     assert re.search(reason, "; ".join(reasons(report).values()))
 
 
-def test_weights_read_past_their_layer_stay():
-    _, report = bl.to_bayesian(ReadsPast())
-    assert converted(report) == ["outer.weight", "outer.bias"]
-    assert reasons(report)["inner.weight"].startswith("ReadsPast reads it without calling its layer")
+def test_weights_read_past_their_layer_give_the_sample_and_take_their_curvature():
+    torch.manual_seed(0)
+    net, report = bl.to_bayesian(ReadsPast().double())
+    assert report.coverage == 1
+    x = torch.randn(4, 3, dtype=torch.float64)
+    with bl.sampled(net):
+        assert not torch.equal(net(x), bl.to_deterministic(net)(x))
+
+    def loss(net, x):
+        return potential(net(x))
+
+    assert_close(tracked_squares(net, loss, x), squares_by_autograd(net, loss, x), **EXACT)
 
 
 def test_attention_that_is_excluded_stays_and_is_trained():
@@ -152,9 +160,9 @@ def test_attention_that_is_excluded_stays_and_is_trained():
     assert converted(report) == ["output.weight", "output.bias"]
     assert reasons(report)["attention.in_proj_weight"] == "not included"
     assert reasons(report)["attention.out_proj.weight"].startswith("MultiheadAttention reads it without calling")
+    assert reasons(report)["token"] == "not included"
     net, report = bl.to_bayesian(Net(), exclude="attention")
-    assert converted(report) == ["output.weight", "output.bias"]
-    assert "a parameter of Net itself" in reasons(report)["token"]
+    assert converted(report) == ["token", "output.weight", "output.bias"]
     before = copy.deepcopy(net.state_dict())
     optimizer = bl.VOGN(net, dataset_size=10)
     with optimizer.sampled():
@@ -189,18 +197,27 @@ def test_shared_layer_is_converted_once_and_shared():
     assert [entry.numel for entry in report.entries] == [9, 3, 6, 2]
 
 
-def test_tied_parameter_stays_and_is_reported():
+def test_tied_parameter_is_one_tensor_of_one_posterior():
     net = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 3), nn.Linear(3, 7))
     net[2].weight = net[0].weight
     bayesian, report = bl.to_bayesian(net)
+    assert report.coverage == 1
+    assert "0.weight, 2.weight" in reasons(report)["0.weight"]
+    assert bayesian[0].weight is bayesian[2].weight
+    assert next(site.names for site in bl.posterior(bayesian)) == ("0.weight", "2.weight")
+    assert "2.weight_precision" not in bayesian.state_dict()
+
+
+def test_tied_parameter_of_a_layer_that_stays_stays_too():
+    net = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 3), nn.Linear(3, 7))
+    net[2].weight = net[0].weight
+    bayesian, report = bl.to_bayesian(net, exclude="2")
     assert converted(report) == ["1.weight", "1.bias"]
     assert [(entry.name, entry.status, entry.numel) for entry in report.entries if entry.status == "tied"] == [
         ("0.weight", "tied", 21)
     ]
-    assert "0.weight, 2.weight" in reasons(report)["0.weight"]
-    assert "in common with another" in reasons(report)["2.bias"]
+    assert "in common with another" in reasons(report)["0.weight"]
     assert bayesian[0].weight is bayesian[2].weight
-    assert sum(report.totals.values()) == sum(p.numel() for p in net.parameters())
 
 
 def test_input_is_left_as_it_is():

@@ -39,18 +39,17 @@ class Branches(nn.Module):
         (nn.LayerNorm, ["stem.1.weight", "stem.1.bias"]),
         (bl.norms, ["stem.1.weight", "stem.1.bias", "stage.1.weight", "stage.1.bias"]),
         ((bl.last_layer, nn.BatchNorm1d), ["stage.1.weight", "stage.1.bias", "head.weight", "head.bias"]),
-        (["to*", "head"], ["head.weight", "head.bias"]),
+        (["to*", "head"], ["token", "head.weight", "head.bias"]),
         (lambda modules: ["stage.2"], ["stage.2.weight", "stage.2.bias"]),
     ],
 )
 def test_selectors(selectors, expected):
     _, report = bl.to_bayesian(Branches(), include=selectors)
     assert converted(report) == expected
-    others = {reason for name, reason in reasons(report).items() if name not in (*expected, "token")}
+    others = {reason for name, reason in reasons(report).items() if name not in expected}
     assert others == {"not included"}
     _, rest = bl.to_bayesian(Branches(), exclude=selectors)
-    layers = [entry.name for entry in rest.entries if entry.name != "token"]
-    assert converted(rest) == [name for name in layers if name not in expected]
+    assert converted(rest) == [entry.name for entry in rest.entries if entry.name not in expected]
 
 
 @pytest.mark.parametrize(
@@ -76,8 +75,8 @@ def test_report_lists_every_tensor_and_prints():
         (name, tuple(p.shape), p.numel()) for name, p in parameters.items()
     ]
     total = sum(p.numel() for p in parameters.values())
-    assert report.totals == {"converted": total - 3 - 24, "deterministic": 27, "tied": 0}
-    assert_close(report.coverage, (total - 27) / total)
+    assert report.totals == {"converted": total - 24, "deterministic": 24, "tied": 0}
+    assert_close(report.coverage, (total - 24) / total)
     text = str(report)
-    for word in (*parameters, "4x4", "excluded", "27 deterministic", f"{report.coverage:.1%}", "by Adam"):
+    for word in (*parameters, "4x4", "excluded", "24 deterministic", f"{report.coverage:.1%}", "by Adam"):
         assert word in text
