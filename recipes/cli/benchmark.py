@@ -25,9 +25,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=100, help="interleaved runs of each (%(default)s)")
     _add_names(parser, "--optimizers", ["vogn"], "step: beside Adam, by their recipes' names (vogn)")
-    models = "step: classifiers of the zoo, on batches of 128 (mlp lenet5); scaling: one of ten classes (resnet20)"
+    models = "step: classifiers of the zoo, bert gpt2 lstm swin, on batches of 128 (mlp lenet5); scaling: one of ten classes "
+    models += "(resnet20)"
     _add_names(parser, "--models", _MODELS, models)
-    tasks = f"defaults: of {' '.join(_TASKS)} (these), fashion resnet18 unet (minutes)"
+    tasks = f"defaults: of {' '.join(_TASKS)} (these), fashion resnet18 unet bert gpt2 lstm (minutes)"
     _add_names(parser, "--tasks", _TASKS, tasks)
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="defaults: runs of each (%(default)s)")
     parser.add_argument("--only", metavar="PATTERN", help="convert: networks whose names fit, as 'timm:*' (all)")
@@ -40,6 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="scaling: examples of each (%(default)s)")
     add_data_root(parser, "defaults: folder of data (stand-ins are generated)")
+    parser.add_argument("--cpu-time", action="store_true", help="step: time of the process, not of the clock")
     add_json(parser)
 
 
@@ -60,7 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         measured = benchmark_defaults(arguments.tasks, arguments.seeds, arguments.data_root)
     elif arguments.what == "step":
-        measured = benchmark_step(arguments.rounds, optimizers=arguments.optimizers, models=arguments.models)
+        measured = benchmark_step(
+            arguments.rounds, optimizers=arguments.optimizers, models=arguments.models, cpu=arguments.cpu_time
+        )
     else:
         measured = {"load": benchmark_load, "predict": benchmark_predict}[arguments.what](arguments.rounds)
     rows = [dataclasses.asdict(row) for row in measured]

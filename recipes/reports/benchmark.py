@@ -22,6 +22,7 @@ import bayeslayers as bl
 import zoo
 from bayeslayers.checks import at_least_one
 from bayeslayers.storage.weight_file import WEIGHTS
+from recipes.reports.step_networks import NETWORKS
 from recipes.training.methods import make_optimizer, method_of
 
 BATCH = 128
@@ -45,6 +46,7 @@ def benchmark_step(
     seed: int = 0,
     optimizers: Sequence[str] = ("vogn",),
     models: Sequence[str] = ("mlp", "lenet5"),
+    cpu: bool = False,
 ) -> list[Row]:
     """Time a training step (one sample) of optimisers beside one of Adam (foreach) on the deterministic network.
 
@@ -54,7 +56,8 @@ def benchmark_step(
         rounds: Steps of each, after a tenth as many to warm up.
         seed: Of weights and data.
         optimizers: Names of `recipes.training.methods`, each with its defaults but for the learning rate.
-        models: Names of the zoo, of classifiers.
+        models: Names of the zoo, of classifiers, or of `step_networks.NETWORKS`.
+        cpu: Measure the time of the process in place of that of the clock, which other processes do not disturb.
 
     Raises:
         ValueError: If a model or an optimizer is not known, or a model is no classifier.
@@ -63,12 +66,15 @@ def benchmark_step(
     rows, turn = [], min(rounds, TURN)
     for name in models:
         torch.manual_seed(seed)
-        model = zoo.create(name)
-        x = torch.rand(BATCH, *zoo.card_of(model).input_size)
-        y = torch.randint(_classes(name, model, x[:1]), (BATCH,))
+        if name in NETWORKS:
+            model, x, y = NETWORKS[name](BATCH)
+        else:
+            model = zoo.create(name)
+            x = torch.rand(BATCH, *zoo.card_of(model).input_size)
+            y = torch.randint(_classes(name, model, x[:1]), (BATCH,))
         turns = {"adam": _steps(*_trained(model, "adam", foreach=True), x, y, turn)}
         turns |= {optimizer: _steps(*_trained(model, optimizer), x, y, turn) for optimizer in optimizers}
-        medians = interleaved_medians(turns, rounds // turn)
+        medians = interleaved_medians(turns, rounds // turn, time.process_time if cpu else time.perf_counter)
         rows += [
             Row(name, BATCH, optimizer, round(1e3 * median / turn, 3), round(median / medians["adam"], 3))
             for optimizer, median in medians.items()
@@ -253,15 +259,17 @@ def _plain_mlp() -> nn.Module:
     return nn.Sequential(layers)
 
 
-def interleaved_medians(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def interleaved_medians(
+    actions: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Return the median time of each action in seconds, the actions taking turns."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(rounds + rounds // 10):
         for name, action in actions.items():
-            began = time.perf_counter()
+            began = clock()
             action()
             if number >= rounds // 10:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(clock() - began)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 
 import bayeslayers as bl
 from bayeslayers.checks import at_least_one, did_you_mean
-from recipes.reports.small_tasks import IGNORED, TASKS, Data, Task
+from recipes.reports.small_tasks import IGNORED, Data, Task
+from recipes.reports.small_tasks import TASKS as OTHERS
+from recipes.reports.text_tasks import TEXT_TASKS
 
 NUM_SAMPLES = 32
+TASKS = OTHERS | TEXT_TASKS
 
 
 def _adam(net: nn.Module, size: int, generator: torch.Generator) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -37,7 +41,10 @@ METHODS = {"adam": _adam, "vogn": _vogn, "ivon": _ivon}
 
 @dataclass(frozen=True)
 class DefaultsRow:
-    """One method on one task, means over seeds: `metric` is "accuracy" or "rmse", `value` that on test examples."""
+    """One method on one task, means over seeds: `metric` is "accuracy" or "rmse", `value` that on test examples.
+
+    `ece` is the expected calibration error of classes, None for real targets.
+    """
 
     task: str
     data: str
@@ -47,6 +54,7 @@ class DefaultsRow:
     value: float
     nll: float
     seconds: float
+    ece: float | None = None
 
 
 def benchmark_defaults(
@@ -76,14 +84,15 @@ def benchmark_defaults(
                 data = task.read(data_root, seed)
                 runs.append(run_defaults(task, data, method, seed))
                 source = data.source
-            value, nll, seconds = (statistics.fmean(column) for column in zip(*runs, strict=True))
+            value, nll, seconds, ece = (statistics.fmean(column) for column in zip(*runs, strict=True))
             metric = "accuracy" if task.likelihood.discrete else "rmse"
-            rows.append(DefaultsRow(name, source, method, seeds, metric, value, nll, round(seconds, 2)))
+            known = None if math.isnan(ece) else ece
+            rows.append(DefaultsRow(name, source, method, seeds, metric, value, nll, round(seconds, 2), known))
     return rows
 
 
-def run_defaults(task: Task, data: Data, method: str, seed: int) -> tuple[float, float, float]:
-    """Train one method; return accuracy or RMSE, NLL, and the seconds that training took."""
+def run_defaults(task: Task, data: Data, method: str, seed: int) -> tuple[float, float, float, float]:
+    """Train one method; return accuracy or RMSE, NLL, the seconds that training took, and the ECE, NaN without one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
@@ -103,7 +112,8 @@ def run_defaults(task: Task, data: Data, method: str, seed: int) -> tuple[float,
             ignore_index=IGNORED if task.likelihood.discrete else None,
         )
     metric = "accuracy" if task.likelihood.discrete else "rmse"
-    return evaluation.metrics[metric], evaluation.metrics["nll"], seconds
+    found = evaluation.metrics
+    return found[metric], found["nll"], seconds, found.get("ece", math.nan)
 
 
 def _batches(task: Task, data: Data, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -33,6 +33,12 @@ def _regression() -> type[Task]:
     return Regression
 
 
+def _text() -> type[Task]:
+    from recipes.tasks.text import Text
+
+    return Text
+
+
 def _toy2d() -> type[Task]:
     from recipes.tasks.toy2d import ToyExperiment
 
@@ -44,6 +50,7 @@ TASKS: dict[str, Callable[[], type[Task]]] = {
     "regression": _regression,
     "segmentation": _segmentation,
     "continual": _continual,
+    "text": _text,
     "toy2d": _toy2d,
 }
 DEFAULT = "classification"

@@ -170,9 +170,9 @@ def test_defaults_reach_adam_on_the_toy():
     data = task.read(None, 7)
     adam, *ours = (benchmark_defaults.run_defaults(task, data, method, 7) for method in benchmark_defaults.METHODS)
     assert 0.8 < adam[0] < 0.99
-    for accuracy, nll, _ in ours:
+    for accuracy, nll, _, ece in ours:
         assert adam[0] - 0.01 < accuracy <= 1
-        assert 0 < nll < adam[1]
+        assert 0 < nll < adam[1] and 0 <= ece < 0.1
 
 
 def test_the_benchmark_prints_rows(capsys):
@@ -185,7 +185,10 @@ def test_the_benchmark_prints_rows(capsys):
     assert all(0 < row["value"] < 1 and abs(row["nll"]) < 5 and row["seconds"] > 0 for row in rows)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert main(["benchmark", "defaults", "--tasks", "toys"]) == 1
-    assert "tasks must be among toy, mnist, fashion, energy, resnet18, unet, got 'toys'" in capsys.readouterr().err
+    assert (
+        "tasks must be among toy, mnist, fashion, energy, resnet18, unet, bert, gpt2, lstm, got 'toys'"
+        in capsys.readouterr().err
+    )
 
 
 def test_every_task_fits_its_stand_in():

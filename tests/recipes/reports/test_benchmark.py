@@ -77,6 +77,21 @@ def test_the_step_benchmark_takes_every_method(capsys):
     torch.random.set_rng_state(before)
 
 
+def test_the_step_benchmark_takes_sequences_and_the_time_of_the_process(capsys):
+    before = torch.random.get_rng_state()
+    words = ["--models", "lstm", "swin", "--rounds", "1", "--cpu-time", "--json"]
+    assert main(["benchmark", "step", *words]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["model"], row["optimizer"]) for row in rows] == [
+        (n, o) for n in ("lstm", "swin") for o in ("adam", "vogn")
+    ]
+    assert all(row["median_ms"] > 0 for row in rows)
+    clock = iter(range(100))
+    medians = benchmark.interleaved_medians({"a": lambda: None}, 3, lambda: float(next(clock)))
+    assert medians == {"a": 1.0}
+    torch.random.set_rng_state(before)
+
+
 PEAKS = """
 import torch
 from recipes.reports.benchmark import peak_memory
