@@ -25,8 +25,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=100, help="interleaved runs of each (%(default)s)")
     _add_names(parser, "--optimizers", ["vogn"], "step: beside Adam, by their recipes' names (vogn)")
-    models = "step: classifiers of the zoo, bert gpt2 lstm swin, on batches of 128 (mlp lenet5); scaling: one of ten classes "
-    models += "(resnet20)"
+    models = "step: classifiers of the zoo, bert gpt2 lstm swin, on batches of 128 (mlp lenet5); "
+    models += "scaling: one of ten classes (resnet20)"
     _add_names(parser, "--models", _MODELS, models)
     tasks = f"defaults: of {' '.join(_TASKS)} (these), fashion resnet18 unet bert gpt2 lstm (minutes)"
     _add_names(parser, "--tasks", _TASKS, tasks)
