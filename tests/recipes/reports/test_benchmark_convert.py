@@ -56,20 +56,16 @@ def tried(network, **options):
     return Trial(network, (torch.rand(2, 4),), {}, lambda y: y.square().mean(), **options)
 
 
-class Idle(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.one(x) @ self.two.weight  # VOGN has no squares of the second
+def half_computed():
+    """A network of two layers, of which the second computes its weight from other tensors."""
+    return nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
 
 
 @pytest.mark.parametrize(
     ("network", "column", "reason"),
     [
         (nn.Sequential(nn.Flatten()), "converts", "the model must have a layer that can become Bayesian"),
-        (Idle(), "coverage", "without calling its layer"),
+        (half_computed(), "coverage", "computed"),
     ],
 )
 def test_a_failure_has_its_reason(monkeypatch, network, column, reason):
