@@ -102,17 +102,19 @@ class LossFunctions(TorchFunctionMode):
 
     def _see_root(self, loss: Tensor) -> None:
         """Note the elements of a loss that is a mean or a sum times numbers, and those that were averaged before."""
-        node: Any = loss.grad_fn
+        # Of several draws at once the root is a sum over them; vmap writes their means and sums dimension by dimension.
+        node: Any = _only_parent(loss.grad_fn) if self.batched else loss.grad_fn
         divisor = None
         while type(node).__name__ in _SCALINGS:
             divisor = getattr(node, "_saved_other", None) if type(node).__name__ == "DivBackward0" else divisor
             node = _only_parent(node)
-        if type(node).__name__ not in ("MeanBackward0", "SumBackward0"):
+        mean, total = (f"{kind}Backward{int(self.batched)}" for kind in ("Mean", "Sum"))
+        if type(node).__name__ not in (mean, total):
             return
-        sizes = torch.Size(node._saved_self_sym_sizes)
+        sizes = _reduced_sizes(node) if self.batched else torch.Size(node._saved_self_sym_sizes)
         refuse_empty(sizes[0] if sizes else 1)
         elements = float(sizes.numel())
-        if type(node).__name__ == "SumBackward0":  # over a number of elements, as a masked mean, or over examples
+        if type(node).__name__ == total:  # over a number of elements, as a masked mean, or over examples
             elements = 0.0 if divisor is None or float(divisor) > elements else float(divisor)
         self._roots.append((elements, _averaged_before(_only_parent(node))))
 
@@ -189,11 +191,15 @@ def _averaged_before(node: Any) -> float:
     elements = 1.0
     while type(node).__name__ in (*_SCALINGS, *_SHAPES, "MeanBackward1"):
         if type(node).__name__ == "MeanBackward1":
-            sizes = node._saved_self_sym_sizes
-            dims = node._saved_dim or range(len(sizes))
-            elements *= torch.Size(sizes[d - 2**64 if d >= 2**63 else d] for d in dims).numel()
+            elements *= _reduced_sizes(node).numel()
         node = _only_parent(node)
     return elements
+
+
+def _reduced_sizes(node: Any) -> torch.Size:
+    """Return the sizes of the dimensions that a mean or a sum by dimension goes over."""
+    sizes = node._saved_self_sym_sizes
+    return torch.Size(sizes[d - 2**64 if d >= 2**63 else d] for d in node._saved_dim or range(len(sizes)))
 
 
 def _labelled(terms: Sequence[_Term], examples: int) -> int:

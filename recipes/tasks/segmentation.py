@@ -109,6 +109,11 @@ class Segmentation(PosteriorTask):
             held_out, split = test, "test"
         if skipped := [fault for scenes in (train, test, held_out) for fault in scenes.skipped]:
             self.config = dataclasses.replace(config, notes=_with_skipped(config.notes, skipped))
+        if config.class_weights is not None and len(config.class_weights) != len(train.classes):
+            raise ValueError(
+                f"class_weights must have one for each of the {len(train.classes)} classes of {config.data}, got "
+                f"{len(config.class_weights)}."
+            )
         weights = config.class_weights or train.class_weights(config.class_balance)
         likelihood = bl.Categorical(IGNORED, weights)
         describe(self.model, dataclasses.replace(zoo.card_of(self.model), **likelihood_fields(likelihood)))

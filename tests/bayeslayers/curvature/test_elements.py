@@ -314,7 +314,17 @@ def test_ignored_examples_count_in_neither_reduction():
         assert_close(all_of_it, squares_of(net, x[:4], y[:4], loss, loss_reduction=reduction))
 
 
-def test_vectorised_draws_count_elements_too():
+OF_OUTPUTS = {  # losses that are no loss function of torch
+    "mean": lambda o: o.square().mean(),
+    "mean of means": lambda o: 3 * o.square().mean(1).mean(),
+    "mean of sums": lambda o: o.square().flatten(1).sum(1).mean(),
+    "sum over examples": lambda o: o.square().sum() / len(o),
+    "sum over elements": lambda o: o.square().sum() / o.numel(),
+}
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", *OF_OUTPUTS])
+def test_vectorised_draws_count_elements_too(kind):
     results = []
     for vectorise in (False, True):
         net, x = pixelwise(3), pixels(4, 5)
@@ -323,7 +333,7 @@ def test_vectorised_draws_count_elements_too():
 
         def closure(net=net, x=x, y=y, optimizer=optimizer, backward=not vectorise):
             optimizer.zero_grad()
-            loss = F.cross_entropy(net(x), y)
+            loss = F.cross_entropy(net(x), y) if kind == "cross_entropy" else OF_OUTPUTS[kind](net(x))
             if backward:
                 loss.backward()
             return loss

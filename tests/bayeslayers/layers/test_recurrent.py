@@ -278,7 +278,7 @@ class TestTraining:
 
             optimizer.step(closure)
             states.append(net.state_dict())
-        assert_close(*states, rtol=1e-7, atol=1e-10)
+        assert_close(*states, rtol=1e-10, atol=1e-12)
 
     def test_a_posterior_is_saved_and_loaded_and_ordinary_weights_load(self, tmp_path):
         net, batch, _ = self.make()

@@ -389,7 +389,9 @@ def test_padding_row_is_not_drawn():
 
 def test_other_methods_refuse_what_has_no_layer():
     net = trained(Attention)
-    with pytest.raises(ValueError, match=r"'token' must belong to one Bayesian layer, .* got a Attention\. Use IVON"):
+    with pytest.raises(
+        ValueError, match=r"must be of a layer with a curvature rule, .* got a MultiheadAttention\. Use IVON"
+    ):
         bl.VOGN(net, 10)
 
 

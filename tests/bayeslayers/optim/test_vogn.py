@@ -430,9 +430,16 @@ def test_bad_argument_is_refused_by_name_and_value(name, value):
     assert_same_state(state_of(net), before)
 
 
+class OwnForward(nn.GRU):
+    """A layer without a curvature rule."""
+
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
 def test_model_without_a_layer_that_can_become_bayesian_is_refused():
     with pytest.raises(ValueError, match="must have a layer that can become Bayesian, got none"):
-        bl.VOGN(nn.Sequential(nn.EmbeddingBag(2, 2)), dataset_size=10)
+        bl.VOGN(nn.Sequential(OwnForward(2, 2)), dataset_size=10)
 
 
 def test_weight_used_past_its_layer_is_refused_by_name():

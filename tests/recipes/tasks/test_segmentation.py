@@ -239,7 +239,7 @@ def test_faults_are_skipped_and_counted_on_request(tmp_path, capsys):
             {"model": {"name": "unet_small", "width": 2, "num_classes": 19, "input_size": [1, 16, 32]}},
             "model must take RGB images",
         ),
-        ({"class_weights": [1.0] * 3}, "output must have a class for each of the 3 class_weights, got 19"),
+        ({"class_weights": [1.0] * 3}, "class_weights must have one for each of the 19 classes of cityscapes, got 3"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(fields, message, root, tmp_path):
