@@ -9,7 +9,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,13 +28,13 @@ SIZES = (1 << 10, 1 << 16, 1 << 19, 1 << 21)  # float32 numbers of the reduction
 BUCKET = 25 * 2**20  # bytes of DistributedDataParallel's
 
 
-def times_of(model_name: str, batch: int, rounds: int, world: World) -> dict[str, object]:
+def times_of(model_name: str, batch: int, rounds: int, world: World) -> dict[str, Any]:
     """Return medians over rounds, in seconds, of a step and its parts; each counts as long as the slowest rank takes.
 
     Args:
         model_name: Name in the zoo, of a classifier.
         batch: Examples of each rank.
-        rounds: Steps of each measurement.
+        rounds: Steps of each measurement, in turn.
         world: The ranks.
     """
     torch.manual_seed(0)
@@ -42,21 +44,24 @@ def times_of(model_name: str, batch: int, rounds: int, world: World) -> dict[str
         _optimizer(model if sync else zoo.create(model_name), batch, world, sync) for sync in (False, world.size > 1)
     )
     size = sum(p.numel() for p in model.parameters())
-    found: dict[str, object] = {
-        "parameters": size,
-        "compute": _median(lambda: _backward(*alone, x, y), rounds, world, alone[1].zero_grad),
-        "update": _median(alone[1].step, rounds, world, lambda: _backward(*alone, x, y)),
-        "step": _median(lambda: (_backward(*together, x, y), together[1].step()), rounds, world),
+    parts: dict[str, Callable[[], object]] = {
+        "compute": lambda: _backward(*alone, x, y),
+        "update": alone[1].step,
+        "step": lambda: (_backward(*together, x, y), together[1].step()),
     }
-    if world.size > 1:
-        gradients, both = [torch.randn(size)], [torch.randn(size), torch.randn(size)]
-        found |= {
-            "message": _median(lambda: exchange(Kind.STEP), rounds, world),
-            "reductions": [[4 * n, _reduction(n, rounds, world)] for n in SIZES],
-            "reduction": _median(lambda: weighted_sum(both, 0.5), rounds, world),
-            "reduction_of_ddp": _median(lambda: _in_buckets(gradients[0]), rounds, world),
-        }
-    return found
+    if world.size == 1:
+        return {"parameters": size} | _medians(parts, rounds, world)
+    gradients, both = [torch.randn(size)], [torch.randn(size), torch.randn(size)]
+    halves = {n: [torch.ones(n // 2), torch.ones(n // 2)] for n in SIZES}
+    reductions = {str(n): partial(weighted_sum, halves[n], 0.5) for n in SIZES}
+    parts |= {
+        "message": lambda: exchange(Kind.STEP),
+        "reduction": lambda: weighted_sum(both, 0.5),
+        "reduction_of_ddp": lambda: _in_buckets(gradients[0]),
+    }
+    found = _medians(parts | reductions, rounds, world)
+    fitted = [[4 * n, found.pop(str(n))] for n in SIZES]
+    return {"parameters": size, "reductions": fitted} | found
 
 
 def _optimizer(model: nn.Module, batch: int, world: World, sync: bool) -> tuple[nn.Module, bl.VOGN]:
@@ -70,34 +75,29 @@ def _backward(model: nn.Module, optimizer: bl.VOGN, x: Tensor, y: Tensor) -> Non
         F.cross_entropy(model(x), y).backward()
 
 
-def _reduction(numbers: int, rounds: int, world: World) -> float:
-    """Return the seconds of a reduction of two tensors, with what flattens them."""
-    halves = [torch.ones(numbers // 2), torch.ones(numbers // 2)]
-    return _median(lambda: weighted_sum(halves, 0.5), rounds, world)
-
-
 def _in_buckets(gradients: Tensor) -> None:
     """Reduce gradients alone, as DistributedDataParallel does."""
     for bucket in gradients.split(BUCKET // 4):
         dist.all_reduce(bucket)
 
 
-def _median(
-    action: Callable[[], object], rounds: int, world: World, before: Callable[[], object] = lambda: None
-) -> float:
-    """Return the median over rounds of the slowest rank's seconds; ranks begin each round together."""
-    seconds = torch.zeros(rounds, dtype=torch.float64)
+def _medians(parts: Mapping[str, Callable[[], object]], rounds: int, world: World) -> dict[str, float]:
+    """Return the median over rounds of the slowest rank's seconds of each part; ranks begin each part together.
+
+    A round runs all parts in turn, so that a machine that is slower for a while is so for all of them.
+    """
+    seconds = torch.zeros(rounds, len(parts), dtype=torch.float64)
     for number in range(-max(2, rounds // 10), rounds):
-        before()
-        if world.size > 1:
-            dist.barrier()
-        began = time.perf_counter()
-        action()
-        if number >= 0:
-            seconds[number] = time.perf_counter() - began
+        for place, part in enumerate(parts.values()):
+            if world.size > 1:
+                dist.barrier()
+            began = time.perf_counter()
+            part()
+            if number >= 0:
+                seconds[number, place] = time.perf_counter() - began
     if world.size > 1:
         dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    return statistics.median(seconds.tolist())
+    return {name: statistics.median(column.tolist()) for name, column in zip(parts, seconds.T, strict=True)}
 
 
 def main() -> None:
