@@ -71,7 +71,7 @@ def posterior_to_prior(model: nn.Module, strength: float = 1.0) -> None:
         if isinstance(module, BayesianLayer):
             module.set_prior_correlations(structure)
             _set_precisions(module, own)
-        module.__dict__["prior_version"] = getattr(module, "prior_version", 0) + 1  # optimisers begin again
+        vars(module)["prior_version"] = getattr(module, "prior_version", 0) + 1  # optimisers begin again
 
 
 def _strengthened(site: Site, strength: float) -> Tensor:

@@ -54,7 +54,8 @@ class Tracker:
         self.leaves: dict[str, Tensor] = {}
         self._tallies: dict[str, Tensor] = {}
         self._part: Part | None = None
-        self._kind, self._switches = kind, Passes()
+        self._kind: Kind = kind
+        self._switches = Passes()
         self._seen: dict[int, tuple[str, int]] = {}  # per backward pass, a layer and how many examples it saw
         self._uses: dict[tuple[str, int], int] = {}  # per layer and backward pass
 
