@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
@@ -77,3 +80,17 @@ def scaled_step(net: nn.Module, optimizer: bl.VOGN, scaler: torch.amp.GradScaler
         scaler.scale(squared_error(net, *make_batch()) * factor).backward()
     scaler.step(optimizer)
     scaler.update()
+
+
+def assert_every_tensor_moves(net: nn.Module, batch: bl.Inputs, y: torch.Tensor, method, **options) -> None:
+    """Two steps of an optimiser move every mean and every precision of a network."""
+    optimizer = method(net, dataset_size=20, **options)
+    assert optimizer.report.coverage == 1
+    before = copy.deepcopy(net.state_dict())
+    for _ in range(2):
+        with optimizer.sampled():
+            F.cross_entropy(net(*batch.args), y).backward()
+        optimizer.step()
+    moved = {key for key, value in before.items() if not torch.equal(value, net.state_dict()[key])}
+    names = [name for name, _ in net.named_parameters()]
+    assert {*names, *(f"{name}_precision" for name in names)} <= moved

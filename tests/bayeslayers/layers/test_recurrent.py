@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.per_example import EXACT, F64, bayesian, potential, squares_by_autograd, tracked_squares
+from support.steps import assert_every_tensor_moves
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -248,17 +248,7 @@ class TestTraining:
         ids=case_id,
     )
     def test_every_tensor_and_its_precision_move(self, method, options):
-        net, batch, y = self.make()
-        optimizer = method(net, dataset_size=20, **options)
-        assert optimizer.report.coverage == 1
-        before = copy.deepcopy(net.state_dict())
-        for _ in range(2):
-            with optimizer.sampled():
-                F.cross_entropy(net(*batch.args), y).backward()
-            optimizer.step()
-        moved = {key for key, value in before.items() if not torch.equal(value, net.state_dict()[key])}
-        names = [name for name, _ in net.named_parameters()]
-        assert {*names, *(f"{name}_precision" for name in names)} <= moved
+        assert_every_tensor_moves(*self.make(), method, **options)
 
     @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=case_id)
     def test_samples_at_once_are_those_one_after_the_other(self, kind):
