@@ -181,8 +181,8 @@ def refuse_other_reduction(seen: Elements, declared: Reduction, loss_scale: floa
 
 
 def _only_parent(node: Any) -> Any:
-    """Return the one node whose output a node of a graph computes with, None if there are several."""
-    parents = [parent for parent, _ in node.next_functions if parent is not None]
+    """Return the one node whose output a node of a graph computes with; None if there are several, or no graph."""
+    parents = [] if node is None else [parent for parent, _ in node.next_functions if parent is not None]
     return parents[0] if len(parents) == 1 else None
 
 
