@@ -81,8 +81,8 @@ def tensors_of(model: nn.Module, optimizer: VOGN | OGN | IVON | None = None) -> 
 
 def _entries(site: Site) -> list[Tensor]:
     """Return mean, precision and prior of the entries that have a posterior, each `(entries,)`, in float64."""
-    whole = [part.expand_as(site.mean).detach().double() for part in (site.mean, site.precision)]
-    whole += [part.expand_as(site.mean).double() for part in (site.prior_mean, site.prior_precision)]
+    parts = (site.mean, site.precision, site.prior_mean, site.prior_precision)
+    whole = [part.expand_as(site.mean).detach().double() for part in parts]
     if site.padding_row is not None:
         kept = torch.arange(len(site.mean), device=site.mean.device) != site.padding_row
         whole = [part[kept] for part in whole]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bayeslayers import curvature
 from bayeslayers.layers.base import BayesianLayer
+from bayeslayers.layers.linear import refuse_rewriting
 from bayeslayers.layers.scope import OUTSIDE, scope_for
 
 
@@ -24,9 +25,7 @@ class BayesEmbeddingBag(BayesianLayer, nn.EmbeddingBag):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-            if getattr(self, option):
-                raise ValueError(f"{option} must be off in BayesEmbeddingBag, got {getattr(self, option)}.")
+        refuse_rewriting(self, "BayesEmbeddingBag")
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         if scope_for(self) is OUTSIDE:

@@ -116,6 +116,18 @@ class BayesConvTranspose3d(_BayesConvTranspose, nn.ConvTranspose3d):
     function = staticmethod(F.conv_transpose3d)
 
 
+def refuse_rewriting(table: nn.Embedding | nn.EmbeddingBag, name: str) -> None:
+    """Raise if an option of a table of embeddings rewrites it, or its gradient.
+
+    Args:
+        table: The layer.
+        name: Its class, for the message.
+    """
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(table, option):
+            raise ValueError(f"{option} must be off in {name}, got {getattr(table, option)}.")
+
+
 class BayesEmbedding(BayesianLayer, nn.Embedding):
     """`nn.Embedding` with a Gaussian posterior; takes ids `(n, *)`, dimension 0 running over examples.
 
@@ -128,9 +140,7 @@ class BayesEmbedding(BayesianLayer, nn.Embedding):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-            if getattr(self, option):
-                raise ValueError(f"{option} must be off in BayesEmbedding, got {getattr(self, option)}.")
+        refuse_rewriting(self, "BayesEmbedding")
 
     def forward(self, input: Tensor) -> Tensor:
         return self.compute(input, settings=self.padding_idx)
