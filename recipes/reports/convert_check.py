@@ -149,10 +149,10 @@ class _Checks:
             self.reasons.append(f"all_move: {column} leaves {len(still)} tensors ({', '.join(still[:3])}) as they are")
         return not still
 
-    def _reached(self, net: nn.Module) -> set[str]:
-        """Return the names of the tensors in which an ordinary backward pass leaves a gradient."""
+    def _reached(self, net: nn.Module) -> list[str]:
+        """Return the names, in the network's order, of the tensors in which a backward pass leaves a gradient."""
         self._loss(net).backward()
-        return {name for name, p in net.named_parameters() if p.grad is not None and bool(p.grad.any())}
+        return [name for name, p in net.named_parameters() if p.grad is not None and bool(p.grad.any())]
 
     def _save_load(self) -> bool:
         for site in bl.posterior(self.net):
