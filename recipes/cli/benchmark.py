@@ -24,8 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "saved and loaded; scaling: steps of VOGN by several processes beside a model of their cost",
     )
     parser.add_argument("--rounds", type=int, default=100, help="interleaved runs of each (%(default)s)")
-    _add_names(parser, "--optimizers", ["vogn"], "step: beside Adam, by their recipes' names (vogn)")
-    models = "step: classifiers of the zoo, bert gpt2 lstm swin, on batches of 128 (mlp lenet5); "
+    _add_names(parser, "--optimizers", ["vogn"], "step: beside Adam, as vogn or kfac,inverse_every=50 (vogn)")
+    models = "step: classifiers of the zoo, bert gpt2 lstm swin encoder unet_small layers200 (mlp lenet5); "
     models += "scaling: one of ten classes (resnet20)"
     _add_names(parser, "--models", _MODELS, models)
     tasks = f"defaults: of {' '.join(_TASKS)} (these), fashion resnet18 unet bert gpt2 lstm (minutes)"
@@ -40,6 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--processes", nargs="+", type=int, default=[1, 2, 4], metavar="P", help="scaling: their numbers (1 2 4)"
     )
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="scaling: examples of each (%(default)s)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="step: samples of each (%(default)s)")
     add_data_root(parser, "defaults: folder of data (stand-ins are generated)")
     parser.add_argument("--cpu-time", action="store_true", help="step: time of the process, not of the clock")
     add_json(parser)
@@ -63,7 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
         measured = benchmark_defaults(arguments.tasks, arguments.seeds, arguments.data_root)
     elif arguments.what == "step":
         measured = benchmark_step(
-            arguments.rounds, optimizers=arguments.optimizers, models=arguments.models, cpu=arguments.cpu_time
+            arguments.rounds,
+            optimizers=arguments.optimizers,
+            models=arguments.models,
+            cpu=arguments.cpu_time,
+            num_samples=arguments.samples,
         )
     else:
         measured = {"load": benchmark_load, "predict": benchmark_predict}[arguments.what](arguments.rounds)

@@ -22,10 +22,10 @@ import bayeslayers as bl
 import zoo
 from bayeslayers.checks import at_least_one
 from bayeslayers.storage.weight_file import WEIGHTS
-from recipes.reports.step_networks import NETWORKS
+from recipes.reports.step_networks import step_network
 from recipes.training.methods import make_optimizer, method_of
+from recipes.training.plain_yaml import read_yaml
 
-BATCH = 128
 TURN = 10  # steps
 LR = 1e-3  # whatever the method: it costs no time, and lets none diverge
 
@@ -47,48 +47,49 @@ def benchmark_step(
     optimizers: Sequence[str] = ("vogn",),
     models: Sequence[str] = ("mlp", "lenet5"),
     cpu: bool = False,
+    num_samples: int = 1,
 ) -> list[Row]:
-    """Time a training step (one sample) of optimisers beside one of Adam (foreach) on the deterministic network.
+    """Time a training step of optimisers beside one of Adam (foreach) on the deterministic network.
 
     They take turns of some steps each, so that what is done at every tenth step alone has its share.
 
     Args:
         rounds: Steps of each, after a tenth as many to warm up.
         seed: Of weights and data.
-        optimizers: Names of `recipes.training.methods`, each with its defaults but for the learning rate.
-        models: Names of the zoo, of classifiers, or of `step_networks.NETWORKS`.
+        optimizers: Names of `recipes.training.methods`, each with its defaults but for the learning rate, and for
+            options behind the name: "kfac,inverse_every=50".
+        models: Names of `step_networks.NETWORKS`, or of classifiers of the zoo.
         cpu: Measure the time of the process in place of that of the clock, which other processes do not disturb.
+        num_samples: Samples of a step, of methods that have any.
 
     Raises:
         ValueError: If a model or an optimizer is not known, or a model is no classifier.
     """
     at_least_one("rounds", rounds)
+    at_least_one("num_samples", num_samples)
     rows, turn = [], min(rounds, TURN)
     for name in models:
         torch.manual_seed(seed)
-        if name in NETWORKS:
-            model, x, y = NETWORKS[name](BATCH)
-        else:
-            model = zoo.create(name)
-            x = torch.rand(BATCH, *zoo.card_of(model).input_size)
-            y = torch.randint(_classes(name, model, x[:1]), (BATCH,))
+        model, x, y = step_network(name)
         turns = {"adam": _steps(*_trained(model, "adam", foreach=True), x, y, turn)}
-        turns |= {optimizer: _steps(*_trained(model, optimizer), x, y, turn) for optimizer in optimizers}
+        for optimizer in optimizers:
+            own = _configured(optimizer)
+            if "num_samples" in method_of(own).options:
+                own.setdefault("num_samples", num_samples)
+            turns[optimizer] = _steps(*_trained(model, **own), x, y, turn)
         medians = interleaved_medians(turns, rounds // turn, time.process_time if cpu else time.perf_counter)
         rows += [
-            Row(name, BATCH, optimizer, round(1e3 * median / turn, 3), round(median / medians["adam"], 3))
+            Row(name, len(x), optimizer, round(1e3 * median / turn, 3), round(median / medians["adam"], 3))
             for optimizer, median in medians.items()
         ]
     return rows
 
 
-@torch.no_grad()
-def _classes(name: str, model: nn.Module, x: Tensor) -> int:
-    """Return how many classes a network tells apart."""
-    shape = bl.to_deterministic(model).eval()(x).shape
-    if len(shape) != 2:
-        raise ValueError(f"models must be classifiers, got {name}, whose output for one example is {tuple(shape)}.")
-    return shape[1]
+def _configured(text: str) -> dict[str, Any]:
+    """Return a configuration of an optimizer, from its name and its options, as "kfac,inverse_every=50"."""
+    name, *options = text.split(",")
+    pairs = [option.partition("=") for option in options]
+    return {"name": name, **{key: read_yaml(value, text) for key, _, value in pairs}}
 
 
 def _trained(model: nn.Module, name: str, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import zoo
+from bayeslayers.sampling import sites_of
 from bayeslayers.storage.weight_file import WEIGHTS
 from recipes.cli import main
 from recipes.reports import benchmark
 from recipes.reports.demo import ASSETS
+from recipes.reports.step_networks import step_network
 from recipes.training import methods
 
 
@@ -89,6 +91,26 @@ def test_the_step_benchmark_takes_sequences_and_the_time_of_the_process(capsys):
     clock = iter(range(100))
     medians = benchmark.interleaved_medians({"a": lambda: None}, 3, lambda: float(next(clock)))
     assert medians == {"a": 1.0}
+    torch.random.set_rng_state(before)
+
+
+def test_the_step_benchmark_measures_every_network_of_the_table(capsys):
+    before = torch.random.get_rng_state()
+    sizes = {"resnet20": 64, "resnet18_cifar": 32, "encoder": 32, "unet_small": 8, "layers200": 64, "lenet5": 128}
+    for name, size in sizes.items():
+        model, x, y = step_network(name)
+        assert len(x) == len(y) == size
+        assert sum(1 for _ in sites_of(model)) == sum(1 for _ in model.parameters())
+    words = ["--models", "layers200", "--optimizers", "ivon", "sgd", "--samples", "2", "--rounds", "1", "--json"]
+    assert main(["benchmark", "step", *words]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["batch"], row["optimizer"]) for row in rows] == [(64, "adam"), (64, "ivon"), (64, "sgd")]
+    row = benchmark.benchmark_step(1, optimizers=["bbb,estimator=weights"], models=["lenet5"])[1]
+    assert row.optimizer == "bbb,estimator=weights"
+    with pytest.raises(ValueError, match="estimator must be"):
+        benchmark.benchmark_step(1, optimizers=["bbb,estimator=other"], models=["lenet5"])
+    with pytest.raises(ValueError, match=r"num_samples must be an integer >= 1, got 0"):
+        benchmark.benchmark_step(1, num_samples=0)
     torch.random.set_rng_state(before)
 
 
