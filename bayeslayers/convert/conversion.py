@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from bayeslayers.convert.readers import readers_of, turn_off_fast_paths
 from bayeslayers.convert.report import ConversionReport
 from bayeslayers.convert.reroute import ReroutedLayer, bayesian_subclass, obstacle
 from bayeslayers.convert.selection import Selectors, select
+from bayeslayers.convert.trial import refusals_of
 from bayeslayers.curvature.rule import rule_of
 from bayeslayers.layers import (
     DEFAULT_INIT_PRECISION,
@@ -77,6 +79,7 @@ def to_bayesian(
     prior_precision: float = DEFAULT_PRIOR_PRECISION,
     init_precision: float = DEFAULT_INIT_PRECISION,
     inplace: bool = False,
+    example_inputs: Any = None,
 ) -> tuple[Network, ConversionReport]:
     """Give a network Bayesian layers, in a copy or in place, and report on every parameter tensor.
 
@@ -100,13 +103,17 @@ def to_bayesian(
         prior_precision: Precision of every prior, > 0.
         init_precision: Precision of the posterior at the start, > 0.
         inplace: Convert `module` itself, in place of a copy. If the conversion raises, it is left as it was.
+        example_inputs: A batch of two examples or more, as `bl.predict` takes it: a tensor, `Inputs`, a mapping or a
+            tuple. A copy of the network then runs forward and backward on it, and `report.refusals` lists every layer
+            that a step of VOGN would refuse. None for no such trial.
 
     Returns:
         The converted network (`module` itself if `inplace`) and the report.
 
     Raises:
         ValueError: If a selector matches nothing or only a part of a layer, a precision is not
-            positive, a parameter has no shape yet, or nothing can be converted.
+            positive, a parameter has no shape yet, nothing can be converted, or a trial is not possible with
+            `example_inputs`.
 
     Example:
         >>> from torch import nn
@@ -130,6 +137,8 @@ def to_bayesian(
     converted = module if inplace else copy.deepcopy(module)
     with unchanged_on_error(converted):
         report = _convert_network(unwrapped(converted), include, exclude, prior_precision, init_precision)
+        if example_inputs is not None:
+            report = replace(report, refusals=refusals_of(unwrapped(converted), example_inputs))
     return converted, report
 
 

@@ -13,7 +13,9 @@ from bayeslayers.sampling import posterior
 from bayeslayers.unwrap import unwrapped
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
 Status = Literal["converted", "deterministic", "tied"]
 
@@ -40,14 +42,34 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """A layer or parameter that a step of VOGN would refuse.
+
+    Attributes:
+        name: Its name, which `to_bayesian(exclude=)` takes.
+        reason: Why, and what to do.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class ConversionReport:
     """What became of a network's parameters, tensor by tensor; it prints as a table.
 
     Attributes:
         entries: One for each parameter tensor, in the order of `named_parameters()`.
+        refusals: What a step of VOGN would refuse, as a trial with the example inputs found; None without a trial.
     """
 
     entries: tuple[TensorEntry, ...]
+    refusals: tuple[Refusal, ...] | None = None
+
+    @property
+    def exclude(self) -> list[str]:
+        """The names of all refusals, for `to_bayesian(exclude=)`; [] without a trial."""
+        return [refusal.name for refusal in self.refusals or ()]
 
     @property
     def totals(self) -> dict[Status, int]:
@@ -63,7 +85,14 @@ class ConversionReport:
         totals = self.totals
         return totals["converted"] / max(1, sum(totals.values()))
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group | Table:
+        from rich.console import Group
+
+        if self.refusals is None:
+            return self._table()
+        return Group(self._table(), "", _sentences(self.refusals))
+
+    def _table(self) -> Table:
         from rich.table import Table
 
         counts = ", ".join(f"{count:,} {status}" for status, count in self.totals.items() if count)
@@ -77,6 +106,19 @@ class ConversionReport:
 
     def __str__(self) -> str:
         return as_text(self)
+
+
+def _sentences(refusals: Sequence[Refusal]) -> Text:
+    """Return what a trial found, as text."""
+    from rich.text import Text
+
+    if not refusals:
+        return Text("A trial step found the exact curvature of every Bayesian layer.")
+    lines = [f"A step of VOGN would refuse {len(refusals)} of these layers and parameters:"]
+    lines += [f"- '{refusal.name}': {refusal.reason}" for refusal in refusals]
+    names = [refusal.name for refusal in refusals]
+    lines.append(f"to_bayesian(model, exclude={names}) leaves them out; IVON takes the model as it is.")
+    return Text("\n".join(lines))
 
 
 def entry_of(name: str, parameter: nn.Parameter, status: Status, notes: Sequence[str]) -> TensorEntry:

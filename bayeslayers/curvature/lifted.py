@@ -26,6 +26,7 @@ from bayeslayers.curvature.meetings import (
     target_shape,
     without_affine_part,
 )
+from bayeslayers.curvature.refusal import CurvatureRefusal, Origin
 
 
 class Meetings:
@@ -75,12 +76,12 @@ class Lifted(Tensor):
 
     rows: Tensor
     meetings: Meetings
-    origin: str
+    origin: Origin
     in_call: bool
     as_weight: Callable[[Any, Any, Any], Any] | None
 
     @staticmethod
-    def of(rows: Tensor, meetings: Meetings, origin: str, in_call: bool = True) -> Lifted:
+    def of(rows: Tensor, meetings: Meetings, origin: Origin, in_call: bool = True) -> Lifted:
         """Return the tensor of which there are these copies.
 
         Args:
@@ -114,7 +115,7 @@ class Lifted(Tensor):
             op: What needs it, for the message.
 
         Raises:
-            RuntimeError: If its dimensions have no room for the examples.
+            CurvatureRefusal: If its dimensions have no room for the examples.
         """
         with torch._C.DisableTorchFunctionSubclass():
             own = own_copies(self.rows, layout, self.rows.shape[1:])
@@ -140,7 +141,7 @@ class _Unseen(torch.autograd.Function):
     """What a function sees that takes a lifted tensor for an ordinary one: no gradient may come back from there."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, origin: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, origin: Origin) -> Tensor:
         ctx.origin = origin
         return x.view_as(x)
 
@@ -222,14 +223,16 @@ def _own(name: str, args: Any, kwargs: Any, lifted: list[Lifted], layout: Layout
     return None if any(x is None for x in own) else own  # pyright: ignore[reportReturnType]
 
 
-def refused(origin: str, op: str) -> RuntimeError:
+def refused(origin: Origin, op: str) -> CurvatureRefusal:
     """Return the error for a lifted tensor in an op that mixes examples.
 
     Args:
         origin: The layer or parameter that the tensor comes from.
         op: Name of the op.
     """
-    return RuntimeError(
+    return CurvatureRefusal(
+        origin.name,
         f"{origin}, which does not depend on the batch, must be added to or multiplied with what does, got it in "
-        f"{op!r}: its gradients cannot be told apart by examples there. Exclude it from the Bayesian ones, or use IVON."
+        f"{op!r}: its gradients cannot be told apart by examples there. Exclude it from the "
+        "Bayesian ones, or use IVON.",
     )

@@ -20,6 +20,7 @@ from bayeslayers.curvature.lifted import Lifted
 from bayeslayers.curvature.linear import LINEAR
 from bayeslayers.curvature.meetings import bound
 from bayeslayers.curvature.op import Op, Plan
+from bayeslayers.curvature.refusal import Origin
 from bayeslayers.curvature.rule import CurvatureRule, Tensors, Use
 from bayeslayers.curvature.watch import AS_WEIGHT
 
@@ -55,9 +56,9 @@ def read(value: Tensor, leaves: Leaves) -> Tensor:
     watch = leaves.watch
     if watch is None or torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
         return value
-    name, looks = f"parameter '{leaves.name}'", watch.observed is not None
+    origin, looks = Origin("parameter", leaves.name), watch.observed is not None
     if looks and watch.meetings.observed is not None and watch.examples is not None:
-        lifted = Lifted.of(value.detach().expand(watch.examples, *value.shape), watch.meetings, name)
+        lifted = Lifted.of(value.detach().expand(watch.examples, *value.shape), watch.meetings, origin)
         lifted.as_weight = partial(_as_weight, value, leaves)
         return lifted
     if looks or not value.requires_grad or (place := watch.enter_read(leaves.name)) is None:
@@ -66,7 +67,7 @@ def read(value: Tensor, leaves: Leaves) -> Tensor:
     rows = Op.apply(plan, value.new_empty(place.examples), value, leaves.tensors.get("value"), leaves.tally)
     if place.examples == 1:
         return rows[0]
-    lifted = Lifted.of(rows, watch.meetings, name, place.call is not None)
+    lifted = Lifted.of(rows, watch.meetings, origin, place.call is not None)
     lifted.as_weight = partial(_as_weight, value, leaves)
     return lifted
 

@@ -14,6 +14,7 @@ from bayeslayers.curvature.accumulate import BLOCK, FACTORS, Leaves, chunks, sum
 from bayeslayers.curvature.layout import CONSTANT, Layout
 from bayeslayers.curvature.lifted import Lifted
 from bayeslayers.curvature.op import Backward, Op, Plan, Tensors, Use
+from bayeslayers.curvature.refusal import Origin
 from bayeslayers.dtypes import at_least_float32, autocast_operand, full_precision
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ class CurvatureRule(abc.ABC):
                 rows = Op.apply(plan, *inputs, *tensors, *found, leaves.tally)
                 if folds:
                     rows = rows.unflatten(0, (place.examples, -1))
-                return Lifted.of(rows, watch.meetings, f"the output of layer '{leaves.name}'")
+                return Lifted.of(rows, watch.meetings, Origin("the output of layer", leaves.name))
             inputs = tuple([_of_examples(x, place, leaves.name) for x in inputs])
         plan = Plan(self, len(inputs), settings, leaves.kind, leaves.part, leaves.passes, place)
         return Op.apply(plan, *inputs, *tensors, *found, leaves.tally)

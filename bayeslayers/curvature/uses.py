@@ -19,6 +19,7 @@ from bayeslayers.curvature.accumulate import Part, chunks, sum_of_squares
 from bayeslayers.curvature.block import outer_products
 from bayeslayers.curvature.layout import Layout
 from bayeslayers.curvature.op import Use
+from bayeslayers.curvature.refusal import CurvatureRefusal
 from bayeslayers.dtypes import at_least_float32, full_precision
 
 Sums = dict[int, Tensor]  # by the id of the leaf that receives it
@@ -127,15 +128,17 @@ class Uses:
         """Return what each leaf receives.
 
         Raises:
-            RuntimeError: If Kronecker factors are asked for, which these uses do not have together.
+            CurvatureRefusal: If Kronecker factors are asked for, which these uses do not have together.
         """
         first = self.kept[0] if self.kept else None
         if first is not None and not self.rows and all(each.merges(first) for each in self.kept):
             return self._merged(first)
         if first is not None and first.size:
-            raise RuntimeError(
+            raise CurvatureRefusal(
+                self.name,
                 f"layer '{self.name}' must run once in each call under K-FAC and Laplace's 'kron' and 'full', for its "
-                "uses have no such curvature together. Use a diagonal one, or exclude the layer from the Bayesian ones."
+                "uses have no such curvature together. Use a diagonal one, or exclude the layer from the Bayesian "
+                "ones.",
             )
         return self._squares()
 

@@ -14,6 +14,7 @@ from bayeslayers.curvature.accumulate import tally
 from bayeslayers.curvature.layout import CONSTANT, EXAMPLES, Layout
 from bayeslayers.curvature.lifted import Lifted, Meetings
 from bayeslayers.curvature.op import Use
+from bayeslayers.curvature.refusal import CurvatureRefusal, Origin
 from bayeslayers.curvature.uses import Uses, keep, own_sums
 
 AS_WEIGHT = " as a weight"  # behind the name of a read parameter, where an op takes it that has a curvature rule
@@ -80,7 +81,7 @@ class Watch:
         if self.examples is None or len(uses) > len(known) or known[len(uses) - 1] != CONSTANT:
             return output
         rows = output.expand(self.examples, *output.shape).clone()  # an op in place may follow
-        return Lifted.of(rows, self.meetings, f"the output of layer '{name}'")
+        return Lifted.of(rows, self.meetings, Origin("the output of layer", name))
 
     def enter(self, name: str, x: Tensor) -> Place | None:
         """Return where the examples of a use are, None if that is not known."""
@@ -96,9 +97,10 @@ class Watch:
             self._most[name] = max(self._most[name], index + 1)
         layout = _layout_of(known, index, x, examples)
         if layout == CONSTANT and call is None:
-            raise RuntimeError(
+            raise CurvatureRefusal(
+                name,
                 f"layer '{name}', whose input does not depend on the batch, must run outside of activation "
-                "checkpointing. Exclude it from the Bayesian layers, or use IVON."
+                "checkpointing. Exclude it from the Bayesian layers, or use IVON.",
             )
         return None if layout is None else Place(self, name.removesuffix(AS_WEIGHT), layout, examples, call)
 
@@ -144,7 +146,7 @@ class Watch:
     def _close_pass(self, task: int) -> None:
         for uses in self._passes.pop(task, {}).values():
             if len(uses.calls) > 1:
-                raise RuntimeError(f"layer '{uses.name}' {ONE_CALL}")
+                raise CurvatureRefusal(uses.name, f"layer '{uses.name}' {ONE_CALL}")
             for key, value in uses.sums().items():
                 self._deliver(uses.leaves[key], value)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bayeslayers.curvature.layout import CONSTANT, Layout, find_layout, is_close
+from bayeslayers.curvature.refusal import CurvatureRefusal
 from bayeslayers.curvature.watch import Observed, Watch
 from bayeslayers.layers.scope import current, opened
 from bayeslayers.sampling.sharing import evaluation_mode
@@ -51,7 +52,7 @@ def find_layouts(model: nn.Module, watch: Watch, args: Any, kwargs: Any) -> bool
         kwargs: Likewise.
 
     Raises:
-        RuntimeError: If a layer has as many rows as there are examples, and they are others.
+        CurvatureRefusal: If a layer has as many rows as there are examples, and they are others.
     """
     examples = examples_of(args, kwargs)
     if examples < 2:
@@ -85,10 +86,11 @@ def find_layouts(model: nn.Module, watch: Watch, args: Any, kwargs: Any) -> bool
             watch.examples, watch.meetings.observed = None, None
     for name, i in suspects:
         if is_close(before[name][i].input, again[name][i].input):  # else the network is random
-            raise RuntimeError(
+            raise CurvatureRefusal(
+                name,
                 f"dimension 0 of the input of layer '{name}' must run over the examples, got {examples} rows there "
                 f"that are not the {examples} examples: they do not move with them. Keep examples in dimension 0 (a "
-                "linear layer takes (n, *, features)), use IVON, or exclude the layer from the Bayesian ones."
+                "linear layer takes (n, *, features)), use IVON, or exclude the layer from the Bayesian ones.",
             )
     watch.layouts = layouts
     return True

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 
 from bayeslayers.curvature.accumulate import BLOCK, FACTORS, Kind, Leaves, Part, Passes
+from bayeslayers.curvature.refusal import CurvatureRefusal
 from bayeslayers.curvature.watch import ONE_CALL, Watch
 from bayeslayers.dtypes import at_least_float32
 from bayeslayers.layers import BayesianLayer
@@ -240,13 +241,14 @@ class Tracker:
         current = torch._C._current_graph_task_id() if recomputed_in == -1 else recomputed_in
         uses = self._uses[name, current] = self._uses.get((name, current), 0) + uses
         if uses > 1:
-            raise RuntimeError(f"layer '{name}' {ONE_CALL}")
+            raise CurvatureRefusal(name, f"layer '{name}' {ONE_CALL}")
         if self._watch.must_collect(name) and (current, name) not in self._watch.collected:
-            raise RuntimeError(f"layer '{name}' {ONE_CALL}")
+            raise CurvatureRefusal(name, f"layer '{name}' {ONE_CALL}")
         first, expected = self._seen.setdefault(current, (name, examples))
         if examples != expected:
-            raise RuntimeError(
+            raise CurvatureRefusal(
+                name,
                 f"dimension 0 of the input of layer '{name}' must run over the examples, got {examples} there "
                 f"and {expected} in layer '{first}'. Keep examples in dimension 0 (a linear layer takes "
-                "(n, *, features)), or exclude the layer from the Bayesian ones."
+                "(n, *, features)), or exclude the layer from the Bayesian ones.",
             )
