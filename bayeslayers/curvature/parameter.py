@@ -19,7 +19,7 @@ from bayeslayers.curvature.accumulate import Leaves, sum_of_squares
 from bayeslayers.curvature.lifted import Lifted
 from bayeslayers.curvature.linear import LINEAR
 from bayeslayers.curvature.meetings import bound
-from bayeslayers.curvature.op import Op, Plan
+from bayeslayers.curvature.op import Plan, apply
 from bayeslayers.curvature.refusal import Origin
 from bayeslayers.curvature.rule import CurvatureRule, Tensors, Use
 from bayeslayers.curvature.watch import AS_WEIGHT
@@ -64,7 +64,7 @@ def read(value: Tensor, leaves: Leaves) -> Tensor:
     if looks or not value.requires_grad or (place := watch.enter_read(leaves.name)) is None:
         return value
     plan = Plan(PARAMETER, 1, (), leaves.kind, None, leaves.passes, place)
-    rows = Op.apply(plan, value.new_empty(place.examples), value, leaves.tensors.get("value"), leaves.tally)
+    rows = apply(plan, value.new_empty(place.examples), value, leaves.tensors.get("value"), leaves.tally)
     if place.examples == 1:
         return rows[0]
     lifted = Lifted.of(rows, watch.meetings, origin, place.call is not None)

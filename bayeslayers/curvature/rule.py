@@ -13,7 +13,7 @@ from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[report
 from bayeslayers.curvature.accumulate import BLOCK, FACTORS, Leaves, chunks, sum_of_squares
 from bayeslayers.curvature.layout import CONSTANT, Layout
 from bayeslayers.curvature.lifted import Lifted
-from bayeslayers.curvature.op import Backward, Op, Plan, Tensors, Use
+from bayeslayers.curvature.op import Backward, Plan, Tensors, Use, apply
 from bayeslayers.curvature.refusal import Origin
 from bayeslayers.dtypes import at_least_float32, autocast_operand, full_precision
 
@@ -224,13 +224,13 @@ class CurvatureRule(abc.ABC):
                     lifted, place = settings, place.lifted(inputs[0].shape[1])
                     inputs = tuple([x.flatten(0, 1) for x in inputs])
                 plan = Plan(self, len(inputs), lifted, leaves.kind, leaves.part, leaves.passes, place)
-                rows = Op.apply(plan, *inputs, *tensors, *found, leaves.tally)
+                rows = apply(plan, *inputs, *tensors, *found, leaves.tally)
                 if folds:
                     rows = rows.unflatten(0, (place.examples, -1))
                 return Lifted.of(rows, watch.meetings, Origin("the output of layer", leaves.name))
             inputs = tuple([_of_examples(x, place, leaves.name) for x in inputs])
         plan = Plan(self, len(inputs), settings, leaves.kind, leaves.part, leaves.passes, place)
-        return Op.apply(plan, *inputs, *tensors, *found, leaves.tally)
+        return apply(plan, *inputs, *tensors, *found, leaves.tally)
 
 
 class FactoredRule(CurvatureRule):

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayeslayers.curvature.accumulate import tally
 from bayeslayers.curvature.layout import CONSTANT, EXAMPLES, Layout
 from bayeslayers.curvature.lifted import Lifted, Meetings
 from bayeslayers.curvature.op import Use
@@ -40,21 +39,29 @@ class Watch:
         observed: Where a look at the model collects what its ops get, None outside of one.
         captured: What the leaves receive in place of their `.grad`, where that is asked for.
         meetings: Of tensors that do not depend on the batch with those that do.
+        counted: By layer or read, the examples that went backward, of those uses whose place is known.
+        check: Refuses a pass by what one use in it adds to a layer's tally: name, examples, uses and the pass.
     """
 
-    def __init__(self, groups: Mapping[str, str] | None = None, reads: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        groups: Mapping[str, str] | None = None,
+        reads: frozenset[str] = frozenset(),
+        check: Callable[[str, int, int, int], None] | None = None,
+    ) -> None:
         self.examples: int | None = None
         self.layouts: dict[str, list[Layout | None]] = {}
         self.observed: dict[str, list[Observed]] | None = None
         self.captured: dict[int, Tensor] | None = None
         self.groups: Mapping[str, str] = groups or {}
         self.meetings = Meetings()
-        self.reads = reads
+        self.reads, self.check = reads, check
         self.clear()
 
     def clear(self) -> None:
         """Forget the calls and passes of the last scope."""
         self.call, self.sizes = 0, set[int]()
+        self.counted = Counter[str]()
         self._counts, self._most = Counter[str](), Counter[str]()
         self._passes: dict[int, dict[str, Uses]] = {}
         self._tallied: set[tuple[int, str]] = set()
@@ -165,7 +172,7 @@ ONE_CALL = (
 )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: it is made at each use, which would cost four times as much
 class Place:
     """One use of a layer in a call of the model.
 
@@ -201,10 +208,19 @@ class Place:
         if task != -1:
             self.watch.open_pass(task)
 
-    def note(self, recomputed_in: int) -> None:
-        """Note that the use goes backward as its place says, neither compiled nor under vmap."""
+    def count(self, recomputed_in: int, examples: int | None = None) -> None:
+        """Count the use, which goes backward as its place says, neither compiled nor under vmap.
+
+        Args:
+            recomputed_in: The backward pass that ran the forward again; -1 if none did.
+            examples: How many go backward; None where another use of the layer has counted them.
+        """
         task = torch._C._current_graph_task_id() if recomputed_in == -1 else recomputed_in
         self.watch.collected.add((task, self.name))
+        if examples is not None:
+            self.watch.counted[self.name] += examples
+            if self.watch.check is not None:
+                self.watch.check(self.name, examples, 1, task)
 
     def collect(
         self,
@@ -214,11 +230,10 @@ class Place:
         leaves: Sequence[Tensor | None],
         size: int,
         recomputed_in: int,
-    ) -> tuple[Sequence[Tensor | None], Tensor | None]:
-        """Return the sums of this use, or keep it for the end of the backward pass; and the tally."""
+    ) -> Sequence[Tensor | None]:
+        """Return the sums of this use, or keep it for the end of the backward pass."""
         wanted = use.needs[-len(leaves) :]
         task = torch._C._current_graph_task_id() if recomputed_in == -1 else recomputed_in
-        self.note(recomputed_in)
         alone = not self.watch.runs_again(self.name)
         sums: Sequence[Tensor | None] = [None] * len(leaves)
         if any(wanted):
@@ -232,7 +247,8 @@ class Place:
                 uses.calls |= set() if self.call is None else {self.call}
                 uses.add(kept)
         first = alone or self.watch.is_first(task, self.name)
-        return sums, tally(self.examples, recomputed_in) if first else None
+        self.count(recomputed_in, self.examples if first else None)
+        return sums
 
 
 def _layout_of(known: list[Layout | None] | None, index: int, x: Tensor, examples: int) -> Layout | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -51,7 +52,7 @@ class Tracker:
         self.layers = {name: module for name, module in layers.items() if isinstance(module, BayesianLayer)}
         self._names, self._reads = parameter_names(layers), reads_of(layers)
         self._model, self._looks_left, self._looked = model, 3, False
-        self._watch = Watch(groups_of(layers, self._reads), frozenset(self._reads))
+        self._watch = Watch(groups_of(layers, self._reads), frozenset(self._reads), self._check)
         self.leaves: dict[str, Tensor] = {}
         self._tallies: dict[str, Tensor] = {}
         self._part: Part | None = None
@@ -63,8 +64,9 @@ class Tracker:
     @property
     def examples(self) -> int:
         """Examples that went backward in the last scope, over all its backward passes."""
-        counts = [tally.grad[0] for tally in self._tallies.values() if tally.grad is not None]
-        return int(max(counts, default=0))
+        counted = Counter(self._watch.counted)
+        counted.update({key: int(tally.grad[0]) for key, tally in self._tallies.items() if tally.grad is not None})
+        return max(counted.values(), default=0)
 
     def clear(self) -> None:
         """Forget the sums."""
@@ -145,26 +147,27 @@ class Tracker:
         leaves = {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
         self._switches.gradients, self._switches.curvature = False, True
         self._watch.close_call()  # the model has returned: what checkpointing runs again is in no call
-        self._watch.captured = {}
+        counted, self._watch.counted, self._watch.captured = self._watch.counted, Counter(), {}
         try:
             grads = torch.autograd.grad(
                 loss, [*leaves.values(), *self._tallies.values()], retain_graph=True, allow_unused=True
             )
-            found = self._watch.captured
+            found, seen = self._watch.captured, self._watch.counted
         finally:
             self._switches.gradients, self._switches.curvature = True, False
-            self._watch.captured = None
-        counts = [int(tally[0]) for tally in grads[len(leaves) :] if tally is not None]
+            self._watch.counted, self._watch.captured = counted, None
+        tallies = zip(self._tallies, grads[len(leaves) :], strict=True)
+        seen.update({key: int(tally[0]) for key, tally in tallies if tally is not None})
         sums = {name: grad for name, grad in zip(leaves, grads, strict=False) if grad is not None}
         sums |= {name: found[id(leaf)] for name, leaf in leaves.items() if id(leaf) in found}
-        return sums, max(counts, default=0)
+        return sums, max(seen.values(), default=0)
 
     def _leaves_of(self, name: str, layer: BayesianLayer) -> Leaves:
         """Return the leaves of one layer; its frozen parameters have none."""
         prefix = f"{name}." if name else ""
         structured = {"factors": self._factors_of, "block": self._block_of}.get(self._kind)
         if structured is not None and (leaves := structured(prefix, layer)) is not None:
-            tally = self._tally(name, name or type(layer).__name__)
+            tally = self._tally(name)
             return Leaves(leaves, tally, self._kind, passes=self._switches, name=name, watch=self._watch)
         ops = {}
         for op, (rule, names) in layer.ops(layer).items():
@@ -174,7 +177,7 @@ class Tracker:
                 for key, parameter in zip(rule.tensors, names, strict=True)
             }
             found = {key: leaf for key, leaf in squares.items() if leaf is not None}
-            tally = self._tally(own, own or type(layer).__name__)
+            tally = self._tally(own)
             ops[op] = Leaves(found, tally, part=self._part, name=own, watch=self._watch)
         return next(iter(ops.values()))._replace(ops=ops)
 
@@ -182,13 +185,13 @@ class Tracker:
         """Return the leaves of a parameter that is read as an attribute."""
         leaf = self._leaf(name, parameter)
         found = {} if leaf is None else {"value": leaf}
-        return Leaves(found, self._tally(name, name), name=name, watch=self._watch)
+        return Leaves(found, self._tally(name), name=name, watch=self._watch)
 
-    def _tally(self, key: str, name: str) -> Tensor:
-        """Return the tally of a layer or a read, whose name in messages is the second."""
+    def _tally(self, key: str) -> Tensor:
+        """Return the tally of a layer or a read, which counts where the place of a use is not known."""
         if key not in self._tallies:
             tally = self._tallies[key] = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-            tally.register_hook(partial(self._check, name))
+            tally.register_hook(partial(self._check_tally, key))
         return self._tallies[key]
 
     def _factors_of(self, prefix: str, layer: BayesianLayer) -> dict[str, Tensor] | None:
@@ -229,26 +232,31 @@ class Tracker:
             leaf = self.leaves[name] = zero.expand(shape).requires_grad_()
         return leaf
 
-    def _check(self, name: str, tally: Tensor | None) -> None:
+    def _check_tally(self, name: str, tally: Tensor | None) -> None:
+        if tally is not None:  # a use whose place is known, or a further one in the pass, adds none
+            examples, uses, recomputed_in = (int(x) for x in tally.tolist())
+            task = torch._C._current_graph_task_id() if recomputed_in == -1 else recomputed_in
+            self._check(name, examples, uses, task)
+
+    def _check(self, name: str, examples: int, uses: int, task: int) -> None:
         """Refuse a backward pass whose per-example gradients are not those of one batch of examples.
 
         A reentrant checkpoint runs a backward pass of its own inside the outer one, to which its
         uses belong: it is the pass in which the forward was recomputed.
         """
-        if tally is None:  # a further use in the pass
-            return
-        examples, uses, recomputed_in = (int(x) for x in tally.tolist())
-        current = torch._C._current_graph_task_id() if recomputed_in == -1 else recomputed_in
-        uses = self._uses[name, current] = self._uses.get((name, current), 0) + uses
-        if uses > 1:
-            raise CurvatureRefusal(name, f"layer '{name}' {ONE_CALL}")
-        if self._watch.must_collect(name) and (current, name) not in self._watch.collected:
-            raise CurvatureRefusal(name, f"layer '{name}' {ONE_CALL}")
-        first, expected = self._seen.setdefault(current, (name, examples))
+        uses = self._uses[name, task] = self._uses.get((name, task), 0) + uses
+        again = self._watch.must_collect(name) and (task, name) not in self._watch.collected
+        if uses > 1 or again:
+            raise CurvatureRefusal(self._shown(name), f"layer '{self._shown(name)}' {ONE_CALL}")
+        first, expected = self._seen.setdefault(task, (name, examples))
         if examples != expected:
             raise CurvatureRefusal(
-                name,
-                f"dimension 0 of the input of layer '{name}' must run over the examples, got {examples} there "
-                f"and {expected} in layer '{first}'. Keep examples in dimension 0 (a linear layer takes "
-                "(n, *, features)), or exclude the layer from the Bayesian ones.",
+                self._shown(name),
+                f"dimension 0 of the input of layer '{self._shown(name)}' must run over the examples, got {examples} "
+                f"there and {expected} in layer '{self._shown(first)}'. Keep examples in dimension 0 (a linear layer "
+                "takes (n, *, features)), or exclude the layer from the Bayesian ones.",
             )
+
+    def _shown(self, name: str) -> str:
+        """Return the name of a layer or a read in messages: of the model itself its class."""
+        return name or type(self.layers[""]).__name__
