@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bayeslayers.dtypes import at_least_float32
 
-# Per-example gradients live in chunks of this size. On a CPU a chunk that stays in the cache is up
-# to 4 times faster than one that does not (measured on (256, 256) weights, 16 positions).
-CHUNK_BYTES = {"cpu": 2**21}
+# Per-example gradients live in chunks of this size. On a CPU a chunk that stays in the cache of one core is up
+# to 4 times faster than one that does not (measured on (256, 256) weights, 16 and 64 positions).
+CHUNK_BYTES = {"cpu": 2**20}
 DEFAULT_CHUNK_BYTES = 2**26
 
 Kind = Literal["squares", "factors", "block"]
@@ -90,10 +90,14 @@ class Leaves(NamedTuple):
     ops: Any = None
 
 
+def tile_elements(like: Tensor) -> int:
+    """Return how many values of the dtype and device of a tensor make up the byte budget."""
+    return max(1, CHUNK_BYTES.get(like.device.type, DEFAULT_CHUNK_BYTES) // like.element_size())
+
+
 def chunks(examples: int, elements: int, like: Tensor) -> Iterator[slice]:
     """Yield slices of the examples, so that `elements` values for each stay within the byte budget."""
-    budget = CHUNK_BYTES.get(like.device.type, DEFAULT_CHUNK_BYTES)
-    size = max(1, budget // max(1, elements * like.element_size()))
+    size = max(1, tile_elements(like) // max(1, elements))
     for start in range(0, examples, size):
         yield slice(start, start + size)
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayeslayers.curvature.accumulate import chunks, sum_of_squares
+from bayeslayers.curvature.accumulate import sum_of_squares
+from bayeslayers.curvature.costs import fastest, matrix_costs
 from bayeslayers.curvature.kronecker import column_products
 from bayeslayers.curvature.layout import Layout
+from bayeslayers.curvature.moments import Moments
 from bayeslayers.curvature.rule import FactoredRule, Tensors, Use
 from bayeslayers.dtypes import at_least_float32, full_precision
 
 if TYPE_CHECKING:
     from torch import nn
-
-# Up to here the pairs of positions cost less than per-example gradients that are written and read again.
-GRAM_POSITIONS = 4
 
 
 class _Linear(FactoredRule):
@@ -52,13 +50,13 @@ class _Linear(FactoredRule):
         with full_precision(x.device.type):
             if need_x:
                 grad_x = g @ weight
-            if need_weight:
-                grad_weight = g.flatten(0, -2).t() @ x.flatten(0, -2)
             if need_weight_squares and part is None:
-                squares_weight = outer_product_squares(g, x)
+                grad_weight, squares_weight = weight_gradients(g, x, with_grad=need_weight)
             elif need_weight_squares and part is not None:
                 factor, (part_g, part_x) = part.select(g, x)
-                squares_weight = outer_product_squares(part_g, part_x) * factor
+                squares_weight = weight_gradients(part_g, part_x, with_grad=False)[1] * factor
+            if need_weight and grad_weight is None:
+                grad_weight = g.flatten(0, -2).t() @ x.flatten(0, -2)
             if need_bias or need_bias_squares:
                 per_example = g.flatten(1, -2).sum(1) if g.dim() > 2 else g
                 grad_bias, squares_bias = per_example.sum(0), sum_of_squares(per_example)
@@ -90,30 +88,19 @@ class _Linear(FactoredRule):
 LINEAR = _Linear()
 
 
-def outer_product_squares(g: Tensor, x: Tensor) -> Tensor:
-    """Return sum_n (sum_p g_npo x_npi)^2, shape (o, i).
-
-    One position needs one matmul of squares, a few positions one matmul over their pairs (the
-    square written out), and many positions one matmul per example, in chunks.
+def weight_gradients(g: Tensor, x: Tensor, with_grad: bool = True) -> tuple[Tensor | None, Tensor]:
+    """Return sum_np g_npo x_npi and sum_n (sum_p g_npo x_npi)^2, both `(o, i)`.
 
     Args:
         g: Gradient of the output, `(n, *, o)`.
         x: Input, `(n, *, i)`, with the same dimensions between.
+        with_grad: Whether the gradient is asked for.
     """
-    g, x = at_least_float32(g), at_least_float32(x)
+    dtype, wide_g, wide_x = g.dtype, at_least_float32(g), at_least_float32(x)
     if g.dim() == 2:
-        return g.square().t() @ x.square()
-    g, x = g.flatten(1, -2), x.flatten(1, -2)  # (n, p, o), (n, p, i)
-    if g.shape[1] <= GRAM_POSITIONS:
-        return (_pairs(g).t() @ _pairs(x, off_diagonal=2.0)).clamp(min=0)  # rounding may end below
-    squares = g.new_zeros(g.shape[2], x.shape[2])
-    for chunk in chunks(len(g), squares.numel(), g):
-        squares += sum_of_squares(g[chunk].transpose(1, 2) @ x[chunk])
-    return squares
-
-
-def _pairs(x: Tensor, off_diagonal: float = 1.0) -> Tensor:
-    """Return x_np x_nq for each pair p <= q of positions, `(n * pairs, features)`."""
-    p, q = torch.triu_indices(x.shape[1], x.shape[1], device=x.device)
-    weight = torch.where(p == q, 1.0, off_diagonal).to(x.dtype)
-    return (x[:, p] * x[:, q] * weight[:, None]).flatten(0, 1)
+        return g.t() @ x if with_grad else None, wide_g.square().t() @ wide_x.square()
+    g, x = wide_g.flatten(1, -2), wide_x.flatten(1, -2)  # (n, p, o), (n, p, i)
+    sums = Moments.zeros(g, g.shape[2], x.shape[2], with_grad=with_grad)
+    add = sums.add_pairs if fastest(matrix_costs(g, x)) == "pairs" else sums.add_products
+    add(g, x)
+    return None if sums.grad is None else sums.grad.to(dtype), sums.squares

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayeslayers.curvature import CurvatureRule, Use
-from bayeslayers.curvature.conv import per_example_weight_gradients
+from bayeslayers.curvature.conv_routes import per_example_weight_gradients
 from bayeslayers.curvature.rule import Tensors
 from bayeslayers.curvature.settings import Settings
 from bayeslayers.layers.base import BayesianLayer

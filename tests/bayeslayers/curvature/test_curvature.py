@@ -12,9 +12,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import bayeslayers as bl
-from bayeslayers.curvature import accumulate, conv
-from bayeslayers.curvature.linear import outer_product_squares
-from bayeslayers.curvature.settings import Settings
+from bayeslayers.curvature import accumulate, conv, linear
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -121,38 +119,17 @@ def test_curvature_is_that_of_per_example_gradients(kind, args, kwargs, shape):
     check(kind, args, kwargs, shape)
 
 
-@per_case(CONV)
-def test_curvature_of_wide_convolutions(kind, args, kwargs, shape, monkeypatch):
-    monkeypatch.setattr(conv, "WIDE_CHANNELS", 0)
+def choose(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all layers take one route, whatever the others cost; a linear one has "products" for "rows" and "groups"."""
+    monkeypatch.setattr(conv, "fastest", lambda costs: route)
+    monkeypatch.setattr(linear, "fastest", lambda costs: "pairs" if route == "pairs" else "products")
+
+
+@pytest.mark.parametrize("route", ["pairs", "groups", "rows"])
+@per_case([*LINEAR, *CONV])
+def test_every_route_gives_the_curvature(kind, args, kwargs, shape, route, monkeypatch):
+    choose(route, monkeypatch)
     check(kind, args, kwargs, shape)
-
-
-def test_positions_that_cancel_leave_no_negative_square():
-    torch.manual_seed(0)
-    g = torch.tensor([1.0, 1.0, -1.0, -1.0])[:, None] * torch.randn(64, 1, 20)
-    x = torch.tensor([1.0, 0.5, 0.7, 0.8])[:, None] * torch.randn(64, 1, 30)
-    squares = outer_product_squares(g, x)
-    assert squares.min() >= 0 and squares.max() < 1e-4
-
-
-@per_case(FEW_POSITIONS)
-def test_few_positions_need_no_per_example_gradients(kind, args, kwargs, shape, monkeypatch):
-    for route in ("_batch_as_groups", "_offset_by_offset"):
-        monkeypatch.delattr(conv, route)
-    check(kind, args, kwargs, shape)
-
-
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 0, 1), (2, 1, 1), (3, 2, 2)])
-def test_convolution_routes_agree(stride, padding, dilation, groups):
-    torch.manual_seed(0)
-    settings = Settings((stride,) * 2, (padding,) * 2, (dilation,) * 2, False, (0, 0), groups)
-    x = torch.randn(5, 4, 8, 9, dtype=torch.float64)
-    weight = torch.randn(8, 4 // groups, 3, 2, dtype=torch.float64)
-    g = torch.randn_like(torch.convolution(x, weight, None, *settings))
-    first, *others = (conv._batch_as_groups, conv._offset_by_offset, *([conv._as_linear] if groups == 1 else []))
-    for route in others:
-        assert_close(route(x, g, weight, settings), first(x, g, weight, settings), **EXACT)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -194,13 +171,13 @@ CHUNKED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("budget", [1, 300], ids=["one_example", "a_few_examples"])
-@pytest.mark.parametrize("wide_channels", [0, 1000])
+@pytest.mark.parametrize("budget", [1, 100, 300], ids=["one_value", "rows_of_an_example", "a_few_examples"])
+@pytest.mark.parametrize("route", ["pairs", "groups", "rows"])
 @per_case(CHUNKED)
-def test_chunks_change_nothing(kind, args, kwargs, shape, wide_channels, budget, monkeypatch):
+def test_chunks_change_nothing(kind, args, kwargs, shape, route, budget, monkeypatch):
     layer, counterpart = make_pair(kind, args, kwargs)
     x = make_input(kind, shape)
-    monkeypatch.setattr(conv, "WIDE_CHANNELS", wide_channels)
+    choose(route, monkeypatch)
     monkeypatch.setitem(accumulate.CHUNK_BYTES, "cpu", budget)
     assert len(list(accumulate.chunks(len(x), layer.weight.numel(), x))) > 1
     assert_close(tracked_curvature(layer, x, len(x)), oracle(counterpart, x.detach()), **EXACT)

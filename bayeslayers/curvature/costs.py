@@ -1,0 +1,114 @@
+"""What the routes to the squares of a weight's gradients cost, by their work: the rules take the fastest.
+
+A route's seconds are its multiply-adds, the values that it copies and adds up, and its calls of torch, each times what
+one takes on the device. `bayeslayers benchmark routes` compares the choice with measurements on a grid of geometries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from bayeslayers.curvature.accumulate import tile_elements
+from bayeslayers.curvature.settings import Settings
+
+
+class Device(NamedTuple):
+    """Seconds that one unit of work takes.
+
+    Attributes:
+        product: A multiply-add in a large matmul.
+        convolution: A multiply-add in a convolution's weight gradient.
+        value: A value of a per-example gradient, written, squared and added up.
+        copy: A value that is copied to another layout.
+        call: A call of an op of torch.
+        granule: Channels that a kernel computes at a time, at least.
+    """
+
+    product: float
+    convolution: float
+    value: float
+    copy: float
+    call: float
+    granule: int
+
+
+# Of one core of an AMD EPYC with AVX2, fitted to a grid of geometries; what is a GPU's is read from data sheets.
+DEVICES = {"cpu": Device(2.0e-11, 2.2e-11, 4e-10, 6e-10, 4e-6, 8)}
+OTHER_DEVICE = Device(1e-13, 2e-13, 6e-12, 3e-12, 1e-5, 16)
+
+
+def device_of(x: Tensor) -> Device:
+    """Return what work costs on the device of a tensor.
+
+    Args:
+        x: The tensor.
+    """
+    return DEVICES.get(x.device.type, OTHER_DEVICE)
+
+
+def fastest(costs: Mapping[str, float]) -> str:
+    """Return the name of the route that costs least.
+
+    Args:
+        costs: Seconds by name.
+    """
+    return min(costs, key=costs.__getitem__)
+
+
+def matrix_costs(g: Tensor, x: Tensor) -> dict[str, float]:
+    """Return the seconds of the routes "pairs" and "products" of a linear map.
+
+    Args:
+        g: Gradient of the output, `(n, p, o)`.
+        x: Input, `(n, p, i)`.
+    """
+    device, (n, p, o), i = device_of(g), g.shape, x.shape[2]
+    return {
+        "pairs": _pairs(device, n, p, o, i),
+        "products": _products(device, n, p, o, i, tile_elements(g)),
+    }
+
+
+def convolution_costs(x: Tensor, g: Tensor, weight_shape: Sequence[int], settings: Settings) -> dict[str, float]:
+    """Return the seconds of `conv_routes.ROUTES`, of an ordinary convolution.
+
+    Args:
+        x: Input, `(n, c_in, *)`.
+        g: Gradient of the output, `(n, c_out, *)`.
+        weight_shape: Shape of the weight.
+        settings: Of the convolution.
+    """
+    device, n, positions, groups = device_of(g), len(x), math.prod(g.shape[2:]), settings.groups
+    i, kernel = weight_shape[1], weight_shape[2:]
+    o, size, across = weight_shape[0] // groups, math.prod(kernel), math.prod(kernel[1:])
+    values, budget = n * o * i * size, tile_elements(g)
+    padded = math.ceil(o / device.granule) * math.ceil(i / device.granule) * device.granule**2
+    by_groups = groups * (n * positions * size * padded * device.convolution + 2 * values * device.value)
+    by_groups += 5 * device.call * math.ceil(groups * values / budget)
+    rows = _products(device, n, positions, o, i * across, budget)
+    unfolded = n * i * across * math.prod(x.shape[2:]) / math.prod(settings.stride[1:])
+    by_rows = groups * (kernel[0] * rows + (unfolded + x.numel() + g.numel()) * device.copy + 10 * device.call)
+    pairs = _pairs(device, n, positions, o, i * size) + n * positions * i * size * device.copy + size * device.call
+    return {"pairs": groups * pairs, "groups": by_groups, "rows": by_rows}
+
+
+def _products(device: Device, n: int, p: int, o: int, i: int, budget: int) -> float:
+    """Return the seconds of `Moments.add_products`."""
+    values = n * o * i
+    calls = 5 * device.call * max(1, n * o * i / budget)
+    return n * p * _padded(device, o) * _padded(device, i) * device.product + values * device.value + calls
+
+
+def _pairs(device: Device, n: int, p: int, o: int, i: int) -> float:
+    """Return the seconds of `Moments.add_pairs`."""
+    pairs = p * (p + 1) // 2
+    products = n * (p + pairs) * _padded(device, o) * _padded(device, i) * device.product
+    return products + 3 * n * pairs * (o + i) * device.copy + 10 * device.call
+
+
+def _padded(device: Device, features: int) -> int:
+    return features + device.granule
