@@ -36,6 +36,7 @@ class Watch:
     Attributes:
         examples: Examples of the call that is open; None outside of one.
         layouts: By layer, where the examples are in each of its uses in a call; None where that is not known.
+        looked: By layer, the shapes of the inputs of its uses in the look at the call that is open.
         observed: Where a look at the model collects what its ops get, None outside of one.
         captured: What the leaves receive in place of their `.grad`, where that is asked for.
         meetings: Of tensors that do not depend on the batch with those that do.
@@ -51,6 +52,7 @@ class Watch:
     ) -> None:
         self.examples: int | None = None
         self.layouts: dict[str, list[Layout | None]] = {}
+        self.looked: dict[str, list[torch.Size]] = {}
         self.observed: dict[str, list[Observed]] | None = None
         self.captured: dict[int, Tensor] | None = None
         self.groups: Mapping[str, str] = groups or {}
@@ -79,6 +81,7 @@ class Watch:
     def close_call(self) -> None:
         """End it."""
         self.examples = None
+        self.looked = {}
 
     def observe(self, name: str, x: Tensor, output: Tensor, dims: tuple[int, ...]) -> Tensor:
         """Note what an op got while the model is looked at, and return its output, lifted if known to be constant."""
@@ -103,6 +106,13 @@ class Watch:
             self._counts[name] += 1
             self._most[name] = max(self._most[name], index + 1)
         layout = _layout_of(known, index, x, examples)
+        if call is not None and self._is_ragged(name, index, x, layout):
+            raise CurvatureRefusal(
+                name,
+                f"layer '{name}' must get as many rows from each example, got an input of shape {tuple(x.shape)} for "
+                f"{examples} examples, whose rows are not as many from each, like the proposals of a detector. Use "
+                "IVON, or exclude the layer from the Bayesian ones.",
+            )
         if layout == CONSTANT and call is None:
             raise CurvatureRefusal(
                 name,
@@ -127,6 +137,15 @@ class Watch:
         else:
             return None
         return Place(self, name, EXAMPLES, examples, call)
+
+    def _is_ragged(self, name: str, index: int, x: Tensor, layout: Layout | None) -> bool:
+        """Return whether a use has another number of rows than its examples can have alike, or than the look saw."""
+        known = self.layouts.get(name, [])[index : index + 1]
+        if layout is None:
+            return known not in ([], [None])
+        if layout in (EXAMPLES, CONSTANT) or name not in self.looked or not known:
+            return False
+        return self.looked[name][index][layout.dim] != x.shape[layout.dim]
 
     def runs_again(self, name: str) -> bool:
         """Return whether uses of a layer, or of one that it shares tensors with, must be added before squaring."""

@@ -93,6 +93,7 @@ def find_layouts(model: nn.Module, watch: Watch, args: Any, kwargs: Any) -> bool
                 "linear layer takes (n, *, features)), use IVON, or exclude the layer from the Bayesian ones.",
             )
     watch.layouts = layouts
+    watch.looked = {name: [use.input.shape for use in uses] for name, uses in before.items()}
     return True
 
 

@@ -250,6 +250,8 @@ class Tracker:
             raise CurvatureRefusal(self._shown(name), f"layer '{self._shown(name)}' {ONE_CALL}")
         first, expected = self._seen.setdefault(task, (name, examples))
         if examples != expected:
+            if self._watch.sizes == {examples}:  # the other layer is the one to name
+                name, examples, first, expected = first, expected, name, examples
             raise CurvatureRefusal(
                 self._shown(name),
                 f"dimension 0 of the input of layer '{self._shown(name)}' must run over the examples, got {examples} "

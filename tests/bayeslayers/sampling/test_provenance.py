@@ -161,3 +161,34 @@ def test_a_model_that_is_random_in_eval_mode_or_fails_there_is_left_to_the_sizes
 
     for kind in (Random, Fails):
         use("VOGN", kind(nn.Linear(4, 3)), torch.randn(N, 4))
+
+
+class Proposals(nn.Module):
+    """Like a detector: a head on rows, of which the three examples have other numbers in training."""
+
+    def __init__(self, in_training, otherwise):
+        super().__init__()
+        self.in_training, self.otherwise = in_training, otherwise
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        features = self.body(x)
+        numbers = self.in_training if self.training else self.otherwise
+        rows = torch.cat([own.expand(number, -1) for own, number in zip(features, numbers, strict=True)])
+        return features.square().mean() + self.head(rows).square().mean()
+
+
+@pytest.mark.parametrize("numbers", [[2, 3, 2], [1, 4, 4]])  # seven rows, and nine that may be three of each
+def test_rows_that_are_not_as_many_from_each_example_are_refused(numbers):
+    net = bayesian(Proposals(numbers, otherwise=[2, 2, 2]))
+    with bl.tracked(net), pytest.raises(RuntimeError, match=r"layer 'head' must get as many rows .* detector"):
+        net(torch.randn(3, 3, dtype=torch.float64)).backward()
+
+
+def test_of_two_numbers_of_rows_the_one_that_is_not_that_of_the_examples_is_named():
+    net = bayesian(Proposals([1, 3, 3], otherwise=[1, 3, 3]))
+    with (
+        bl.tracked(net),
+        pytest.raises(RuntimeError, match=r"layer 'head' must run over .*, got 7 there and 3 in .*'body'"),
+    ):
+        net(torch.randn(3, 3, dtype=torch.float64)).backward()
