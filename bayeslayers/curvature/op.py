@@ -94,7 +94,7 @@ class Op(torch.autograd.Function):
 
         def compute(use: Use) -> Sequence[Tensor | None]:
             if plan.kind == "squares":
-                return rule.kernel_for(g.device.type)(use, g)
+                return (rule.kernel_for(g.device.type) if rule.kernels else rule.squares)(use, g)
             if plan.kind == "block":
                 return outer_products(rule, use, g)
             return rule.factors(use, g, ctx.size)
@@ -119,7 +119,9 @@ class EagerOp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, plan, *operands):
-        output = Op.forward(plan, *operands)
+        first, end = plan.inputs, plan.inputs + len(plan.rule.tensors)
+        output = plan.rule.forward(operands[:first], operands[first:end], plan.settings)
+        output = owned(output) if output._is_view() else output
         Op.setup_context(ctx, (plan, *operands), output)
         return output
 
@@ -133,5 +135,7 @@ def apply(plan: Plan, *operands: Tensor | None) -> Any:
         plan: What it takes beside its operands.
         *operands: Its inputs, its tensors, the leaves of their curvature, and the tally.
     """
-    plain = not torch.compiler.is_compiling() and peek_interpreter_stack() is None
-    return (EagerOp if plain else Op).apply(plan, *operands)
+    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
+        return Op.apply(plan, *operands)
+    with torch._C.DisableTorchFunction():  # a mode that sees each function, as `LossFunctions`, has nothing to see here
+        return EagerOp.apply(plan, *operands)
