@@ -23,7 +23,8 @@ from bayeslayers.dtypes import at_least_float32
 
 Route: TypeAlias = Callable[[Tensor, Tensor, Tensor, Settings, bool], Moments]
 
-_CHUNKS_OF_ROWS = 4  # unfolded rows are in memory in chunks of so many budgets
+# Unfolded inputs are in memory in chunks of so many budgets: their examples are what a matmul sums over.
+_ROWS, _PAIRS = 4, 16
 
 
 def by_groups(x: Tensor, g: Tensor, weight: Tensor, settings: Settings, with_grad: bool) -> Moments:
@@ -84,7 +85,7 @@ def by_rows(x: Tensor, g: Tensor, weight: Tensor, settings: Settings, with_grad:
     c_out, c_in, height, *others = weight.shape
     stride, dilation, columns = settings.stride[0], settings.dilation[0], math.prod(g.shape[3:])
     found = Moments.zeros(g, height, c_out, math.prod(others) * c_in, with_grad=with_grad)
-    for chunk in chunks(len(x), math.prod(others) * x[0].numel() // _CHUNKS_OF_ROWS, x):
+    for chunk in chunks(len(x), math.prod(others) * x[0].numel() // _ROWS, x):
         g_rows = g[chunk].flatten(2).mT.contiguous()  # (n, p, o)
         unfolded = _unfolded_columns(x[chunk], g, others, settings)  # (n, rows, columns, i)
         for phase in range(min(stride, height)):
@@ -119,7 +120,7 @@ def by_pairs(x: Tensor, g: Tensor, weight: Tensor, settings: Settings, with_grad
     positions, inputs = math.prod(g.shape[2:]), weight[0].numel()
     sums = Moments.zeros(g, len(weight), inputs, with_grad=with_grad)
     padded = F.pad(x, [side for pad in reversed(settings.padding) for side in (pad, pad)])
-    for chunk in chunks(len(x), positions * (positions + 1) // 2 * inputs, x):
+    for chunk in chunks(len(x), positions * (positions + 1) // 2 * inputs // _PAIRS, x):
         own = padded[chunk]
         windows = [own[(..., *window)].flatten(2) for window in _windows(g, weight.shape[2:], settings)]
         sums.add_pairs(g[chunk].flatten(2).mT, torch.stack(windows, 2).flatten(1, 2).mT)  # (n, p, i * kernel)

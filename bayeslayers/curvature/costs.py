@@ -25,7 +25,8 @@ class Device(NamedTuple):
         value: A value of a per-example gradient, written, squared and added up.
         copy: A value that is copied to another layout.
         call: A call of an op of torch.
-        granule: Channels that a kernel computes at a time, at least.
+        vector: Channels that one instruction computes.
+        narrow: Columns below which a matmul is slow.
     """
 
     product: float
@@ -33,12 +34,14 @@ class Device(NamedTuple):
     value: float
     copy: float
     call: float
-    granule: int
+    vector: int
+    narrow: float
 
 
-# Of one core of an AMD EPYC with AVX2, fitted to a grid of geometries; what is a GPU's is read from data sheets.
-DEVICES = {"cpu": Device(2.0e-11, 2.2e-11, 4e-10, 6e-10, 4e-6, 8)}
-OTHER_DEVICE = Device(1e-13, 2e-13, 6e-12, 3e-12, 1e-5, 16)
+# Of one core of an AMD EPYC with AVX2 that others use too, fitted to the grid; only the ratios decide. No GPU has been
+# measured: its numbers are guesses from data sheets.
+DEVICES = {"cpu": Device(5e-11, 4.9e-11, 1.5e-9, 2.3e-9, 3.3e-6, 8, 33)}
+OTHER_DEVICE = Device(1e-13, 2e-13, 6e-12, 3e-12, 1e-5, 16, 16)
 
 
 def device_of(x: Tensor) -> Device:
@@ -86,12 +89,14 @@ def convolution_costs(x: Tensor, g: Tensor, weight_shape: Sequence[int], setting
     i, kernel = weight_shape[1], weight_shape[2:]
     o, size, across = weight_shape[0] // groups, math.prod(kernel), math.prod(kernel[1:])
     values, budget = n * o * i * size, tile_elements(g)
-    padded = math.ceil(o / device.granule) * math.ceil(i / device.granule) * device.granule**2
-    by_groups = groups * (n * positions * size * padded * device.convolution + 2 * values * device.value)
-    by_groups += 5 * device.call * math.ceil(groups * values / budget)
+    moved = x.numel() + g.numel()
+    # Channels that fill no vector go the way of a matmul on the unfolded input.
+    unfolded = groups * n * positions * i * size if i % device.vector or o % device.vector else 0
+    by_groups = groups * (n * positions * size * o * i * device.convolution + 2 * values * device.value)
+    by_groups += (unfolded + moved) * device.copy + 5 * device.call * math.ceil(groups * values / budget)
     rows = _products(device, n, positions, o, i * across, budget)
-    unfolded = n * i * across * math.prod(x.shape[2:]) / math.prod(settings.stride[1:])
-    by_rows = groups * (kernel[0] * rows + (unfolded + x.numel() + g.numel()) * device.copy + 10 * device.call)
+    columns = x.numel() * across / math.prod(settings.stride[1:])
+    by_rows = groups * (kernel[0] * rows + 10 * device.call) + (columns + moved) * device.copy
     pairs = _pairs(device, n, positions, o, i * size) + n * positions * i * size * device.copy + size * device.call
     return {"pairs": groups * pairs, "groups": by_groups, "rows": by_rows}
 
@@ -99,16 +104,17 @@ def convolution_costs(x: Tensor, g: Tensor, weight_shape: Sequence[int], setting
 def _products(device: Device, n: int, p: int, o: int, i: int, budget: int) -> float:
     """Return the seconds of `Moments.add_products`."""
     values = n * o * i
-    calls = 5 * device.call * max(1, n * o * i / budget)
-    return n * p * _padded(device, o) * _padded(device, i) * device.product + values * device.value + calls
+    calls = n + math.ceil(4 * values / budget)  # matrices of a batch cost a call each, too
+    return _matmul(device, o, i) * n * p * device.product + values * device.value + calls * device.call
 
 
 def _pairs(device: Device, n: int, p: int, o: int, i: int) -> float:
     """Return the seconds of `Moments.add_pairs`."""
     pairs = p * (p + 1) // 2
-    products = n * (p + pairs) * _padded(device, o) * _padded(device, i) * device.product
+    products = n * (p + pairs) * _matmul(device, o, i) * device.product
     return products + 3 * n * pairs * (o + i) * device.copy + 10 * device.call
 
 
-def _padded(device: Device, features: int) -> int:
-    return features + device.granule
+def _matmul(device: Device, o: int, i: int) -> float:
+    """Return the multiply-adds of one position of a matmul, more of a narrow one, whose kernels are slower."""
+    return o * i * (1 + device.vector / o) * (1 + (device.narrow / i) ** 2)

@@ -17,11 +17,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `benchmark`."""
     parser.add_argument(
         "what",
-        choices=["step", "load", "predict", "defaults", "convert", "scaling"],
+        choices=["step", "load", "predict", "defaults", "convert", "scaling", "routes"],
         help="step: a training step of VOGN beside one of Adam; load: a posterior loaded to predict one image, beside "
         "plain torch; predict: 32 samples beside one forward pass; defaults: what VOGN and IVON reach when only "
         "dataset_size is given, beside Adam; convert: networks of other libraries, converted, trained by a step, "
-        "saved and loaded; scaling: steps of VOGN by several processes beside a model of their cost",
+        "saved and loaded; scaling: steps of VOGN by several processes beside a model of their cost; routes: the ways to "
+        "the squares of a layer's gradients, and the one that is chosen",
     )
     parser.add_argument("--rounds", type=int, default=100, help="interleaved runs of each (%(default)s)")
     _add_names(parser, "--optimizers", ["vogn"], "step: beside Adam, as vogn or kfac,inverse_every=50 (vogn)")
@@ -70,6 +71,10 @@ def run(arguments: argparse.Namespace) -> int:
             cpu=arguments.cpu_time,
             num_samples=arguments.samples,
         )
+    elif arguments.what == "routes":
+        from recipes.reports.benchmark_routes import benchmark_routes
+
+        measured = benchmark_routes(arguments.rounds)
     else:
         measured = {"load": benchmark_load, "predict": benchmark_predict}[arguments.what](arguments.rounds)
     rows = [dataclasses.asdict(row) for row in measured]
