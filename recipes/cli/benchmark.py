@@ -21,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="step: a training step of VOGN beside one of Adam; load: a posterior loaded to predict one image, beside "
         "plain torch; predict: 32 samples beside one forward pass; defaults: what VOGN and IVON reach when only "
         "dataset_size is given, beside Adam; convert: networks of other libraries, converted, trained by a step, "
-        "saved and loaded; scaling: steps of VOGN by several processes beside a model of their cost; routes: the ways to "
+        "saved and loaded; scaling: steps of VOGN by several processes beside a model of their cost; routes: ways to "
         "the squares of a layer's gradients, and the one that is chosen",
     )
     parser.add_argument("--rounds", type=int, default=100, help="interleaved runs of each (%(default)s)")

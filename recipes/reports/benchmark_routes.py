@@ -132,12 +132,15 @@ def routes_of(
     if isinstance(layer, Sequence):
         g = torch.randn(layer.n, layer.positions, layer.c_out, generator=generator)
         x = torch.randn(layer.n, layer.positions, layer.c_in, generator=generator)
-        return matrix_costs(g, x), {name: partial(_sums, name, g, x) for name in ("pairs", "products")}
+        sums: dict[str, Callable[[], object]] = {name: partial(_sums, name, g, x) for name in ("pairs", "products")}
+        return matrix_costs(g, x), sums
     settings = Settings((layer.stride,) * 2, (layer.kernel // 2,) * 2, (1, 1), False, (0, 0), layer.groups)
     x = torch.randn(layer.n, layer.c_in, layer.size, layer.size, generator=generator)
     weight = torch.randn(layer.c_out, layer.c_in // layer.groups, layer.kernel, layer.kernel, generator=generator)
     g = torch.convolution(x, weight, None, *settings)
-    routes = {name: partial(in_groups, route, x, g, weight, settings, True) for name, route in ROUTES.items()}
+    routes: dict[str, Callable[[], object]] = {
+        name: partial(in_groups, route, x, g, weight, settings, True) for name, route in ROUTES.items()
+    }
     return convolution_costs(x, g, weight.shape, settings), routes
 
 
