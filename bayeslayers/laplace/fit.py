@@ -18,9 +18,9 @@ from bayeslayers.curvature.accumulate import Kind
 from bayeslayers.distributions.matrix_gaussian import without_scale
 from bayeslayers.laplace.evidence import best_for
 from bayeslayers.laplace.one_pass import Fisher, Question, one_pass
-from bayeslayers.laplace.pieces import LARGEST_BLOCK, Piece, pieces
+from bayeslayers.laplace.pieces import Piece, pieces
 from bayeslayers.layers import PRIOR_ROOTS, BayesianLayer
-from bayeslayers.layers.correlated import PRIOR_DENSE_ROOT
+from bayeslayers.layers.correlated import LARGEST_BLOCK, PRIOR_DENSE_ROOT
 from bayeslayers.likelihoods import Likelihood, check_likelihood, likelihood_of
 from bayeslayers.outputs import Output, check_output
 from bayeslayers.sampling import Site, posterior

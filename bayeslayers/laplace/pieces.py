@@ -21,8 +21,6 @@ from bayeslayers.layers import BayesianLayer
 from bayeslayers.layers.correlated import DENSE_ROOT
 from bayeslayers.sampling import Site
 
-LARGEST_BLOCK = 6000  # entries: a root of 144 MB in float32
-
 
 @dataclass(frozen=True)
 class Piece(abc.ABC):

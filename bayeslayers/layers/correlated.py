@@ -25,6 +25,8 @@ POSTERIOR_STRUCTURE = (*ROOTS, SCALE, DENSE_ROOT)
 PRIOR_STRUCTURE = (*PRIOR_ROOTS, PRIOR_DENSE_ROOT)
 STRUCTURE = (*POSTERIOR_STRUCTURE, *PRIOR_STRUCTURE)
 
+LARGEST_BLOCK = 6000  # entries with a dense covariance: a root of 144 MB in float32
+
 Shapes = dict[str, tuple[int, ...]]
 
 

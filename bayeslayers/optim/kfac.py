@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from bayeslayers.convert.selection import Selectors
 from bayeslayers.likelihoods import Likelihood
 from bayeslayers.optim.kronecker import Fisher, KroneckerFactored, Schedule
 from bayeslayers.optim.options import Options
@@ -68,6 +69,9 @@ class NoisyKFAC(KroneckerFactored):
         num_mc_groups: Sample groups: ranks of a group share their draws, groups have their own. One process runs
             them all, each on its part of the batch, `optimizer.part(len(x))`.
         elements_per_example: Elements that an example's loss is a mean over, for fisher="empirical"; see `VOGN`.
+        dense: Linear layers and convolutions of up to 6,000 weights that get one dense curvature of all their entries,
+            and a posterior N(m, (ess H + P0)^-1) of weight and bias together, in place of the factors; selectors as of
+            `to_bayesian`, such as "head" or `bl.last_layer`.
 
     The loss is a mean over the batch's examples. Under `torch.compile` use `fisher="empirical"`.
 
@@ -109,6 +113,7 @@ class NoisyKFAC(KroneckerFactored):
         sync: Sync = False,
         elements_per_example: float | None = None,
         num_mc_groups: int = 1,
+        dense: Selectors | None = None,
     ):
         arguments = locals()
         super().__init__(
@@ -120,6 +125,7 @@ class NoisyKFAC(KroneckerFactored):
             inverse_every=inverse_every,
             fisher=fisher,
             likelihood=likelihood,
+            dense=dense,
         )
 
 
@@ -153,6 +159,7 @@ class KFAC(KroneckerFactored):
         deterministic_lr: Learning rate of parameters that are not Bayesian.
         sync: Average over ranks before each step.
         elements_per_example: Elements that an example's loss is a mean over.
+        dense: Layers with a dense curvature.
 
     Raises:
         ValueError: If an argument breaks its rule, or no layer of the model can become Bayesian.
@@ -180,6 +187,7 @@ class KFAC(KroneckerFactored):
         deterministic_lr: float | None = None,
         sync: Sync = False,
         elements_per_example: float | None = None,
+        dense: Selectors | None = None,
     ):
         arguments = locals()
         super().__init__(
@@ -191,4 +199,5 @@ class KFAC(KroneckerFactored):
             inverse_every=inverse_every,
             fisher=fisher,
             likelihood=likelihood,
+            dense=dense,
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.checks import at_least_one, fraction, network, non_negative, positive
+from bayeslayers.convert.selection import Selectors
 from bayeslayers.distributions.gaussian import natural_gradient_step_
 from bayeslayers.distributions.matrix_gaussian import (
     as_matrix,
@@ -27,6 +28,7 @@ from bayeslayers.likelihoods import Likelihood, check_likelihood, likelihood_of,
 from bayeslayers.optim.adam import corrected_weight, momentum_average
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
+from bayeslayers.optim.dense import DenseBlock, dense_blocks
 from bayeslayers.optim.groups import listed
 from bayeslayers.optim.matrix_prior import MatrixPrior
 from bayeslayers.optim.options import Options
@@ -61,6 +63,7 @@ class KroneckerFactored(VariationalOptimizer):
         inverse_every: int | Schedule,
         fisher: Fisher,
         likelihood: Likelihood | None,
+        dense: Selectors | None,
     ):
         if fisher not in ("sampled", "empirical"):
             raise ValueError(f"fisher must be 'sampled' or 'empirical', got {fisher!r}.")
@@ -74,11 +77,16 @@ class KroneckerFactored(VariationalOptimizer):
             check_likelihood(self.likelihood)
         options, self._from_curvature = options.with_precision_from_curvature()
         self._priors: dict[BayesianLayer, MatrixPrior | None] = {}
+        self._dense_selectors = dense
         super().__init__(model, dataset_size, _RULES, values, options)
 
     def _prepare(self) -> None:
         super()._prepare()
-        self._tracker = Tracker(layers_with_curvature(self._sites.values()), kind="factors", model=self.model)
+        blocks = list(dense_blocks(self.model, self._dense_selectors, self._sites))
+        self._blocks = {site.mean: block for block in blocks for site in block.sites}
+        dense = {block.layer for block in blocks}
+        layers = layers_with_curvature(self._sites.values())
+        self._tracker = Tracker(layers, kind="factors", model=self.model, dense=dense)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model; see `VariationalOptimizer.add_param_group`.
@@ -175,7 +183,10 @@ class KroneckerFactored(VariationalOptimizer):
             examples = self._tracker.examples
             unit = examples * self._elements(examples).number  # squares of a mean's gradients are this much smaller
         for parameter, site in self._sites.items():
-            if parameter.grad is not None and not {site.name, self._weight_name(site) + _INPUT} & sums.keys():
+            own = {site.name, self._weight_name(site) + _INPUT}
+            if parameter in self._blocks:
+                own.add(self._blocks[parameter].statistic)
+            if parameter.grad is not None and not own & sums.keys():
                 raise self._without_its_layer(site)
         scales = {name: (1 if name.endswith(_INPUT) else unit) / examples for name in sums}
         return Recorded({name: value * scales[name] for name, value in sums.items()})
@@ -202,16 +213,28 @@ class KroneckerFactored(VariationalOptimizer):
             if group["kind"] == "bayesian"
             for parameter in group["params"]
             if parameter.grad is not None and self._is_weight_with_factors(parameter)
-        }
+        } | {block.sites[0].mean: self._dense_curvature(block, group) for block, group in self._moving_blocks()}
+
+    def _moving_blocks(self) -> Iterator[tuple[DenseBlock, dict[str, Any]]]:
+        """Yield the dense blocks with gradients, and their groups."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                block = self._blocks.get(parameter)
+                if (
+                    block is not None
+                    and block.is_whole
+                    and parameter is block.sites[0].mean
+                    and parameter.grad is not None
+                ):
+                    yield block, group
 
     def _is_weight_with_factors(self, parameter: nn.Parameter) -> bool:
         return self._sites[parameter].key == "weight" and self._has_factors(self._sites[parameter])
 
-    @staticmethod
-    def _has_factors(site: Site) -> bool:
+    def _has_factors(self, site: Site) -> bool:
         """Whether a tensor's curvature is in the factors of its layer's weight, which are not those of a frozen one."""
         layer: Any = site.module
-        if not isinstance(layer, BayesianLayer) or layer.factor_sizes() is None:
+        if not isinstance(layer, BayesianLayer) or layer.factor_sizes() is None or site.mean in self._blocks:
             return False
         return layer.get_parameter("weight").requires_grad
 
@@ -225,10 +248,21 @@ class KroneckerFactored(VariationalOptimizer):
         statistics = self._averages.statistics
         if site.name + _INPUT in statistics:
             new = self._averaged(new, site, group, statistics[site.name + _INPUT], statistics[site.name + _OUTPUT])
-        if "input" in new and self._is_due(state, new["input"]):
+        if "input" in new and self._is_due(state, "input_inverse", new["input"]):
             rest = new["start"] * (1 - group["factor_lr"]) ** new["updates"]
             factors = new["input"], new["output"] + rest * torch.eye(len(new["output"])).to(new["output"])
             new |= self._inverses(site, factors, self._ess(group), group["damping"])
+            new["inverse_step"] = state.get("step", 0) + 1
+        return new
+
+    def _dense_curvature(self, block: DenseBlock, group: dict[str, Any]) -> dict[str, Any]:
+        """Return what this step changes in the state of a dense block, with the root of the posterior."""
+        state, ess = self.state.get(block.sites[0].mean, {}), self._ess(group)
+        new: dict[str, Any] = {key: state[key] for key in ("updates", "block", "start") if key in state}
+        if (found := self._averages.statistics.get(block.statistic)) is not None:
+            new = block.averaged(new, found, group["factor_lr"], ess, not self._from_curvature)
+        if "block" in new and self._is_due(state, "inverse", new["block"]):
+            new |= block.solved(new, group["factor_lr"], ess, group["damping"])
             new["inverse_step"] = state.get("step", 0) + 1
         return new
 
@@ -275,9 +309,9 @@ class KroneckerFactored(VariationalOptimizer):
         precision, prior = (_mean_over_matrix(site.module, name, inputs) for name in ("precision", "prior_precision"))
         return (precision - prior) / ess / mean_input if precision > prior and mean_input > 0 else 0.0
 
-    def _is_due(self, state: Mapping[str, Any], input_factor: Tensor) -> bool:
-        """Whether inverses are to be computed in the coming step of a layer."""
-        if "inverse_step" not in state or state["input_inverse"].shape != input_factor.shape:
+    def _is_due(self, state: Mapping[str, Any], inverse: str, curvature: Tensor) -> bool:
+        """Whether inverses are to be computed in the coming step of a layer, of which the state holds one so named."""
+        if "inverse_step" not in state or state[inverse].shape != curvature.shape:
             return True
         step = state["step"] + 1
         return step - state["inverse_step"] >= at_least_one(f"inverse_every({step})", self._interval(step))
@@ -292,8 +326,11 @@ class KroneckerFactored(VariationalOptimizer):
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
-            site = self._sites[parameter]
-            if not self._has_factors(site):
+            site, block = self._sites[parameter], self._blocks.get(parameter)
+            if block is not None and block.is_whole:
+                if site is block.sites[0]:
+                    self._update_block(block, group)
+            elif not self._has_factors(site):
                 self._update_diagonal(site, group)
             elif site.key == "weight":
                 self._update_matrix(site, group)
@@ -319,6 +356,18 @@ class KroneckerFactored(VariationalOptimizer):
                 each.precision.copy_(precision[:, part].reshape(each.mean.shape))
         if roots is not None:
             layer.set_roots(*(root.to(site.mean.dtype) for root in roots))
+
+    def _update_block(self, block: DenseBlock, group: dict[str, Any]) -> None:
+        """Move all entries of a layer by their gradient, the prior's in it, times the inverse of the curvature."""
+        state = self.state[block.sites[0].mean]
+        new = self._curvatures.pop(block.sites[0].mean)
+        root = new.pop("root", None)
+        state.update(new)
+        if "inverse" not in state:  # the layer's first statistics are still to come
+            return
+        gradient = torch.cat([at_least_float32(self._gradient(site, group)).flatten() for site in block.sites])
+        gradient = gradient + block.pull() / self._ess(group)
+        block.move(-group["lr"] * (at_least_float32(state["inverse"]) @ gradient), root)
 
     def _gradient(self, site: Site, group: dict[str, Any]) -> Tensor:
         """Return the momentum average of the loss's gradient."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -40,6 +40,7 @@ class Tracker:
         kind: "squares" of all tensors; or for layers whose weight has Kronecker factors (`BayesianLayer.factor_sizes`)
             these "factors", in which a bias is that is not frozen, or the dense "block" of weight and bias, unless one
             is frozen.
+        dense: Layers among those of "factors" that get the block instead.
         model: The model that they belong to, to see that the rows of their inputs are its examples.
 
     Attributes:
@@ -48,7 +49,13 @@ class Tracker:
             are `NAME.weight_input_factor` and `NAME.weight_output_factor`, that of a block is `NAME.block`.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], kind: Kind = "squares", model: nn.Module | None = None):
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        kind: Kind = "squares",
+        model: nn.Module | None = None,
+        dense: Collection[nn.Module] = (),
+    ):
         self.layers = {name: module for name, module in layers.items() if isinstance(module, BayesianLayer)}
         self._names, self._reads = parameter_names(layers), reads_of(layers)
         self._model, self._looks_left, self._looked = model, 3, False
@@ -57,6 +64,7 @@ class Tracker:
         self._tallies: dict[str, Tensor] = {}
         self._part: Part | None = None
         self._kind: Kind = kind
+        self._dense = dense
         self._switches = Passes()
         self._seen: dict[int, tuple[str, int]] = {}  # per backward pass, a layer and how many examples it saw
         self._uses: dict[tuple[str, int], int] = {}  # per layer and backward pass
@@ -165,10 +173,11 @@ class Tracker:
     def _leaves_of(self, name: str, layer: BayesianLayer) -> Leaves:
         """Return the leaves of one layer; its frozen parameters have none."""
         prefix = f"{name}." if name else ""
-        structured = {"factors": self._factors_of, "block": self._block_of}.get(self._kind)
+        kind: Kind = "block" if layer in self._dense else self._kind
+        structured = {"factors": self._factors_of, "block": self._block_of}.get(kind)
         if structured is not None and (leaves := structured(prefix, layer)) is not None:
             tally = self._tally(name)
-            return Leaves(leaves, tally, self._kind, passes=self._switches, name=name, watch=self._watch)
+            return Leaves(leaves, tally, kind, passes=self._switches, name=name, watch=self._watch)
         ops = {}
         for op, (rule, names) in layer.ops(layer).items():
             own = prefix + op if op else name
