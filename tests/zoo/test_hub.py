@@ -358,3 +358,18 @@ def test_the_environment_decides_where_the_hub_is_and_whether_it_is_asked(home, 
     nowhere = f"http://127.0.0.1:{free_port()}"
     assert run(HF_HUB_OFFLINE="1", HF_ENDPOINT=nowhere)[:2] == (0, out)
     same(out)
+
+
+@pytest.mark.parametrize("name", ["text_transformer", "text_lstm"])
+def test_a_network_of_sentences_is_published_and_predicts_a_tokenizers_batch(home, name):
+    torch.manual_seed(0)
+    model = zoo.create(name, vocabulary=20, num_classes=3)
+    for site in bl.posterior(model):
+        site.precision.uniform_(1.0, 50.0)
+    bl.save_posterior(model, home / "mine", dataset="sentences")
+    publish(home / "mine", f"ada/{name}")
+    loaded = zoo.load(f"ada/{name}")
+    ids = torch.tensor([[5, 7, 2, 0, 0], [3, 3, 9, 11, 4]])
+    one, two = (bl.predict(net, ids, 4, generator=torch.Generator().manual_seed(0)) for net in (model, loaded))
+    assert one.probs.shape == (2, 3) and float(one.epistemic.min()) > 0
+    assert_close(one.probs, two.probs, rtol=0, atol=0)
