@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from bayeslayers.optim.flat import gather, scatter
 
 
 def momentum_average(state: dict[str, Any], grad: Tensor, beta1: float, key: str = "momentum") -> Tensor:
@@ -20,6 +22,26 @@ def momentum_average(state: dict[str, Any], grad: Tensor, beta1: float, key: str
     if key not in state:
         state[key] = torch.zeros_like(grad)
     return state[key].lerp_(grad, corrected_weight(1 - beta1, state["step"]))
+
+
+def momentum_averages(states: Sequence[dict[str, Any]], like: Sequence[Tensor], grad: Tensor, beta1: float) -> Tensor:
+    """Return `momentum_average` of several tensors after the same number of steps, gathered into a flat one.
+
+    Args:
+        states: What is kept of each.
+        like: Tensors of their shapes.
+        grad: Their gradients, gathered.
+        beta1: Weight of the past.
+    """
+    if beta1 == 0:
+        return grad
+    for state, own in zip(states, like, strict=True):
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(own)
+    averages = [state["momentum"] for state in states]
+    flat = gather(averages).lerp_(grad, corrected_weight(1 - beta1, states[0]["step"]))
+    scatter(flat, averages)
+    return flat
 
 
 def corrected_weight(weight: float, step: int) -> float:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from bayeslayers.curvature.elements import refuse_other_reduction
 from bayeslayers.method import predict_by_samples
-from bayeslayers.optim.adam import adam_update
+from bayeslayers.optim.adam import adam_update, momentum_averages
+from bayeslayers.optim.flat import Bundle, bundles
 from bayeslayers.optim.guard import Snapshot, adam_ratio, is_harmless, magnitudes, refuse_not_finite
 from bayeslayers.optim.shared_step import NO_DRAW, SharedStep
 from bayeslayers.sampling.sharing import in_use
@@ -222,6 +223,30 @@ class VariationalOptimizer(SharedStep):
     def _update_groups(self) -> None:
         for group in self.param_groups:
             self._update(group) if group["kind"] == "bayesian" else self._update_deterministic(group)
+
+    def _bundles(self, group: Mapping[str, Any]) -> list[Bundle]:
+        """Return the uncertain parameters of a group that move in the coming step, the small ones in bundles."""
+        key = id(group["params"])
+        if key not in self._bundled:
+            moving = bundles([p for p in group["params"] if p.grad is not None], lambda p: p, self._kind)
+            self._bundled[key] = [Bundle(own, self._sites, self._averages.statistics) for own in moving]
+        return self._bundled[key]
+
+    def _kind(self, parameter: nn.Parameter) -> tuple[Any, ...]:
+        """Return what the uncertain parameters of a bundle have in common."""
+        site, step = self._sites[parameter], self.state.get(parameter, {}).get("step", 0)
+        return parameter.dtype, parameter.device, step, site.prior_mean.dim(), site.prior_precision.dim()
+
+    def _momentum(self, bundle: Bundle, beta1: float) -> Tensor:
+        """Count a step of a bundle's parameters, and return the averages of their gradients."""
+        states = [self.state[p] for p in bundle.parameters]
+        for state in states:
+            state["step"] = state.get("step", 0) + 1
+        return momentum_averages(states, bundle.parameters, bundle.grad, beta1)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._bundled: dict[int, list[Bundle]] = {}  # by group, of the step that is being made
 
     def _momenta(self, parameters: list[nn.Parameter]) -> list[Tensor]:
         """Return the gradients of parameters, and what they are averaged with."""

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bayeslayers.checks import fraction, non_negative, positive
 from bayeslayers.curvature.counts import Reduction
 from bayeslayers.distributions.gaussian import natural_gradient_step_
-from bayeslayers.optim.adam import corrected_weight, momentum_average
+from bayeslayers.optim.adam import corrected_weight
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.groups import Rules
@@ -129,29 +129,28 @@ class GaussNewton(VariationalOptimizer):
         return losses.detach(), outputs[0] if outputs else None
 
     def _posterior_reach(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> float:
-        sites = [self._sites[p] for p in parameters]
+        moving = self._bundles(group)
         # The new precision is a mean of the old one and of the prior's, and more.
-        least = [precision for site in sites for precision in (site.precision, site.prior_precision)]
-        return natural_reach(sites, self._momenta(parameters), least, self._ess(group), group["lr"])
+        least = [precision for each in moving for precision in (each.precision, each.prior_precision)]
+        return natural_reach(moving, self._momenta(parameters), least, self._ess(group), group["lr"])
 
     def _update(self, group: dict[str, Any]) -> None:
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            site, state = self._sites[parameter], self.state[parameter]
-            state["step"] = state.get("step", 0) + 1
-            precision_lr = group["precision_lr"]
+        for bundle in self._bundles(group):
+            momentum, precision_lr = self._momentum(bundle, group["beta1"]), group["precision_lr"]
+            if self._from_curvature:
+                precision_lr = corrected_weight(precision_lr, self.state[bundle.parameters[0]]["step"])
             natural_gradient_step_(
-                site.mean,
-                site.precision,
-                momentum_average(state, parameter.grad, group["beta1"]),
-                self._averages.statistics[parameter],
-                prior_mean=site.prior_mean,
-                prior_precision=site.prior_precision,
+                bundle.mean,
+                bundle.precision,
+                momentum,
+                bundle.statistic,
+                prior_mean=bundle.prior_mean,
+                prior_precision=bundle.prior_precision,
                 ess=self._ess(group),
                 lr=group["lr"],
-                precision_lr=corrected_weight(precision_lr, state["step"]) if self._from_curvature else precision_lr,
+                precision_lr=precision_lr,
                 damping=group["damping"],
                 curvature_scale=self._averages.scale,
                 clip_radius=group.get("clip_radius", math.inf),
             )
+            bundle.write()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.layers import BayesianLayer
+from bayeslayers.optim.flat import Bundle, joined
 from bayeslayers.sampling import Site
 
 _HEADROOM = 1e3  # between the bound and the largest number
@@ -24,28 +25,31 @@ def magnitudes(*lists: Sequence[Tensor]) -> list[float]:
 
     It is the largest Euclidean norm: on a CPU it takes a twentieth of the time of the largest value.
     """
-    norms: list[Any] = [torch._foreach_norm(list(tensors)) if tensors else () for tensors in lists]  # pyright: ignore
+    norms: list[Any] = [torch._foreach_norm(joined(tensors)) if tensors else () for tensors in lists]  # pyright: ignore
     like = next(norm for own in norms for norm in own)
     largest = [torch.stack([n.float() for n in own]).amax() if own else like.new_zeros(()).float() for own in norms]
     return torch.stack(largest).tolist()
 
 
 def natural_reach(
-    sites: Sequence[Site], gradients: Sequence[Tensor], precisions: Sequence[Tensor], ess: float, lr: float
+    bundles: Sequence[Bundle], momenta: Sequence[Tensor], precisions: Sequence[Tensor], ess: float, lr: float
 ) -> float:
     """Return a bound on the means after m - lr (ess g + p0 (m - m0)) / p.
 
     Args:
-        sites: Uncertain tensors that move.
-        gradients: The g, and what they are averaged with.
+        bundles: Uncertain tensors that move, with their gradients g.
+        momenta: What the gradients are averaged with.
         precisions: Bounds below p.
         ess: Effective sample size.
         lr: Step size.
     """
-    priors = [site.prior_precision for site in sites]
-    reciprocal = [1 / precision.amin() for precision in precisions if precision.numel()]
+    reciprocal = [precision.amin().reciprocal() for precision in precisions if precision.numel()]
     mean, center, prior, gradient, variance = magnitudes(
-        [site.mean for site in sites], [site.prior_mean for site in sites], priors, gradients, reciprocal
+        [each.mean for each in bundles],
+        [each.prior_mean for each in bundles],
+        [each.prior_precision for each in bundles],
+        [*(each.grad for each in bundles), *momenta],
+        reciprocal,
     )
     return mean + lr * (ess * gradient + prior * (mean + center)) * variance
 
@@ -82,7 +86,7 @@ def refuse_not_finite(quantities: Mapping[str, Mapping[Any, Tensor]], names: Map
         FloatingPointError: If so.
     """
     # A sum is finite only if every entry is: one reduction each, one look at the result.
-    sums = [tensor.sum() for tensors in quantities.values() for tensor in tensors.values()]
+    sums = [tensor.sum() for tensor in joined(tensor for tensors in quantities.values() for tensor in tensors.values())]
     if not sums or (torch.stack(sums) * ess).isfinite().all():
         return
     for quantity, tensors in quantities.items():

@@ -14,10 +14,10 @@ from bayeslayers.checks import fraction, non_negative, positive, radius
 from bayeslayers.distributed.messages import Row
 from bayeslayers.distributions.gaussian import retracted_precision
 from bayeslayers.layers import attach_posterior
-from bayeslayers.optim.adam import momentum_average
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.defaults import chosen_for_ivon, prior_hessian, with_plain_steps
+from bayeslayers.optim.flat import Bundle, spread
 from bayeslayers.optim.groups import listed
 from bayeslayers.optim.guard import natural_reach
 from bayeslayers.optim.options import Options
@@ -252,14 +252,16 @@ class IVON(VariationalOptimizer):
 
     def _plan(self) -> None:
         """Compute the new precisions, which must be finite in all groups."""
-        statistics = self._averages.statistics
+        sums = []
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter in statistics:  # the new precision takes the place of what it is made of
-                    statistics[parameter] = self._new_precision(parameter, group)
-        if not statistics or torch.stack([p.sum() for p in statistics.values()]).isfinite().all():
+            for bundle in self._bundles(group):  # the new precision takes the statistic's place
+                bundle.statistic = self._new_precision(bundle, group)
+                sums.append(bundle.statistic.sum())
+        if not sums or torch.stack(sums).isfinite().all():
             return
-        for parameter, precision in statistics.items():
+        moving = [bundle for group in self.param_groups for bundle in self._bundles(group)]
+        parts = [(each.parameters, spread(each.statistic, each.parameters)) for each in moving]
+        for parameter, precision in [pair for part in parts for pair in zip(*part, strict=True)]:
             if bad := int((~precision.isfinite()).sum()):
                 raise FloatingPointError(
                     f"the precision of '{self._names[parameter]}' must be finite, got {bad} of {precision.numel()} "
@@ -267,34 +269,29 @@ class IVON(VariationalOptimizer):
                     "look at the batch."
                 )
 
-    def _new_precision(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
-        site, ess = self._sites[parameter], self._ess(group)
-        statistic, scale = self._averages.statistics[parameter], self._averages.scale
+    def _new_precision(self, bundle: Bundle, group: Mapping[str, Any]) -> Tensor:
+        ess, scale, precision = self._ess(group), self._averages.scale, bundle.precision
         if self.estimator == "price":
-            target = torch.addcmul(site.prior_precision, statistic, site.precision.sqrt(), value=ess * scale)
+            target = torch.addcmul(bundle.prior_precision, bundle.statistic, precision.sqrt(), value=ess * scale)
         else:
-            target = torch.add(site.prior_precision, statistic, alpha=ess**2 * scale)
-        return retracted_precision(site.precision, target, 1 - group["beta2"])
+            target = torch.add(bundle.prior_precision, bundle.statistic, alpha=ess**2 * scale)
+        return retracted_precision(precision, target, 1 - group["beta2"])
 
     def _posterior_reach(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> float:
-        sites = [self._sites[p] for p in parameters]
-        least = [self._averages.statistics[p] for p in parameters]  # the new precisions
-        return natural_reach(sites, self._momenta(parameters), least, self._ess(group), self._lr(group))
+        moving = self._bundles(group)
+        least = [each.statistic for each in moving]  # the new precisions
+        return natural_reach(moving, self._momenta(parameters), least, self._ess(group), self._lr(group))
 
     def _lr(self, group: Mapping[str, Any]) -> float:
         return group["lr"] * (group["hess_init"] + group["weight_decay"] if self.rescale_lr else 1.0)
 
     def _update(self, group: dict[str, Any]) -> None:
-        lr = self._lr(group)
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            site, state = self._sites[parameter], self.state[parameter]
-            state["step"] = state.get("step", 0) + 1
-            grad = momentum_average(state, parameter.grad, group["beta1"])
-            site.precision.copy_(self._averages.statistics[parameter])
-            step = (site.mean - site.prior_mean).mul_(site.prior_precision).add_(grad, alpha=self._ess(group))
-            step.div_(site.precision)
+        for bundle in self._bundles(group):
+            grad = self._momentum(bundle, group["beta1"])
+            bundle.precision.copy_(bundle.statistic)
+            step = (bundle.mean - bundle.prior_mean).mul_(bundle.prior_precision).add_(grad, alpha=self._ess(group))
+            step.div_(bundle.precision)
             if group["clip_radius"] < math.inf:
                 step.clamp_(-group["clip_radius"], group["clip_radius"])
-            site.mean.add_(step, alpha=-lr)
+            bundle.mean.add_(step, alpha=-self._lr(group))
+            bundle.write()

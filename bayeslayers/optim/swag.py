@@ -127,8 +127,8 @@ class SWAG(VariationalOptimizer):
         if group["kind"] == "deterministic":
             mean, gradient = magnitudes(parameters, gradients)
             return mean + group["lr"] * gradient
-        ess, sites = self._ess(group), [self._sites[p] for p in parameters]
-        return natural_reach(sites, gradients, [sites[0].precision.new_tensor(ess)], ess, group["lr"])
+        ess, moving = self._ess(group), self._bundles(group)
+        return natural_reach(moving, gradients, [moving[0].precision.new_tensor(ess)], ess, group["lr"])
 
     def _update(self, group: dict[str, Any]) -> None:
         for parameter in group["params"]:

@@ -40,7 +40,7 @@ class Site:
 
     @property
     def precision(self) -> Tensor:
-        return getattr(self.module, f"{self.key}_precision")
+        return self.module._buffers[f"{self.key}_precision"]  # pyright: ignore[reportReturnType]
 
     @property
     def deviation(self) -> Tensor:
@@ -54,11 +54,11 @@ class Site:
 
     @property
     def prior_mean(self) -> Tensor:
-        return getattr(self.module, f"{self.key}_prior_mean")
+        return self.module._buffers[f"{self.key}_prior_mean"]  # pyright: ignore[reportReturnType]
 
     @property
     def prior_precision(self) -> Tensor:
-        return getattr(self.module, f"{self.key}_prior_precision")
+        return self.module._buffers[f"{self.key}_prior_precision"]  # pyright: ignore[reportReturnType]
 
     @property
     def prior_is_posterior(self) -> bool:

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import bayeslayers as bl
+from bayeslayers.optim import flat
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(bl.BayesLinear(4, 3), nn.Tanh(), bl.BayesLinear(3, 3), nn.Tanh(), bl.BayesLinear(3, 2))
+    net[2].weight_prior_precision.fill_(7.0)
+    net[2].bias_prior_mean = torch.randn(3)
+    return net
+
+
+def _trained(kind, **options) -> tuple[nn.Module, dict]:
+    net = _net()
+    optimizer = kind(net, 20, lr=1e-3, generator=torch.Generator().manual_seed(1), num_samples=2, **options)
+    x, y = torch.randn(6, 4, generator=torch.Generator().manual_seed(2)), torch.arange(6) % 2
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    return net, optimizer.state_dict()
+
+
+CASES = [
+    (bl.VOGN, {}),
+    (bl.VOGN, {"init_precision": "curvature", "damping": 0.1}),
+    (bl.IVON, {"estimator": "gradsq"}),
+    (bl.IVON, {"clip_radius": 0.1, "beta1": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+@pytest.mark.parametrize("together", [10, 2**18])
+def test_small_tensors_move_together_as_they_do_alone(monkeypatch, kind, options, together):
+    monkeypatch.setattr(flat, "_TOGETHER", together)
+    found, state = _trained(kind, **options)
+    monkeypatch.setattr(flat, "SMALL", 0)
+    alone, own = _trained(kind, **options)
+    for (name, one), (_, other) in zip(found.state_dict().items(), alone.state_dict().items(), strict=True):
+        assert_close(one, other, rtol=1e-5, atol=1e-7, msg=name)
+    assert state["state"].keys() == own["state"].keys()
+    for key, values in own["state"].items():
+        assert_close(state["state"][key], values, rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_of_many_small_tensors_takes_few_operations():
+    net = nn.Sequential(*[bl.BayesLinear(3, 3) for _ in range(20)])
+    optimizer = bl.VOGN(net, 20, lr=1e-3)
+    with optimizer.sampled():
+        net(torch.randn(4, 3)).square().mean().backward()
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::addcdiv_"] == 1
+    assert counts["aten::lerp_"] == 2  # of momentum and precision
+
+
+def test_tensors_of_other_types_and_shapes_are_gathered_apart():
+    tensors = [torch.ones(2, 3), torch.ones(2, dtype=torch.float64), torch.ones(()), torch.ones(flat.SMALL + 1)]
+    found = flat.joined(tensors)
+    assert [(len(x), x.dtype) for x in found[1:]] == [(7, torch.float32), (2, torch.float64)]
+    assert found[0] is tensors[3]
+    whole = flat.gather(tensors[:1] + tensors[2:3])
+    whole.mul_(2)
+    flat.scatter(whole, [tensors[0], tensors[2]])
+    assert tensors[0].unique().tolist() == [2.0] and tensors[2].item() == 2.0
+    assert flat.filled([torch.tensor(1.0), torch.tensor(5.0)], [torch.ones(2), torch.ones(1, 1)]).tolist() == [1, 1, 5]
