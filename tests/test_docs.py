@@ -19,12 +19,22 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 
 
-@pytest.fixture(scope="module")
-def rooms():
-    spec = importlib.util.spec_from_file_location("rooms", DOCS / "rooms.py")
+def paths():
+    """Return the pages of the site as a toctree names them."""
+    return [str(path.relative_to(DOCS).with_suffix("")) for path in DOCS.rglob("*.md") if "_build" not in path.parts]
+
+
+def script(name):
+    """Return a script of the documentation as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def rooms():
+    return script("rooms")
 
 
 def test_the_map_of_the_rooms_is_that_of_the_source(rooms):
@@ -54,10 +64,10 @@ def test_the_map_shows_another_import(rooms, monkeypatch):
 
 def test_every_page_is_in_one_section():
     index = (DOCS / "index.md").read_text()
-    assert re.findall(r":caption: (.*)", index) == ["Start", "Guides", "Concepts", "Reference", "Results"]
+    assert re.findall(r":caption: (.*)", index) == ["Start", "Tutorials", "Guides", "Concepts", "Reference", "Results"]
     listed = [line for block in re.findall(r"```\{toctree\}\n(.*?)```", index, re.S) for line in block.split()]
     pages = [word for word in listed if (DOCS / f"{word}.md").is_file()]
-    assert sorted(pages) == sorted(path.stem for path in DOCS.glob("*.md") if path.stem != "index")
+    assert sorted(pages) == sorted(path for path in paths() if path != "index")
 
 
 @pytest.mark.parametrize("module", [bl, zoo], ids=["bayeslayers", "zoo"])
@@ -66,7 +76,7 @@ def test_the_reference_has_every_public_name(module):
     assert sorted(set(module.__all__) - words - {"plots"}) == []
 
 
-@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *DOCS.glob("*.md")], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *DOCS.rglob("*.md")], ids=lambda path: path.name)
 def test_links_to_files_lead_somewhere(path):
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
         assert (path.parent / link).exists(), f"{path.name} links to {link}"
@@ -100,3 +110,19 @@ def test_what_to_write_in_place_of_other_libraries_runs():
         loader = DataLoader(TensorDataset(torch.randn(60, 4), torch.randint(3, (60,))), 20)
         names = {"bl": bl, "zoo": zoo, "torch": torch, "F": nn.functional, "net": net, "loader": loader, "N": 60}
         exec(block, names | {"x": torch.randn(5, 4)})
+
+
+def test_the_page_of_bundled_posteriors_is_made_from_their_cards():
+    text = (DOCS / "bundled.md").read_text()
+    assert text == script("bundled").page(), "run python docs/bundled.py --pictures"
+    assert re.findall(r"^## (.*)", text, re.M) == sorted(zoo.list_posteriors())
+
+
+def test_every_picture_is_on_a_page_and_is_compact():
+    shown = set()
+    for path in [ROOT / "README.md", *DOCS.rglob("*.md")]:
+        for link in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", path.read_text()):
+            assert (path.parent / link).is_file(), f"{path.name} shows {link}"
+            shown.add((path.parent / link).resolve())
+    assert shown == {path for path in (DOCS / "images").rglob("*") if path.is_file()}
+    assert all(path.stat().st_size < (1_500_000 if path.suffix == ".gif" else 200_000) for path in shown)
