@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bayeslayers.batches import Labelled, labelled_batches
 from bayeslayers.checks import at_least_one, fraction
 from bayeslayers.likelihoods import Likelihood, likelihood_of
+from bayeslayers.method import method_of
 from bayeslayers.metrics.classification import class_probs
 from bayeslayers.metrics.elements import check_finite, class_labels, residuals
 from bayeslayers.prediction import Prediction, predict
@@ -168,6 +169,7 @@ def conformal(
         torch.Size([100, 3])
     """
     likelihood = likelihood or likelihood_of(model)
+    options["method"] = options.get("method") or method_of(model)  # every batch by whole networks
     score = score or _SCORES[likelihood.discrete][0]
     _check_score(score, likelihood.discrete)
     _check_alpha(alpha)

@@ -15,6 +15,7 @@ from bayeslayers.display import as_text, printable
 from bayeslayers.distributed import is_distributed
 from bayeslayers.inputs import Batch, Inputs
 from bayeslayers.likelihoods import Gaussian, Likelihood, likelihood_of
+from bayeslayers.method import method_of
 from bayeslayers.metrics.calibration import Reliability
 from bayeslayers.metrics.classification import ClassificationRecord
 from bayeslayers.metrics.elements import RANKED, as_uncertainty, per_example, uncertainties
@@ -147,6 +148,7 @@ def evaluate(
     if not isinstance(ood, Mapping | None):
         raise TypeError(f"ood must map names to data, got {type(ood).__name__}. Write ood={{'name': data}}.")
     likelihood = likelihood or likelihood_of(model)
+    options["method"] = options.get("method") or method_of(model)  # every batch by whole networks
     if ignore_index is None:
         ignore_index = getattr(likelihood, "ignore_index", None)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bayeslayers.batches import Labelled, labelled_batches
 from bayeslayers.checks import positive
 from bayeslayers.likelihoods import Bernoulli, Likelihood, likelihood_of
+from bayeslayers.method import method_of
 from bayeslayers.metrics.classification import class_probs, log_probs
 from bayeslayers.metrics.elements import check_finite, class_labels, residuals
 from bayeslayers.metrics.regression import gaussian_nll
@@ -128,6 +129,7 @@ def recalibrate(
         True
     """
     likelihood = likelihood or likelihood_of(model)
+    options["method"] = options.get("method") or method_of(model)  # every batch by whole networks
     fit = _Classes(ignore_index) if likelihood.discrete else _Gaussians()
     for x, y in labelled_batches("data", data):
         prediction = predict(model, x, num_samples, likelihood=likelihood, generator=generator, **options)

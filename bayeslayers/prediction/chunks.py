@@ -20,9 +20,12 @@ from bayeslayers.unwrap import holds_compiled
 Run: TypeAlias = Callable[[Batch], Iterator[Tensor]]
 
 # Measured on 2 CPU cores with LeNet-5, ResNet-20 and an MLP at batches of 1 to 512: several samples at
-# once save up to half the time until the largest layer output outgrows the cache, and cost time beyond it.
+# once save up to half the time until the largest layer output outgrows the cache, and cost time beyond it. Long
+# networks gain least, for a call costs little beside their arithmetic.
 _CACHE_BYTES = 2**22
-_DEVICE_BYTES = 2**26  # elsewhere, where a launch costs more; not measured
+_TOTAL_BYTES = 2**25  # of the outputs of all layers
+_DEVICE_FACTOR = 16  # elsewhere, where a launch costs more; not measured
+_LANES = 4  # channels of several samples side by side fill vector registers best in multiples of 8 or 16
 _WEIGHT_BYTES = 2**26
 _MOST = 32
 
@@ -67,6 +70,9 @@ class AtOnce:
     Args:
         model: The network.
         plan: Its `chunk` is the size; with None, the first chunk is one sample, and `settle` chooses the size.
+
+    Attributes:
+        inspected: Whether `inspecting` has measured the network, so that `settle` may come before the first sample.
     """
 
     def __init__(self, model: nn.Module, plan: Plan):
@@ -74,8 +80,21 @@ class AtOnce:
         self.size = plan.chunk or 1
         self._most = _MOST
         self._measured = not self.chosen or holds_compiled(model)
-        self._largest, self._budget = 1, _CACHE_BYTES
+        self.inspected = False
+        self._largest, self._total, self._factor = 1, 1, 1
         self._thread = threading.get_ident()
+
+    @contextmanager
+    def inspecting(self, examples: int) -> Iterator[None]:
+        """Measure the network by a forward pass of one example inside the scope, in place of the first sample.
+
+        Args:
+            examples: Size of the batches to come.
+        """
+        with self._measuring():
+            yield
+        self._largest, self._total = self._largest * examples, self._total * examples
+        self.inspected = True
 
     def outputs(self, forward: Callable[[slice, Batch], Tensor], count: int, batch: Batch) -> Iterator[Tensor]:
         """Yield the outputs of `count` samples, as pieces of `forward(samples, batch)`."""
@@ -117,11 +136,13 @@ class AtOnce:
         if not self._measured:
             self._measured = True
             weights = _WEIGHT_BYTES // max(1, draw_bytes)
-            self.size = max(1, min(self._most, weights, self._budget // self._largest))
+            outputs = self._factor * min(_CACHE_BYTES / self._largest, _TOTAL_BYTES / self._total)
+            wanted = int(outputs) if outputs < _LANES - 1 else _LANES * round(min(outputs, _MOST) / _LANES)
+            self.size = max(1, min(self._most, weights, wanted))
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
-        """Record the largest layer output of the first sample."""
+        """Record the sizes of the layers' outputs for the first sample."""
         if self._measured:
             yield
             return
@@ -137,5 +158,6 @@ class AtOnce:
 
     def _note(self, module: nn.Module, arguments: object, output: object) -> None:
         if isinstance(output, Tensor) and threading.get_ident() == self._thread:  # others may call the model
-            self._largest = max(self._largest, output.numel() * output.element_size())
-            self._budget = _CACHE_BYTES if output.device.type == "cpu" else _DEVICE_BYTES
+            size = output.numel() * output.element_size()
+            self._largest, self._total = max(self._largest, size), self._total + size
+            self._factor = 1 if output.device.type == "cpu" else _DEVICE_FACTOR

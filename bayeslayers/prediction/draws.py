@@ -7,10 +7,9 @@ those samples, in pieces `(s, n, *)`. All batches pass through one function befo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,11 @@ from torch.func import vmap
 
 from bayeslayers.distributions.noise import StandardNormal
 from bayeslayers.inputs import Batch
-from bayeslayers.layers import BayesianLayer, can_draw_output
-from bayeslayers.layers.perturbation import LocalReparameterization, Op, Perturbation
+from bayeslayers.layers.perturbation import Perturbation
 from bayeslayers.prediction.chunks import AtOnce, Plan, Run
 from bayeslayers.prediction.linearised import linearised_outputs
-from bayeslayers.sampling import Sampler, Site, posterior
+from bayeslayers.prediction.output_draws import DrawnOutput, EachWeight, Outputs, layers_that_draw, local_outputs
+from bayeslayers.sampling import Sampler, posterior
 from bayeslayers.sampling.placement import placed
 from bayeslayers.sampling.sharing import Shared
 
@@ -33,7 +32,7 @@ def weight_draws(model: nn.Module, plan: Plan) -> Iterator[Run]:
     Samples that run at once, by `torch.func.vmap`, are the same as those that run one after the other:
     the results agree to rounding.
     """
-    return _network_draws(_Networks(model, plan), plan)
+    return network_draws(Networks(model, plan), plan)
 
 
 def local_draws(model: nn.Module, plan: Plan) -> Iterator[Run]:
@@ -44,26 +43,41 @@ def local_draws(model: nn.Module, plan: Plan) -> Iterator[Run]:
     approximation. What does not depend on the sample, such as the first layer's moments, is computed once
     for all samples that run at once.
     """
-    return _network_draws(_Networks(model, plan, local=True), plan)
+    return network_draws(Networks(model, plan, local_outputs(list(posterior(model)))), plan)
 
 
-def _network_draws(networks: _Networks, plan: Plan) -> Iterator[Run]:
-    at_once = AtOnce(networks.model, plan)
+def network_draws(networks: Networks, plan: Plan, at_once: AtOnce | None = None) -> Iterator[Run]:
+    """Sample networks, several at once.
+
+    Args:
+        networks: Where they come from.
+        plan: How many there are.
+        at_once: How many run at once; None finds out by the first sample.
+    """
+    at_once = AtOnce(networks.model, plan) if at_once is None else at_once
     for count in plan.counts(at_once):
         networks.draw(count)
         yield partial(at_once.outputs, networks.outputs, count)
         at_once.settle(networks.bytes)
 
 
-class _Networks:
-    """Sampled networks that run several at once, with the weights that `Sampler` would draw one after the other."""
+class Networks:
+    """Sampled networks that run several at once, with the weights that `Sampler` would draw one after the other.
 
-    def __init__(self, model: nn.Module, plan: Plan, local: bool = False):
+    Args:
+        model: The network.
+        plan: How samples are drawn.
+        outputs: By layer, the distribution of its outputs, where these are sampled in place of its weights.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, outputs: Mapping[nn.Module, Outputs] | None = None):
         self.model, self.generator, self.antithetic = model, plan.generator, plan.antithetic
         sites = list(posterior(model))
-        self._perturbed = _local(sites, plan.generator) if local else {}
+        self._drawn_outputs = dict(outputs or {})
         self._all_sites = sites
-        self._sites = [site for site in sites if site.module not in self._perturbed]  # whose weights are sampled
+        layers = layers_that_draw(sites)
+        self._convolutions = [m for m in layers if m not in self._drawn_outputs and not isinstance(m, nn.Linear)]
+        self._sites = [site for site in sites if site.module not in self._drawn_outputs]  # whose weights are sampled
         self._means = [site.mean.detach() for site in self._sites]
         self._deviations = [site.deviation for site in self._sites]
         self._stacks: list[Tensor] = []
@@ -110,10 +124,11 @@ class _Networks:
             return vmap(partial(self._forward, batch))(torch.empty(size, device=self._device), *stacks)
 
     def _forward(self, batch: Batch, draw: Tensor | None, *weights: Tensor) -> Tensor:
-        perturbations = {
-            layer: perturbation if draw is None else _EachDraw(perturbation, draw)
-            for layer, perturbation in self._perturbed.items()
+        perturbations: dict[nn.Module, Perturbation] = {
+            layer: DrawnOutput(outputs, self.generator, draw) for layer, outputs in self._drawn_outputs.items()
         }
+        if draw is not None:
+            perturbations |= dict.fromkeys(self._convolutions, EachWeight())
         values = {site.name: weight for site, weight in zip(self._sites, weights, strict=True)}
         with placed(self._all_sites, values, perturbations):
             return self.model(batch)
@@ -129,62 +144,10 @@ def _without_warnings() -> Iterator[None]:
 _NO_WARNINGS = Shared(_without_warnings)
 
 
-def _local(sites: Sequence[Site], generator: torch.Generator | None) -> dict[nn.Module, LocalReparameterization]:
-    """Return how layers sample their outputs: those that can, and that share no weight, as in `Sampler`."""
-    tied = {module for site in sites if len(site.places) > 1 for module, _ in site.places}
-    found: dict[nn.Module, LocalReparameterization] = {}
-    for site in sites:
-        if isinstance(site.module, BayesianLayer) and can_draw_output(site.module) and site.module not in tied:
-            perturbation = found.setdefault(site.module, LocalReparameterization("local", generator))
-            perturbation.values[site.key] = site.deviation
-    return found
-
-
 def _stack_like(mean: Tensor, count: int) -> Tensor:
     """Return memory for tensors laid out as `empty_like(mean)`: the order of their noise depends on the layout."""
     one = torch.empty_like(mean)
     return torch.empty_strided((count, *one.shape), (one.numel(), *one.stride()), dtype=one.dtype, device=one.device)
-
-
-class _EachDraw(Perturbation):
-    """Local reparameterisation under `vmap`: the noise differs from sample to sample even if the moments do not.
-
-    Args:
-        one: The perturbation of a single sample.
-        draw: Any tensor that `vmap` maps over the samples.
-    """
-
-    def __init__(self, one: LocalReparameterization, draw: Tensor):
-        super().__init__("local", one.generator)
-        self._one, self._draw = one, draw
-
-    def __call__(self, op: Op, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _Noisy.apply(*self._one.moments(op, input, weight, bias), self._draw, self.generator)
-
-
-class _Noisy(torch.autograd.Function):
-    """`mean + noise * deviation`, an autograd function because its `vmap` rule receives plain tensors."""
-
-    @staticmethod
-    def forward(mean: Tensor, deviation: Tensor, draw: Tensor, generator: torch.Generator | None) -> Tensor:
-        raise AssertionError("runs only under vmap")
-
-    @staticmethod
-    def setup_context(ctx: object, inputs: object, output: object) -> None:
-        pass  # no gradient flows
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: Sequence[int | None], mean: Tensor, deviation: Tensor, draw: Tensor, generator: Any
-    ) -> tuple[Tensor, int]:
-        mean, deviation = (
-            part if dim is None else part.movedim(dim, 0)
-            for part, dim in zip((mean, deviation), in_dims[:2], strict=True)
-        )
-        shape = deviation.shape if in_dims[1] is not None else (info.batch_size, *deviation.shape)
-        noise = deviation.new_empty(shape)
-        factor = StandardNormal(generator).fill_unscaled_(noise)
-        return torch.addcmul(mean, noise, deviation.to(mean.dtype), value=factor).to(mean.dtype), 0
 
 
 def linearised_draws(model: nn.Module, plan: Plan) -> Iterator[Run]:

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -18,24 +19,28 @@ from bayeslayers.batches import input_batches, with_progress
 from bayeslayers.checks import at_least_one, did_you_mean, positive
 from bayeslayers.inputs import Batch, as_batch, check_inputs, is_batch, on_tensors, split
 from bayeslayers.likelihoods import Gaussian, Likelihood, likelihood_of
-from bayeslayers.method import method_of
+from bayeslayers.method import DEFAULT_METHOD, method_of
 from bayeslayers.outputs import Output, TensorNetwork, check_output
+from bayeslayers.prediction.automatic import automatic_draws
 from bayeslayers.prediction.average import Average
 from bayeslayers.prediction.chunks import Plan, Run
 from bayeslayers.prediction.draws import linearised_draws, local_draws, means, weight_draws
 from bayeslayers.prediction.dropout import dropout_draws
 from bayeslayers.prediction.moments import moment_points
+from bayeslayers.prediction.output_draws import NotOncePerExampleError
 from bayeslayers.prediction.result import Prediction, joined
 from bayeslayers.sampling import evaluation_mode, posterior
 from bayeslayers.sampling.placement import at_means
 from bayeslayers.sampling.sharing import in_use
-from bayeslayers.unwrap import compiled_or_unwrapped, unwrapped
+from bayeslayers.unwrap import compiled_or_unwrapped, holds_compiled, unwrapped
 
 _CHECKPOINT = 16  # samples between two checks of the standard error: fewer do not estimate it
 
-Method: TypeAlias = Literal["sample", "mean", "local", "moments", "linearised", "dropout"]
+Method: TypeAlias = Literal["auto", "sample", "mean", "local", "moments", "linearised", "dropout"]
 
-METHODS: dict[str, Callable[[nn.Module, Plan], Iterator[Run]]] = {
+Draws: TypeAlias = Callable[[nn.Module, Plan], Iterator[Run]]
+
+METHODS: dict[str, Draws] = {
     "sample": weight_draws,
     "mean": means,
     "local": local_draws,
@@ -45,7 +50,7 @@ METHODS: dict[str, Callable[[nn.Module, Plan], Iterator[Run]]] = {
 }
 _WITHOUT_DRAWS = ("mean", "moments")
 _OF_ANY_NETWORK = ("mean", "dropout")  # need no posterior
-_COMPILED = ("sample", "mean")  # call the network as a whole; the others need its modules
+_COMPILED = ("auto", "sample", "mean")  # call the network as a whole; the others need its modules
 _OF_MODULES = ("moments", "dropout")  # read or copy the modules, and call the network themselves
 
 
@@ -87,8 +92,11 @@ def predict(
             cache, at most 32. The results agree to rounding. If memory does not suffice, the number is
             halved, with a warning.
         batch_size: Examples per forward pass; None takes a tensor whole, and batches as they come.
-        method: How to average over the posterior. None takes the method that the model's card names, which is
-            "linearised" after `laplace`, else "sample".
+        method: How to average over the posterior. None takes the method that the model's card names, if it is not
+            "sample", as "linearised" after `laplace`; else "auto".
+            "auto" samples whole networks, but in one batch x the outputs of a linear layer where that costs less
+            and is exact for each example, see `bayeslayers.prediction.automatic`. With several batches, `batch_size`,
+            `tolerance`, `antithetic` or a compiled network it is "sample".
             "sample" samples whole networks.
             "mean" runs once with the posterior means; epistemic uncertainty is then 0.
             "moments" propagates mean and variance in one pass, see `bayeslayers.prediction.moments`; the outputs'
@@ -125,7 +133,7 @@ def predict(
         >>> prediction.probs.shape, prediction.labels.shape
         (torch.Size([5, 3]), torch.Size([5]))
     """
-    name = method_of(model) if method is None else method
+    name = _of_card(model) if method is None else method
     device = _device(unwrapped(model), name)
     whole = as_batch(x) if is_batch(x) else None
     if generator is None and whole is None:
@@ -134,6 +142,8 @@ def predict(
     plan = _plan(num_samples, tolerance, sample_chunk, name, antithetic, generator, output)
     if batch_size is not None:
         at_least_one("batch_size", batch_size)
+    if name == "auto" and _needs_networks(model, whole, plan, batch_size):
+        name = "sample"
     likelihood = likelihood or likelihood_of(model)
     _check_target(target, whole, likelihood)
     model = compiled_or_unwrapped(model) if name in _COMPILED else unwrapped(model)
@@ -145,8 +155,16 @@ def predict(
         size = batch_size or len(inputs)
         batches = split(on_tensors(lambda part: part.to(device), inputs), size)
         targets = [None] * len(batches) if target is None else target.to(device).split(size)
-        averages = [Average(likelihood, 2 if antithetic else 1, part) for part in targets]
-        _fill(averages, network, batches, plan, METHODS[name], tolerance)
+
+        def filled(method: Draws) -> list[Average]:
+            averages = [Average(likelihood, 2 if antithetic else 1, part) for part in targets]
+            _fill(averages, network, batches, plan, method, tolerance)
+            return averages
+
+        try:
+            averages = filled(METHODS[name] if name != "auto" else partial(automatic_draws, batch=batches[0]))
+        except NotOncePerExampleError:  # under "auto", what a forward calls depends on the sample
+            averages = filled(weight_draws)
         part = joined([average.result(next(number)) for average in averages])
         return part if result_device is None else part.to(result_device)
 
@@ -173,10 +191,9 @@ def _plan(
     output: Output | None,
 ) -> Plan:
     at_least_one("num_samples", num_samples)
-    if method not in METHODS:
+    if method not in (names := ("auto", *METHODS)):
         raise ValueError(
-            f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}."
-            f"{did_you_mean(str(method), METHODS)}"
+            f"method must be one of {', '.join(map(repr, names))}, got {method!r}.{did_you_mean(str(method), names)}"
         )
     if sample_chunk != "auto":
         at_least_one("sample_chunk", sample_chunk)  # pyright: ignore[reportArgumentType]
@@ -184,7 +201,7 @@ def _plan(
         positive("tolerance", tolerance)
         if method in _WITHOUT_DRAWS:
             raise ValueError(f"tolerance must be None for method {method!r}, which does not sample, got {tolerance}.")
-    if antithetic and method != "sample":
+    if antithetic and method not in ("auto", "sample"):
         raise ValueError(
             f"antithetic must be False for method {method!r}, got True: only weights come in pairs. "
             "Give method='sample'."
@@ -193,6 +210,18 @@ def _plan(
         raise ValueError(f"num_samples must be even for antithetic pairs, got {num_samples}.")
     chunk = None if sample_chunk == "auto" else int(sample_chunk)
     return Plan(int(num_samples), chunk, generator, antithetic, None if tolerance is None else _CHECKPOINT, output)
+
+
+def _of_card(model: nn.Module) -> str:
+    """Return the method that the model's card names, where that is not just sampling, which "auto" does too."""
+    method = method_of(model)
+    return "auto" if method == DEFAULT_METHOD else method
+
+
+def _needs_networks(model: nn.Module, whole: Batch | None, plan: Plan, batch_size: int | None) -> bool:
+    """Return whether "auto" has to sample whole networks: one for several batches, in pairs, until they suffice."""
+    several = whole is None or (batch_size is not None and batch_size < len(whole))
+    return several or plan.antithetic or plan.checkpoint is not None or holds_compiled(model)
 
 
 def _device(model: nn.Module, method: str) -> torch.device:
@@ -228,7 +257,7 @@ def _fill(
     model: nn.Module,
     batches: Sequence[Batch],
     plan: Plan,
-    method: Callable[[nn.Module, Plan], Iterator[Run]],
+    method: Draws,
     tolerance: float | None,
 ) -> None:
     """Fill each batch's average over samples; each sample goes to all batches that need more."""

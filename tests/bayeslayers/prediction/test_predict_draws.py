@@ -113,8 +113,10 @@ def test_the_number_at_once_follows_the_largest_output(monkeypatch):
     assert at_once.size == 1 and at_once._largest == 5 * 8 * 8
     at_once.settle()
     assert at_once.size == chunks._MOST
-    for bytes_, size in ((3 * 320, 3), (319, 1)):
-        monkeypatch.setattr(chunks, "_CACHE_BYTES", bytes_)
+    sizes = [(3 * 320, 2**25, 4), (2 * 320, 2**25, 2), (319, 2**25, 1), (2**22, 5 * 765, 4), (2**22, 765, 1)]
+    for largest, total, size in sizes:  # 5 x 8, again after tanh, and 5 x 3 numbers of 8 bytes are 760
+        monkeypatch.setattr(chunks, "_CACHE_BYTES", largest)
+        monkeypatch.setattr(chunks, "_TOTAL_BYTES", total)
         at_once = AtOnce(net, Plan(64))
         list(at_once.outputs(lambda draws, batch: net(batch).unsqueeze(0), 1, x))
         at_once.settle()
