@@ -12,7 +12,8 @@ alone, so an input that has as many rows as the batch by accident, such as a tab
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -71,7 +72,7 @@ def automatic_draws(model: nn.Module, plan: Plan, batch: Batch) -> Iterator[Run]
     return network_draws(networks, plan, at_once)
 
 
-def _chosen(model: nn.Module, batch: Batch, at_once: AtOnce) -> dict[nn.Module, Outputs]:
+def _chosen(model: nn.Module, batch: Batch, at_once: AtOnce) -> Mapping[Any, Outputs]:
     """Return the distributions of the outputs to sample; empty where no layer gains."""
     sites = list(posterior(model))
     first, rows = sites[0].module, len(batch)
@@ -82,17 +83,16 @@ def _chosen(model: nn.Module, batch: Batch, at_once: AtOnce) -> dict[nn.Module, 
         and not layer.is_read
         and samples_outputs(rows, layer.in_features, layer.out_features, layer is first)
     }
-    seen = {layer: _Seen() for layer in found}
+    if not found:
+        return {}
+    seen: dict[nn.Module, _Seen] = {layer: _Seen() for layer in found}
     try:
         with placed(sites, {}, seen), at_once.inspecting(rows):
             model(split(batch, 1)[0])
     except Exception:  # such as a network that does not take one example alone: it shows in the samples if it matters
         return {}
-    return {
-        layer: OncePerExample(variances, rows, layer is first)
-        for layer, variances in found.items()
-        if seen[layer].shapes == [(1,)]
-    }
+    once = [layer for layer in found if seen[layer].shapes == [(1,)]]
+    return {layer: OncePerExample(found[layer], rows, layer is first) for layer in once}
 
 
 class _Seen(Perturbation):

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class Networks:
         outputs: By layer, the distribution of its outputs, where these are sampled in place of its weights.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, outputs: Mapping[nn.Module, Outputs] | None = None):
+    def __init__(self, model: nn.Module, plan: Plan, outputs: Mapping[Any, Outputs] | None = None):
         self.model, self.generator, self.antithetic = model, plan.generator, plan.antithetic
         sites = list(posterior(model))
         self._drawn_outputs = dict(outputs or {})

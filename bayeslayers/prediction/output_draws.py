@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.func import vmap
 
 from bayeslayers.distributions.noise import StandardNormal
@@ -46,7 +47,7 @@ class AnyOutputs:
         deviations: Standard deviations by "weight" and "bias".
     """
 
-    rows = None
+    rows: int | None = None
 
     def __init__(self, deviations: Mapping[str, Tensor]):
         local = LocalReparameterization("local", None)
@@ -66,11 +67,12 @@ class OncePerExample:
     """
 
     def __init__(self, variances: Mapping[str, Tensor], rows: int, keep: bool):
-        self.variances, self.rows, self._keep = variances, rows, keep
+        self.variances, self._keep = variances, keep
+        self.rows: int | None = rows
         self._kept: tuple[Tensor, Moments] | None = None
 
     def moments(self, op: Op, input: Tensor, weight: Tensor, bias: Tensor | None) -> Moments:
-        if not self._keep or torch._C._functorch.is_batchedtensor(input):
+        if not self._keep or is_batchedtensor(input):
             return self._moments(op, input, weight, bias)
         if self._kept is None or not torch.equal(self._kept[0], input):
             self._kept = input, self._moments(op, input, weight, bias)
@@ -185,7 +187,7 @@ def layers_that_draw(sites: Sequence[Site]) -> dict[BayesianLayer, dict[str, Sit
     return found
 
 
-def local_outputs(sites: Sequence[Site]) -> dict[nn.Module, Outputs]:
+def local_outputs(sites: Sequence[Site]) -> Mapping[Any, Outputs]:
     """Return the outputs' distributions of all layers that can sample them.
 
     Args:

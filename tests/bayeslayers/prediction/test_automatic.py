@@ -164,6 +164,14 @@ class OfWholeBatches(nn.Module):
         return self.layer(x)
 
 
+def test_a_network_without_such_layers_is_not_inspected(monkeypatch):
+    monkeypatch.setattr(automatic, "_CALL", 1e9)
+    net, calls = network().eval(), []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    bl.predict(net, inputs(2, 8), 3, sample_chunk=1)
+    assert len(calls) == 3
+
+
 def test_a_network_that_takes_no_single_example_samples_weights():
     net, x = OfWholeBatches(), inputs(5, 8)
     assert chosen(net, x) == set()

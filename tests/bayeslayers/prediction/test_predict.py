@@ -213,7 +213,7 @@ def test_dropout_and_batch_norm_are_in_eval_mode():
         ({"x": torch.tensor([[1.0, math.nan, math.inf, 0.0]])}, ValueError, "x must be finite, got 2 of 4 values"),
         ({"x": np.zeros((2, 4))}, TypeError, "x must be a tensor, got ndarray"),
         ({"model": nn.Linear(4, 3)}, ValueError, "model must have Bayesian layers, got none"),
-        ({"method": "mode"}, ValueError, "method must be one of 'sample', 'mean', .*, got 'mode'"),
+        ({"method": "mode"}, ValueError, "method must be one of 'auto', 'sample', .*, got 'mode'"),
         ({"method": "means"}, ValueError, "got 'means'. Did you mean 'mean'"),
         ({"sample_chunk": 0}, ValueError, "sample_chunk must be an integer >= 1, got 0"),
         ({"sample_chunk": "all"}, ValueError, "sample_chunk must be an integer >= 1, got 'all'"),
