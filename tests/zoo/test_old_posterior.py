@@ -29,7 +29,7 @@ def test_an_old_posterior_loads_and_predicts():
     model, data = zoo.load(OLD), load_slice("blobs")
     card = zoo.card_of(model)
     assert (card.name, card.builder, card.likelihood, card.format_version) == ("mlp-blobs", "mlp", "bernoulli", 1)
-    prediction = bl.predict(model, data.x, 16, generator=torch.Generator().manual_seed(0))
+    prediction = bl.predict(model, data.x, 16, method="sample", generator=torch.Generator().manual_seed(0))
     assert (prediction.labels == data.labels).float().mean() > 0.98
     assert_close(model.output.weight_precision.mean(), torch.tensor(25.6860), rtol=1e-4, atol=0)
 
