@@ -128,6 +128,11 @@ class EagerOp(torch.autograd.Function):
     backward = Op.backward  # pyright: ignore[reportAssignmentType]
 
 
+def is_eager() -> bool:
+    """Return whether neither `vmap` nor a compiler looks on."""
+    return not torch.compiler.is_compiling() and peek_interpreter_stack() is None
+
+
 def apply(plan: Plan, *operands: Tensor | None) -> Any:
     """Return an op's output.
 
@@ -135,7 +140,7 @@ def apply(plan: Plan, *operands: Tensor | None) -> Any:
         plan: What it takes beside its operands.
         *operands: Its inputs, its tensors, the leaves of their curvature, and the tally.
     """
-    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
+    if not is_eager():
         return Op.apply(plan, *operands)
     with torch._C.DisableTorchFunction():  # a mode that sees each function, as `LossFunctions`, has nothing to see here
         return EagerOp.apply(plan, *operands)

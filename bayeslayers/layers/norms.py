@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bayeslayers import curvature
 from bayeslayers.checks import positive
+from bayeslayers.curvature.accumulate import Leaves
+from bayeslayers.curvature.batch_norm import BATCH_NORM, Normalisation
+from bayeslayers.curvature.op import is_eager
 from bayeslayers.dtypes import at_least_float32
 from bayeslayers.layers.base import BayesianLayer
 
@@ -27,6 +30,9 @@ class _BayesNorm(BayesianLayer):
         tensors, leaves, _ = self.operands()
         if leaves is None or tensors[0] is None:
             return self._normalise(input, *tensors)
+        return self._with_curvature(input, tensors, leaves)
+
+    def _with_curvature(self, input: Tensor, tensors: Any, leaves: Leaves) -> Tensor:
         return self.rule((self._normalise(input),), tensors, leaves, self._positions(input))
 
     def _positions(self, input: Tensor) -> tuple[int, ...]:
@@ -35,6 +41,11 @@ class _BayesNorm(BayesianLayer):
 
 class _BayesBatchNorm(_BayesNorm, _BatchNorm):
     def _normalise(self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        own = self._settings(input)
+        return F.batch_norm(input, own.running_mean, own.running_var, weight, bias, own.training, own.momentum, own.eps)
+
+    def _settings(self, input: Tensor) -> Normalisation:
+        """Return what the layer takes beside its operands, and count a batch whose statistics it follows."""
         self._check_input_dim(input)
         update = self.training and self.track_running_stats
         momentum = 0.0 if self.momentum is None else self.momentum
@@ -43,16 +54,27 @@ class _BayesBatchNorm(_BayesNorm, _BatchNorm):
             if self.momentum is None:  # a cumulative average
                 momentum = 1.0 / float(self.num_batches_tracked)
         keep = update or not self.training
-        return F.batch_norm(
-            input,
+        return Normalisation(
             self.running_mean if keep else None,
             self.running_var if keep else None,
-            weight,
-            bias,
             self.training or self.running_mean is None,
             momentum,
             self.eps,
         )
+
+    def _with_curvature(self, input: Tensor, tensors: Any, leaves: Leaves) -> Tensor:
+        if _fuses(input, tensors[0]):
+            return BATCH_NORM((input,), tensors, leaves, self._settings(input))
+        return super()._with_curvature(input, tensors, leaves)
+
+
+def _fuses(input: Tensor, weight: Tensor) -> bool:
+    """Return whether torch's own kernel does: not under vmap and compilers, for mixed dtypes, and for a single value.
+
+    Of a single value a channel, the op by itself raises.
+    """
+    plain = is_eager() and type(input) is Tensor and input.dtype == weight.dtype and input.dtype.itemsize >= 4
+    return plain and input.dim() > 1 and input.numel() > input.shape[1]
 
 
 class BayesBatchNorm1d(_BayesBatchNorm, nn.BatchNorm1d):
