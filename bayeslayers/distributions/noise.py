@@ -1,4 +1,4 @@
-"""Fast standard normal noise, which on a CPU is the main cost of sampling a weight."""
+"""Standard normal noise, which on a CPU is the main cost of sampling a weight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _FEW = 2**16  # values below which `normal_` is as fast
-_BLOCK = 2**20  # values at a time, to bound the memory of their random words
+_BLOCK = 2**16  # values at a time, which stay in a cache with their random words
 
 
 class StandardNormal:
@@ -18,8 +18,8 @@ class StandardNormal:
 
     For many float32 values on a CPU it inverts the distribution function at uniform values of 24
     bits, the resolution of float32 and of `Tensor.normal_`. The bits come from NumPy's SFC64, which one
-    word of the generator seeds. This takes half the time of `normal_`, whose Mersenne twister makes one
-    word at a time. In all other cases it calls `normal_`.
+    word of the generator seeds. On one thread it takes as long as `normal_`: 60 % of it is the inverse, 25 % are the
+    bits. In all other cases it calls `normal_`.
 
     Args:
         generator: Source of randomness on the device of the tensors; torch's default one if None.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.optim.flat import gather, scatter
+from bayeslayers.sampling.flat import gather, scatter
 
 
 def momentum_average(state: dict[str, Any], grad: Tensor, beta1: float, key: str = "momentum") -> Tensor:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from bayeslayers.curvature.elements import refuse_other_reduction
 from bayeslayers.method import predict_by_samples
 from bayeslayers.optim.adam import adam_update, momentum_averages
-from bayeslayers.optim.flat import Bundle, bundles
+from bayeslayers.optim.bundle import Bundle
 from bayeslayers.optim.guard import Snapshot, adam_ratio, is_harmless, magnitudes, refuse_not_finite
 from bayeslayers.optim.shared_step import NO_DRAW, SharedStep
+from bayeslayers.sampling.flat import bundles
 from bayeslayers.sampling.sharing import in_use
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.layers import BayesianLayer
-from bayeslayers.optim.flat import Bundle, joined
+from bayeslayers.optim.bundle import Bundle
 from bayeslayers.sampling import Site
+from bayeslayers.sampling.flat import joined
 
 _HEADROOM = 1e3  # between the bound and the largest number
 

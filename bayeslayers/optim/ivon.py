@@ -16,14 +16,15 @@ from bayeslayers.distributions.gaussian import retracted_precision
 from bayeslayers.layers import attach_posterior
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
+from bayeslayers.optim.bundle import Bundle
 from bayeslayers.optim.defaults import chosen_for_ivon, prior_hessian, with_plain_steps
-from bayeslayers.optim.flat import Bundle, spread
 from bayeslayers.optim.groups import listed
 from bayeslayers.optim.guard import natural_reach
 from bayeslayers.optim.options import Options
 from bayeslayers.optim.ranks import Sync, statistics_of_norms, weighted_sum
 from bayeslayers.optim.shared_step import group_of
 from bayeslayers.sampling import posterior
+from bayeslayers.sampling.flat import spread
 
 Estimator = Literal["price", "gradsq"]
 LR, BETA2 = 0.3, 0.9995  # where no lr is given; its Hessians are noisier than VOGN's, and spoil larger steps

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bayeslayers.distributions.noise import StandardNormal
 from bayeslayers.layers import BayesianLayer, can_draw_output
 from bayeslayers.layers.perturbation import PERTURBATIONS, Estimator, Perturbation
+from bayeslayers.sampling.flat import bundles, gather, moved, spread
 from bayeslayers.sampling.placement import placed
 from bayeslayers.sampling.sites import Site, posterior
 
@@ -85,6 +86,8 @@ class Sampler:
         # Memory is kept from sample to sample: on a CPU its allocation costs as much as the arithmetic.
         self._noise: dict[str, Tensor] = {}
         self._deviations = {site.name: site.deviation for site in sites} if frozen else None
+        self._flat_noise: dict[tuple[str, int], Tensor] = {}  # of small sites together, by the first and their number
+        self._flat_deviations: dict[tuple[str, int], Tensor] = {}  # likewise, if frozen
 
     @contextmanager
     def draw(self, noise: Mapping[str, Tensor] | None = None) -> Iterator[None]:
@@ -98,15 +101,50 @@ class Sampler:
         perturbations: dict[nn.Module, Perturbation] = {
             layer: PERTURBATIONS[self.estimator](self.estimator, self.generator) for layer in self._perturbed
         }
+        together = [] if noise is not None or self.differentiable else self._small_sites(perturbations)
+        later = {site.name for bundle in together for _, site in bundle}
         values: dict[str, Tensor] = {}
         for site in self.sites:
-            if (value := self._draw_site(site, noise, normal, perturbations.get(site.module))) is not None:
+            if site.name in later:
+                self.noise[site.name] = self._noise_of(site, site.mean, normal)
+            elif (value := self._draw_site(site, noise, normal, perturbations.get(site.module))) is not None:
                 values[site.name] = value
+        for bundle in together:
+            values |= self._draw_together(bundle)
         for layer in self._layers:
-            if layer.correlations and layer not in perturbations:
+            if layer not in perturbations and layer.correlations:
                 values |= self._correlated(layer)
         with placed(self.sites, values, perturbations):
             yield
+
+    def _small_sites(self, perturbations: Mapping[nn.Module, Perturbation]) -> list[list[tuple[int, Site]]]:
+        """Return bundles of small sites, with their places; their noise gets its parts of flat tensors as memory."""
+        plain = [
+            (i, site)
+            for i, site in enumerate(self.sites)
+            if site.module not in perturbations and site.padding_row is None
+        ]
+        found = bundles(plain, lambda s: s[1].mean, lambda s: (s[1].mean.dtype, s[1].mean.device))
+        found = [bundle for bundle in found if len(bundle) > 1]
+        for bundle in found:
+            means, key = [site.mean for _, site in bundle], (bundle[0][1].name, len(bundle))
+            noise = self._flat_noise.get(key)
+            if noise is None or (noise.device, noise.dtype) != (means[0].device, means[0].dtype):
+                noise = self._flat_noise[key] = torch.empty_like(gather(means))
+                parts = spread(noise, means)
+                self._noise.update({site.name: part for (_, site), part in zip(bundle, parts, strict=True)})
+        return found
+
+    def _draw_together(self, bundle: Sequence[tuple[int, Site]]) -> dict[str, Tensor]:
+        """Return the samples of small sites, whose noise has been drawn."""
+        places, sites = zip(*bundle, strict=True)
+        means, key = [site.mean for site in sites], (sites[0].name, len(sites))
+        if self._deviations is None:
+            deviation = gather([site.precision for site in sites]).rsqrt_().to(means[0].dtype)
+        elif (deviation := self._flat_deviations.get(key)) is None:
+            deviation = self._flat_deviations[key] = gather([self._deviations[site.name] for site in sites])
+        change = self._flat_noise[key] * deviation
+        return dict(zip([site.name for site in sites], moved(means, change, places), strict=True))
 
     def _draw_site(
         self,

@@ -66,6 +66,8 @@ class Tracker:
         self._kind: Kind = kind
         self._dense = dense
         self._switches = Passes()
+        self._kinds: list[Any] = []  # of the parameters in the last scope that tracked squares
+        self._own_leaves: dict[nn.Module, Leaves] = {}  # in that scope
         self._seen: dict[int, tuple[str, int]] = {}  # per backward pass, a layer and how many examples it saw
         self._uses: dict[tuple[str, int], int] = {}  # per layer and backward pass
 
@@ -106,7 +108,7 @@ class Tracker:
             device = None if generator is None else generator.device
             self._part = Part(fraction, float(torch.rand((), generator=generator, device=device)), place)
         outer = current()
-        leaves = {layer: self._leaves_of(name, layer) for name, layer in self.layers.items()}
+        leaves = self._leaves_of_layers()
         reads: dict[nn.Module, dict[str, Leaves]] = {}
         for name, (module, key) in self._reads.items():
             reads.setdefault(module, {})[key] = self._leaves_of_read(name, module._parameters[key])
@@ -169,6 +171,17 @@ class Tracker:
         sums = {name: grad for name, grad in zip(leaves, grads, strict=False) if grad is not None}
         sums |= {name: found[id(leaf)] for name, leaf in leaves.items() if id(leaf) in found}
         return sums, max(seen.values(), default=0)
+
+    def _leaves_of_layers(self) -> dict[nn.Module, Leaves]:
+        """Return the leaves of each layer: those of the last scope, where the parameters are still of that kind."""
+        if self._part is not None or self._kind != "squares":
+            return {layer: self._leaves_of(name, layer) for name, layer in self.layers.items()}
+        parameters = [p for layer in self.layers.values() for p in layer._parameters.values() if p is not None]
+        kinds = [(id(p), p.requires_grad, p.dtype, p.device, p.shape) for p in parameters]
+        if kinds != self._kinds:
+            self._own_leaves = {layer: self._leaves_of(name, layer) for name, layer in self.layers.items()}
+            self._kinds = kinds
+        return self._own_leaves
 
     def _leaves_of(self, name: str, layer: BayesianLayer) -> Leaves:
         """Return the leaves of one layer; its frozen parameters have none."""

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import bayeslayers as bl
 from bayeslayers.distributions.noise import StandardNormal
+from bayeslayers.sampling import Sampler, flat, posterior
 
 SAME = {"rtol": 0, "atol": 0}
 
@@ -277,3 +278,46 @@ def test_padding_row_of_an_embedding_is_not_drawn(tracked):
         rows = layer(torch.tensor([[0, 1, 2, 1]]))[0]
     assert_close(rows[1::2], layer.weight[[1, 1]], **SAME)
     assert bool((rows[::2] != layer.weight[[0, 2]]).all())
+
+
+def _many(layers: int = 12) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*[bl.BayesLinear(3, 3) for _ in range(layers)])
+
+
+@pytest.mark.parametrize("run", [1, 10**6])
+def test_small_tensors_are_drawn_together_with_noise_and_gradients_of_their_own(monkeypatch, run):
+    monkeypatch.setattr(flat, "_FEW", run)
+    net, x = _many(), torch.randn(5, 3)
+    sampler = Sampler(list(posterior(net)), torch.Generator().manual_seed(1))
+    with sampler.draw():
+        net(x).square().sum().backward()
+        values = {site.name: site.value for site in sampler.sites}
+    grads = {name: p.grad for name, p in net.named_parameters()}
+    noise = {name: values.clone() * factor for name, (values, factor) in sampler.noise.items()}
+    source = torch.Generator().manual_seed(1)
+    for name, parameter in net.named_parameters():  # as they are one by one
+        assert_close(noise[name], torch.empty_like(parameter).normal_(generator=source), rtol=0, atol=0)
+    net.zero_grad()
+    with bl.sampled(net, noise=noise):
+        net(x).square().sum().backward()
+        for site in sampler.sites:
+            assert_close(values[site.name], site.value)
+    assert {*noise} == {name for name, _ in net.named_parameters()}
+    for name, parameter in net.named_parameters():
+        assert_close(grads[name], parameter.grad)
+    with sampler.draw():
+        assert not torch.equal(sampler.noise["0.weight"][0], noise["0.weight"])
+
+
+def test_neighbours_share_a_node_of_the_graph_and_others_have_their_own():
+    tensors = [torch.zeros(2, requires_grad=True) for _ in range(21)]
+    places = [*range(10), *range(12, 14), *range(20, 29)]
+    found = flat.moved(tensors, torch.arange(42.0), places)
+    assert_close(torch.cat(found), torch.arange(42.0))
+    nodes = [x.grad_fn for x in found]
+    assert len({*nodes[:10]}) == len({*nodes[12:]}) == 1
+    assert len({*nodes}) == 4
+    found[0].sum().backward()
+    assert tensors[0].grad is not None
+    assert [x.grad for x in tensors[1:]] == [None] * 20

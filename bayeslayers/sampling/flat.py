@@ -6,17 +6,16 @@ keep memory of their own, whatever moves, loads or copies them between two steps
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
-
-from bayeslayers.sampling import Site
+from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 
 SMALL = 2**14  # elements up to which a copy costs less than an op of its own (64 kB of float32)
 _TOGETHER = 2**18  # elements of a flat tensor, which stays in a cache
+_FEW, _RUN = 8, 64  # tensors that share a node of autograd's graph, at least and at most
 
 T = TypeVar("T")
 
@@ -102,47 +101,48 @@ def filled(values: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
     return flat.repeat_interleave(sizes, output_size=sum(x.numel() for x in like))
 
 
-class Bundle:
-    """Uncertain parameters that move together, their tensors gathered when they are first asked for.
+class _Moved(torch.autograd.Function):
+    """Sums of several tensors and a flat change of theirs; each tensor gets the gradient of its sum."""
+
+    @staticmethod
+    def forward(ctx, change, *tensors):
+        ctx.set_materialize_grads(False)
+        return tuple(spread(gather(tensors).add_(change), tensors))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return (None, *grads)
+
+
+def moved(tensors: Sequence[Tensor], change: Tensor, places: Sequence[int]) -> list[Tensor]:
+    """Return tensors plus their parts of a flat change, through which gradients reach the tensors.
+
+    Neighbours share a node of autograd's graph. Others do not, for a node waits for all of its gradients, and what
+    sends them to other ranks waits for the node.
 
     Args:
-        parameters: The parameters: one, or small ones of one kind.
-        sites: Their sites.
-        statistics: Statistics of the step by parameter.
+        tensors: Small tensors.
+        change: What is added, as `gather` would return it.
+        places: Where they are in the network, in rising order.
     """
+    eager = not torch.compiler.is_compiling() and peek_interpreter_stack() is None
+    found: list[Tensor] = []
+    runs = _runs(places)
+    for run, part in zip(runs, change.split([sum(x.numel() for x in tensors[run]) for run in runs]), strict=True):
+        own = tensors[run]
+        if eager and len(own) >= _FEW:
+            found += _Moved.apply(part, *own)
+        else:
+            parts = spread(part, own) if len(own) > 1 else [part.view_as(own[0])]
+            found += [tensor + change for tensor, change in zip(own, parts, strict=True)]
+    return found
 
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], sites: Mapping[Any, Site], statistics: Mapping[Any, Tensor]
-    ) -> None:
-        self.parameters = parameters
-        self.sites = [sites[p] for p in parameters]
-        self._statistics = statistics
 
-    @functools.cached_property
-    def mean(self) -> Tensor:
-        return gather(self.parameters)
-
-    @functools.cached_property
-    def precision(self) -> Tensor:
-        return gather([site.precision for site in self.sites])
-
-    @functools.cached_property
-    def prior_mean(self) -> Tensor:
-        return filled([site.prior_mean for site in self.sites], self.parameters)
-
-    @functools.cached_property
-    def prior_precision(self) -> Tensor:
-        return filled([site.prior_precision for site in self.sites], self.parameters)
-
-    @functools.cached_property
-    def grad(self) -> Tensor:
-        return gather([cast(Tensor, p.grad) for p in self.parameters])
-
-    @functools.cached_property
-    def statistic(self) -> Tensor:
-        return gather([self._statistics[p] for p in self.parameters])
-
-    def write(self) -> None:
-        """Write back the mean and the precision, which have been changed in place."""
-        scatter(self.mean, self.parameters)
-        scatter(self.precision, [site.precision for site in self.sites])
+def _runs(places: Sequence[int]) -> list[slice]:
+    """Return the runs of consecutive places, of a bounded length."""
+    ends = [i for i in range(1, len(places)) if places[i] != places[i - 1] + 1] + [len(places)]
+    runs, start = [], 0
+    for end in ends:
+        runs += [slice(first, min(first + _RUN, end)) for first in range(start, end, _RUN)]
+        start = end
+    return runs

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.sync import reads_of_device
 from torch import nn
 from torch.testing import assert_close
 
 import bayeslayers as bl
-from bayeslayers.optim import flat
+from bayeslayers.sampling import flat
 
 
 def _net() -> nn.Module:
@@ -19,17 +20,17 @@ def _net() -> nn.Module:
 
 def _trained(kind, **options) -> tuple[nn.Module, dict]:
     net = _net()
-    optimizer = kind(net, 20, lr=1e-3, generator=torch.Generator().manual_seed(1), num_samples=2, **options)
+    optimizer = kind(net, 20, lr=1e-3, **options)
     x, y = torch.randn(6, 4, generator=torch.Generator().manual_seed(2)), torch.arange(6) % 2
 
-    def closure():
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(net(x), y)
-        loss.backward()
-        return loss
-
+    source = torch.Generator().manual_seed(3)
     for _ in range(3):
-        optimizer.step(closure)
+        for _ in range(2):
+            noise = {name: torch.randn(p.shape, generator=source) for name, p in net.named_parameters()}
+            with optimizer.sampled(noise):
+                nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     return net, optimizer.state_dict()
 
 
@@ -77,3 +78,25 @@ def test_tensors_of_other_types_and_shapes_are_gathered_apart():
     flat.scatter(whole, [tensors[0], tensors[2]])
     assert tensors[0].unique().tolist() == [2.0] and tensors[2].item() == 2.0
     assert flat.filled([torch.tensor(1.0), torch.tensor(5.0)], [torch.ones(2), torch.ones(1, 1)]).tolist() == [1, 1, 5]
+
+
+@pytest.mark.parametrize(("kind", "most"), [(bl.VOGN, 9), (bl.IVON, 5)])
+def test_a_step_reads_the_device_as_often_for_many_layers_as_for_few(kind, most):
+    counts = []
+    for depth in (2, 6):
+        net = nn.Sequential(*[bl.BayesLinear(3, 3) for _ in range(depth)])
+        optimizer = kind(net, 20, lr=1e-3)
+        x, y = torch.randn(4, 3), torch.arange(4) % 3
+
+        def closure(net=net, optimizer=optimizer, x=x, y=y):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(net(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)  # finds where the examples are
+        with reads_of_device() as reads:
+            optimizer.step(closure)
+        counts.append(len(reads))
+    assert counts[0] == counts[1]
+    assert 0 < counts[0] <= most
