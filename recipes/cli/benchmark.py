@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from recipes.cli.options import add_data_root, add_json, typed_path
@@ -17,17 +18,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `benchmark`."""
     parser.add_argument(
         "what",
-        choices=["step", "load", "predict", "defaults", "convert", "scaling", "routes"],
+        choices=["step", "load", "predict", "defaults", "convert", "scaling", "routes", "memory", "growth"],
         help="step: a training step of VOGN beside one of Adam; load: a posterior loaded to predict one image, beside "
         "plain torch; predict: 32 samples beside one forward pass; defaults: what VOGN and IVON reach when only "
         "dataset_size is given, beside Adam; convert: networks of other libraries, converted, trained by a step, "
         "saved and loaded; scaling: steps of VOGN by several processes beside a model of their cost; routes: ways to "
-        "the squares of a layer's gradients, and the one that is chosen",
+        "the squares of a layer's gradients, and the one that is chosen; memory: the peak of a step beside Adam's; "
+        "growth: a step by batch, width, depth and samples",
     )
     parser.add_argument("--rounds", type=int, default=100, help="interleaved runs of each (%(default)s)")
     _add_names(parser, "--optimizers", ["vogn"], "step: beside Adam, as vogn or kfac,inverse_every=50 (vogn)")
     models = "step: classifiers of the zoo, bert gpt2 lstm swin encoder unet_small layers200 (mlp lenet5); "
-    models += "scaling: one of ten classes (resnet20)"
+    models += "scaling: one of ten classes (resnet20); predict: of the zoo (mlp lenet5 resnet20); "
+    models += "memory: classifiers of the zoo, mlp4096 (resnet18_cifar mlp4096)"
     _add_names(parser, "--models", _MODELS, models)
     tasks = f"defaults: of {' '.join(_TASKS)} (these), fashion resnet18 unet bert gpt2 lstm (minutes)"
     _add_names(parser, "--tasks", _TASKS, tasks)
@@ -43,7 +46,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="scaling: examples of each (%(default)s)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="step: samples of each (%(default)s)")
     add_data_root(parser, "defaults: folder of data (stand-ins are generated)")
-    parser.add_argument("--cpu-time", action="store_true", help="step: time of the process, not of the clock")
+    text = "step, predict: time of the process, not of the clock; growth always takes it"
+    parser.add_argument("--cpu-time", action="store_true", help=text)
+    text = "predict: examples of each (1 64 512)"
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 64, 512], metavar="N", help=text)
+    text = "predict: bayesian-torch, torchbnn and blitz too, if installed"
+    parser.add_argument("--peers", action="store_true", help=text)
+    parser.add_argument("--chart", type=typed_path, metavar="PATH", help="growth: file for a picture (none)")
     add_json(parser)
 
 
@@ -57,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _convert(arguments)
     if arguments.what == "scaling":
         return _scaling(arguments)
-    from recipes.reports.benchmark import benchmark_load, benchmark_predict, benchmark_step
+    from recipes.reports.benchmark import benchmark_load, benchmark_step
 
     if arguments.what == "defaults":
         from recipes.reports.benchmark_defaults import benchmark_defaults
@@ -75,14 +84,42 @@ def run(arguments: argparse.Namespace) -> int:
         from recipes.reports.benchmark_routes import benchmark_routes
 
         measured = benchmark_routes(arguments.rounds)
+    elif arguments.what in _MEASURES:
+        measured = _MEASURES[arguments.what](arguments)
     else:
-        measured = {"load": benchmark_load, "predict": benchmark_predict}[arguments.what](arguments.rounds)
+        measured = benchmark_load(arguments.rounds)
     rows = [dataclasses.asdict(row) for row in measured]
     if arguments.json:
         print(json.dumps(rows, indent=2))
     else:
         _print(rows)
     return 0
+
+
+def _predict(arguments: argparse.Namespace) -> list[Any]:
+    from recipes.reports.benchmark_predict import MODELS, benchmark_predict
+
+    options = {"batches": arguments.batches, "cpu": arguments.cpu_time, "peers": arguments.peers}
+    return benchmark_predict(arguments.rounds, models=_named(arguments, MODELS), **options)
+
+
+def _memory(arguments: argparse.Namespace) -> list[Any]:
+    from recipes.reports.benchmark_memory import MODELS, benchmark_memory
+
+    return benchmark_memory(_named(arguments, MODELS))
+
+
+def _growth(arguments: argparse.Namespace) -> list[Any]:
+    from recipes.reports.benchmark_growth import benchmark_growth
+
+    return benchmark_growth(arguments.rounds, chart=arguments.chart)
+
+
+def _named(arguments: argparse.Namespace, default: Sequence[str]) -> Sequence[str]:
+    return default if arguments.models == _MODELS else arguments.models
+
+
+_MEASURES = {"predict": _predict, "memory": _memory, "growth": _growth}
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -71,12 +71,12 @@ def benchmark_step(
     for name in models:
         torch.manual_seed(seed)
         model, x, y = step_network(name)
-        turns = {"adam": _steps(*_trained(model, "adam", foreach=True), x, y, turn)}
+        turns = {"adam": steps(*_trained(model, "adam", foreach=True), x, y, turn)}
         for optimizer in optimizers:
             own = _configured(optimizer)
             if "num_samples" in method_of(own).options:
                 own.setdefault("num_samples", num_samples)
-            turns[optimizer] = _steps(*_trained(model, **own), x, y, turn)
+            turns[optimizer] = steps(*_trained(model, **own), x, y, turn)
         medians = interleaved_medians(turns, rounds // turn, time.process_time if cpu else time.perf_counter)
         rows += [
             Row(name, len(x), optimizer, round(1e3 * median / turn, 3), round(median / medians["adam"], 3))
@@ -155,67 +155,6 @@ def _plain_prediction(build: Callable[[], nn.Module], path: Path, x: Tensor, num
     return probs / num_samples
 
 
-@dataclass(frozen=True)
-class PredictRow:
-    """One measurement: a prediction, and the ratio of its median time per draw to that of a deterministic forward."""
-
-    model: str
-    batch: int
-    num_samples: int
-    method: str
-    median_ms: float
-    forward_ms: float
-    ratio_per_sample: float
-    peak_memory_mb: float
-
-
-def benchmark_predict(
-    rounds: int = 100,
-    seed: int = 0,
-    models: Sequence[str] = ("mlp", "lenet5", "resnet20"),
-    batches: Sequence[int] = (1, 64, 512),
-    num_samples: int = 32,
-) -> list[PredictRow]:
-    """Time `predict` beside one forward pass of the deterministic network in eval mode.
-
-    Args:
-        rounds: Interleaved runs of the forward pass, after a tenth as many to warm up. `predict` runs a twentieth as
-            often, once at least.
-        seed: Of weights and data.
-        models: Names of the zoo.
-        batches: Examples per batch.
-        num_samples: Draws.
-    """
-    at_least_one("rounds", rounds)
-    rows = []
-    for name in models:
-        torch.manual_seed(seed)
-        model = zoo.create(name).eval()
-        plain, size = bl.to_deterministic(model).eval(), zoo.card_of(model).input_size
-        for batch in batches:
-            x = torch.rand(batch, *size)
-            options = {"sample": {}, "sample, antithetic": {"antithetic": True}, "local": {"method": "local"}}
-            methods: dict[str, Callable[[], object]] = {
-                method: partial(bl.predict, model, x, num_samples, **own) for method, own in options.items()
-            }
-            passes = max(1, 20 // len(methods))
-            medians = interleaved_medians(
-                {"forward": partial(_forwards, plain, x, passes)} | methods, max(1, rounds // 20)
-            )
-            forward = medians["forward"] / passes
-            for method, action in methods.items():
-                ratio, peak = medians[method] / (num_samples * forward), peak_memory(action) / 2**20
-                times = (round(1e3 * medians[method], 3), round(1e3 * forward, 3))
-                rows.append(PredictRow(name, batch, num_samples, method, *times, round(ratio, 3), round(peak, 1)))
-    return rows
-
-
-@torch.no_grad()
-def _forwards(net: nn.Module, x: Tensor, passes: int) -> None:
-    for _ in range(passes):
-        net(x)
-
-
 def peak_memory(action: Callable[[], object]) -> int:
     """Return the most bytes that the process held while it ran an action; without Linux, at any time so far."""
     import resource
@@ -274,9 +213,19 @@ def interleaved_medians(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _steps(
+def steps(
     model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, number: int
 ) -> Callable[[], object]:
+    """Return an action of some training steps of a classifier.
+
+    Args:
+        model: The network.
+        optimizer: Its optimiser.
+        x: Inputs of the batch.
+        y: Its labels.
+        number: Steps of the action.
+    """
+
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y)

@@ -241,7 +241,7 @@ def test_hostile_command_lines_run_nothing(watched, capsys, tmp_path, folders, m
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "60")
     reports = "demo.demo verify.verify verify.record verify_data.load_split benchmark.benchmark_step"
-    reports += " benchmark.benchmark_load benchmark.benchmark_predict"
+    reports += " benchmark.benchmark_load benchmark_predict.benchmark_predict benchmark_memory.benchmark_memory"
     work = ["bayeslayers.predict", "zoo.loading.download", "recipes.tasks.task.Task.train"]
     work += ["bayeslayers.diagnosis.tensors.tensors_of"]
     work += ["recipes.tasks.images.load_split", *(f"recipes.reports.{name}" for name in reports.split())]

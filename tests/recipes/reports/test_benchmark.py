@@ -47,18 +47,6 @@ def test_the_load_benchmark_compares_side_by_side(capsys):
     torch.random.set_rng_state(before)
 
 
-METHODS = ("sample", "sample, antithetic", "local")
-
-
-def test_the_predict_benchmark_gives_ratios_per_draw():
-    before = torch.random.get_rng_state()
-    rows = benchmark.benchmark_predict(1, models=["lenet5"], batches=[1, 3], num_samples=4)
-    assert [(row.batch, row.method) for row in rows] == [(b, m) for b in (1, 3) for m in METHODS]
-    for row in rows:
-        assert row.ratio_per_sample == pytest.approx(row.median_ms / (4 * row.forward_ms), rel=0.02)
-    torch.random.set_rng_state(before)
-
-
 def test_the_step_benchmark_takes_every_method(capsys):
     before = torch.random.get_rng_state()
     rows = benchmark.benchmark_step(

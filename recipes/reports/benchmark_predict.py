@@ -1,0 +1,170 @@
+"""The cost of a prediction beside as many forward passes of the deterministic network, and beside other libraries."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bayeslayers as bl
+import zoo
+from bayeslayers.checks import at_least_one
+from recipes.reports.benchmark import interleaved_medians, peak_memory
+
+METHODS: Mapping[str, dict[str, Any]] = {
+    "default": {},
+    "sample": {"method": "sample"},
+    "sample, antithetic": {"method": "sample", "antithetic": True},
+}
+MODELS = ("mlp", "lenet5", "resnet20")
+_SMALLER = {"unet_small": (3, 96, 128)}  # than the card's size, where one batch of 64 takes minutes
+
+
+@dataclass(frozen=True)
+class PredictRow:
+    """One measurement: a prediction, and the ratio of its median time per draw to that of a deterministic forward.
+
+    A peer that is not installed has a row with its name alone.
+    """
+
+    model: str
+    batch: int
+    num_samples: int
+    method: str
+    median_ms: float | None = None
+    forward_ms: float | None = None
+    ratio_per_sample: float | None = None
+    peak_memory_mb: float | None = None
+
+
+def benchmark_predict(
+    rounds: int = 100,
+    seed: int = 0,
+    models: Sequence[str] = MODELS,
+    batches: Sequence[int] = (1, 64, 512),
+    num_samples: int = 32,
+    cpu: bool = False,
+    peers: bool = False,
+) -> list[PredictRow]:
+    """Time `predict` beside one forward pass of the deterministic network in eval mode.
+
+    Args:
+        rounds: Interleaved runs of the forward pass, after a tenth as many to warm up. `predict` runs a twentieth as
+            often, once at least.
+        seed: Of weights and data.
+        models: Names of the zoo. Images of "unet_small" are 96 x 128 pixels.
+        batches: Examples per batch.
+        num_samples: Draws.
+        cpu: Measure the time of the process in place of that of the clock, which other processes do not disturb.
+        peers: Measure the installed ones of `PEERS` too, each in a loop of forward passes.
+    """
+    at_least_one("rounds", rounds)
+    rows = []
+    for name in models:
+        torch.manual_seed(seed)
+        model = zoo.create(name).eval()
+        plain, size = bl.to_deterministic(model).eval(), _SMALLER.get(name, zoo.card_of(model).input_size)
+        others = {peer: _peer(peer, plain) if peers else None for peer in PEERS} if peers else {}
+        for batch in batches:
+            x = torch.rand(batch, *size)
+            actions: dict[str, Callable[[], object]] = {
+                method: partial(bl.predict, model, x, num_samples, **options) for method, options in METHODS.items()
+            }
+            actions |= {peer: partial(_average, net, x, num_samples) for peer, net in others.items() if net is not None}
+            passes = max(1, 20 // len(actions))
+            medians = interleaved_medians(
+                {"forward": partial(_forwards, plain, x, passes)} | actions,
+                max(1, rounds // 20),
+                time.process_time if cpu else time.perf_counter,
+            )
+            forward = medians["forward"] / passes
+            for method, action in actions.items():
+                ratio, peak = medians[method] / (num_samples * forward), peak_memory(action) / 2**20
+                times = (round(1e3 * medians[method], 3), round(1e3 * forward, 3))
+                rows.append(PredictRow(name, batch, num_samples, method, *times, round(ratio, 3), round(peak, 1)))
+            rows += [
+                PredictRow(name, batch, num_samples, f"{peer} (not installed)")
+                for peer, net in others.items()
+                if net is None
+            ]
+    return rows
+
+
+@torch.no_grad()
+def _forwards(net: nn.Module, x: Tensor, passes: int) -> None:
+    for _ in range(passes):
+        net(x)
+
+
+@torch.no_grad()
+def _average(net: nn.Module, x: Tensor, num_samples: int) -> Tensor:
+    """Return the mean of the probabilities over forward passes, each of which samples."""
+    return torch.stack([net(x).softmax(1) for _ in range(num_samples)]).mean(0)
+
+
+def _peer(name: str, plain: nn.Module) -> nn.Module | None:
+    """Return a network of another library with the architecture of a deterministic one; None if it is not installed."""
+    package, make = PEERS[name]
+    return make(copy.deepcopy(plain)) if importlib.util.find_spec(package) is not None else None
+
+
+def _bayesian_torch(net: nn.Module) -> nn.Module:
+    from bayesian_torch.models.dnn_to_bnn import dnn_to_bnn  # pyright: ignore[reportMissingImports]
+
+    prior = {"prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": -3.0}
+    options = {"type": "Reparameterization", "moped_enable": False, "moped_delta": 0.5}
+    dnn_to_bnn(net, prior | options)
+    for module in net.modules():
+        if hasattr(module, "dnn_to_bnn_flag"):
+            module.dnn_to_bnn_flag = True  # returns the output without a divergence
+    return net.eval()
+
+
+def _torchbnn(net: nn.Module) -> nn.Module:
+    import torchbnn  # pyright: ignore[reportMissingImports]
+
+    def linear(layer: nn.Linear) -> nn.Module:
+        bias = layer.bias is not None
+        return torchbnn.BayesLinear(0.0, 0.1, layer.in_features, layer.out_features, bias=bias)
+
+    def convolution(layer: nn.Conv2d) -> nn.Module:
+        sizes = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
+        return torchbnn.BayesConv2d(0.0, 0.1, *sizes, bias=layer.bias is not None)
+
+    return _replaced(net, linear, convolution)
+
+
+def _blitz(net: nn.Module) -> nn.Module:
+    from blitz import modules  # pyright: ignore[reportMissingImports]
+
+    def linear(layer: nn.Linear) -> nn.Module:
+        return modules.BayesianLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+
+    def convolution(layer: nn.Conv2d) -> nn.Module:
+        options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "bias": layer.bias is not None}
+        return modules.BayesianConv2d(layer.in_channels, layer.out_channels, layer.kernel_size, **options)
+
+    return _replaced(net, linear, convolution)
+
+
+def _replaced(net: nn.Module, linear: Callable[[Any], nn.Module], convolution: Callable[[Any], nn.Module]) -> nn.Module:
+    """Return the network with new layers in place of its linear ones and convolutions."""
+    for module in list(net.modules()):
+        for key, child in list(module.named_children()):
+            if isinstance(child, nn.Linear | nn.Conv2d):
+                setattr(module, key, linear(child) if isinstance(child, nn.Linear) else convolution(child))
+    return net.eval()
+
+
+PEERS: Mapping[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {
+    "bayesian-torch": ("bayesian_torch", _bayesian_torch),
+    "torchbnn": ("torchbnn", _torchbnn),
+    "blitz": ("blitz", _blitz),
+}
