@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -82,7 +83,7 @@ def _measured(axis: str, value: int, optimizers: Sequence[str], turns: int, cpu:
     actions = {}
     for name in ("adam", *optimizers):
         widths = [784, *[size.width] * size.depth]
-        hidden = [part for pair in zip(widths, widths[1:], strict=False) for part in (nn.Linear(*pair), nn.ReLU())]
+        hidden = [part for pair in itertools.pairwise(widths) for part in (nn.Linear(*pair), nn.ReLU())]
         net: nn.Module = nn.Sequential(*hidden, nn.Linear(size.width, 10))
         options = {"foreach": True} if name == "adam" else {"num_samples": size.samples}
         net = net if name == "adam" else bl.to_bayesian(net)[0]

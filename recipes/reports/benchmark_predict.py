@@ -123,7 +123,7 @@ def _bayesian_torch(net: nn.Module) -> nn.Module:
     dnn_to_bnn(net, prior | options)
     for module in net.modules():
         if hasattr(module, "dnn_to_bnn_flag"):
-            module.dnn_to_bnn_flag = True  # returns the output without a divergence
+            module.__dict__["dnn_to_bnn_flag"] = True  # returns the output without a divergence
     return net.eval()
 
 
