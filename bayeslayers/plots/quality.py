@@ -35,7 +35,8 @@ _BINS = 40  # of a histogram of scores
 def reliability_diagram(evaluation: Evaluation, path: str | Path | None = None) -> Figure:
     """Plot accuracy against confidence, bin by bin, above the histogram of confidence.
 
-    Bars that reach the diagonal are calibrated. The gap is orange where accuracy is below confidence
+    Bars that reach the diagonal are calibrated. The histogram names the number of examples in each bin, for an accuracy
+    of few examples is uncertain itself. The gap is orange where accuracy is below confidence
     (overconfident), and hatched where it is above (Guo et al. 2017, arXiv 1706.04599, Fig. 1). A bin
     without examples is left empty.
 
@@ -75,8 +76,14 @@ def reliability_diagram(evaluation: Evaluation, path: str | Path | None = None) 
     means = (share * confidence).sum(), (share * accuracy).sum()
     histogram.axvline(means[1], color=BLUE, lw=1.5)
     histogram.axvline(means[0], color=BLACK, lw=1.5, ls=":")
+    for at, part, number in zip(left + width / 2, share, count[filled], strict=True):
+        inside = part > 0.6  # there is no room above
+        style = {"va": "top" if inside else "bottom", "color": "white" if inside else BLACK, "zorder": 3}
+        histogram.text(
+            at, part + (-0.04 if inside else 0.04), f"{number:.0f}", ha="center", rotation=90, size=7, **style
+        )
     histogram.set_ylim(0, 1)
-    label(histogram, "", "confidence", "share of examples")
+    label(histogram, "", "confidence (a number: examples in the bin)", "share of examples")
     handles = [
         Patch(facecolor=BLUE, label="accuracy"),
         Patch(facecolor=ORANGE, label="overconfident by"),
@@ -197,5 +204,5 @@ def score_histograms(evaluation: Evaluation, score: str = "entropy", path: str |
     axes[0].set_yticks([0, 0.1, 0.5, 1], ["0", "0.1", "0.5", "1"])
     unit = "" if score == "confidence" else " (nats)"
     axes[-1].set_xlabel(f"{score}{unit}; dashed: the median")
-    figure.supylabel("share of examples", fontsize=10)
+    figure.supylabel("share of examples (square-root scale)", fontsize=10)
     return finish(figure, path)

@@ -67,7 +67,8 @@ def _draw_metric(
     own = [style for run, style in zip(runs.values(), styles, strict=True) if column in run.columns]
     _draw_curves(axis, shown, own, keys)
     title, unit = short(column.title), f" ({short(column.unit)})" * bool(column.unit)
-    label(axis, title[:1].upper() + title[1:] + f" ({held_out})" * bool(held_out), "epoch", title + unit)
+    scale = ", log scale" * (axis.get_yscale() == "log")
+    label(axis, title[:1].upper() + title[1:] + f" ({held_out})" * bool(held_out), "epoch", title + unit + scale)
 
 
 def _name_missing(axis: Axes, runs: Mapping[str, Run]) -> None:
@@ -129,6 +130,7 @@ def _draw_reliability(axis: Axes, runs: Sequence[Run], styles: Sequence[dict[str
             confidence, accuracy, share = zip(*run.reliability, strict=True)
             axis.plot(confidence, accuracy, lw=1, alpha=0.5, color=style["color"])
             areas = [3 + 80 * x**0.5 for x in share]
-            axis.scatter(confidence, accuracy, areas, color=style["color"], marker=style["marker"] or "o", lw=0)
+            look = {"color": style["color"], "marker": style["marker"] or "o", "edgecolors": "white", "lw": 0.5}
+            axis.scatter(confidence, accuracy, areas, alpha=0.7, zorder=2, **look)  # dots of several runs overlap
     axis.set(xlim=(0, 1.03), ylim=(0, 1.03))
     axis.grid(alpha=0.3)

@@ -106,6 +106,7 @@ def test_reliability_bars_are_the_bins_and_empty_ones_are_left_out():
     assert_close(np.array(bars), np.array(expected), rtol=0, atol=1e-6)
     heights = [bar.get_height() for bar in histogram.patches]
     assert_close(torch.tensor(heights, dtype=torch.float32), torch.tensor([0.1, 0.1, 0.8]), rtol=1e-6, atol=0)
+    assert [text.get_text() for text in histogram.texts] == ["10", "10", "80"]  # examples in each bin
     assert "Reliability (ECE 0.0400)" in words(figure) and "mean accuracy 0.860" in words(figure)
     assert_labelled(figure, 2)
     assert_nothing_overlaps(figure)
@@ -136,6 +137,7 @@ def test_score_histograms_share_bins_and_count_every_example(score):
         heights = np.array([bar.get_height() for bar in axis.patches])
         assert_close(heights, np.histogram(values[score].double(), edges)[0] / len(values[score]))
         assert heights.sum() == pytest.approx(1)
+    assert figure.get_supylabel() == "share of examples (square-root scale)"
     titles = [axis.get_title(loc="left") for axis in figure.axes]
     assert titles[0] == "known: 100 examples" and ("AUROC 0.750" in titles[1]) == (score == "entropy")
     assert_labelled(figure, 3)

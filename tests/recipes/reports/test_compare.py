@@ -276,6 +276,8 @@ def test_the_picture_shows_curves_and_reliability(tmp_path):
     assert len({line.get_color() for line in nll.lines}) == 2
     dots = reliability.collections
     assert len(dots) == 1 and dots[0].get_offsets().tolist() == [[0.4, 0.2], [0.6, 0.7], [0.9, 1.0]]
+    assert 0.3 < dots[0].get_alpha() < 1 and dots[0].get_edgecolors()[0, :3].tolist() == [1, 1, 1]  # dots may overlap
+    assert nll.get_ylabel().endswith(", log scale") and "log" not in reliability.get_ylabel()
     assert list(dots[0].get_sizes()) == pytest.approx([3 + 80 * share**0.5 for share in (0.1, 0.3, 0.6)])
     assert [list(line.get_xdata()) for line in reliability.lines] == [[0, 1], [0.4, 0.6, 0.9]]
     assert reliability.get_xlabel() == "confidence\nwithout report.json: short"
