@@ -32,7 +32,7 @@ _WEIGHT = 4.0  # of one normal value, its scaling and its mean
 _OUTPUT = 5.0  # likewise, with the square root of the variance
 _SQUARE = 0.5  # of an input's entry
 _PRODUCT = 0.035  # of one multiplication and addition in a matrix product
-_CALL = 2e4  # of the operations of one more call
+_CALL = 5e4  # of the operations of one more call
 
 
 def samples_outputs(rows: int, inputs: int, outputs: int, first: bool) -> bool:

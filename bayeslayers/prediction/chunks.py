@@ -22,9 +22,9 @@ Run: TypeAlias = Callable[[Batch], Iterator[Tensor]]
 # Measured on 2 CPU cores with LeNet-5, ResNet-20 and an MLP at batches of 1 to 512: several samples at
 # once save up to half the time until the largest layer output outgrows the cache, and cost time beyond it. Long
 # networks gain least, for a call costs little beside their arithmetic.
-_CACHE_BYTES = 2**22
+_CACHE_BYTES = 2**20  # of one core
 _TOTAL_BYTES = 2**25  # of the outputs of all layers
-_DEVICE_FACTOR = 16  # elsewhere, where a launch costs more; not measured
+_DEVICE_FACTOR = 64  # elsewhere, where a launch costs more; not measured
 _LANES = 4  # channels of several samples side by side fill vector registers best in multiples of 8 or 16
 _WEIGHT_BYTES = 2**26
 _MOST = 32
