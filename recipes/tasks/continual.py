@@ -39,6 +39,9 @@ DURING_A_TASK = 1000  # examples of each task that are measured after an epoch w
 _FIRST_TASK_ONLY = ("init_precision", "hess_init")  # later tasks start from the posterior before them
 
 
+_FIRST = re.compile(r", first (\d{1,2}) tasks\)$")  # in the dataset of a card, where not all tasks were learned
+
+
 @dataclass(kw_only=True)
 class Config(RunConfig):
     """A run over a sequence of tasks. `epochs` are those of all tasks together, `limit` is of each task.
@@ -214,6 +217,12 @@ class Continual(PosteriorTask):
     def card_fields(self) -> dict[str, Any]:
         return {"class_names": self.train_tasks[0].split.classes}
 
+    @property
+    def dataset(self) -> str:
+        told = super().dataset
+        some = self.tasks < number_of_tasks(self.config.data)
+        return f"{told.removesuffix(')')}, first {self.tasks} tasks)" if some else told
+
     def _save(self, name: str, row: Mapping[str, float], metrics: Mapping[str, float], notes: str) -> None:
         """Save the posterior; the card tells backward transfer in words, for no test set measures it again."""
         claims = {key: value for key, value in metrics.items() if key != "backward_transfer"}
@@ -234,8 +243,9 @@ class Continual(PosteriorTask):
         assert request.data is not None
         if request.ood:
             raise ValueError(f"ood must be empty for a sequence of tasks, got {request.ood[0]}.")
-        features = card.input_size[0]
-        return Joined(load_sequence(request.data, data_root, train=False, features=features, limit=request.limit)), {}
+        features, first = card.input_size[0], _FIRST.search(card.dataset)
+        tasks = load_sequence(request.data, data_root, train=False, features=features, limit=request.limit)
+        return Joined(tasks[: int(first[1])] if first else tasks), {}
 
 
 def curves_of(rows: Sequence[Mapping[str, float]]) -> Tensor:
