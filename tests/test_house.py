@@ -24,7 +24,6 @@ ORDER = {
 }
 # Modules of more than 300 lines, each with the reason why it is one concept.
 LONG = {
-    "bayeslayers/optim/kronecker.py": "the factored step that K-FAC and Noisy K-FAC share",
     "recipes/tasks/toy2d.py": "one task, whole in one file",
 }
 ALIAS = ROOT / "bayeslayers/zoo.py"  # the one exception: another name of the zoo, which nothing imports by itself

@@ -10,7 +10,8 @@ from torch import nn
 
 from bayeslayers.convert.selection import Selectors
 from bayeslayers.likelihoods import Likelihood
-from bayeslayers.optim.kronecker import Fisher, KroneckerFactored, Schedule
+from bayeslayers.optim.fisher import Fisher, Schedule
+from bayeslayers.optim.kronecker import KroneckerFactored
 from bayeslayers.optim.options import Options
 from bayeslayers.optim.ranks import Sync
 
