@@ -215,13 +215,11 @@ class Continual(PosteriorTask):
         return [Section("Accuracy by task", ", ".join(shares))]
 
     def card_fields(self) -> dict[str, Any]:
-        return {"class_names": self.train_tasks[0].split.classes}
-
-    @property
-    def dataset(self) -> str:
-        told = super().dataset
-        some = self.tasks < number_of_tasks(self.config.data)
-        return f"{told.removesuffix(')')}, first {self.tasks} tasks)" if some else told
+        fields: dict[str, Any] = {"class_names": self.train_tasks[0].split.classes}
+        if self.tasks < number_of_tasks(self.config.data):
+            numbers = f"{len(self.splits.train)} train, {len(self.splits.test)} test, first {self.tasks} tasks"
+            fields["dataset"] = f"{self.config.data} ({numbers})"
+        return fields
 
     def _save(self, name: str, row: Mapping[str, float], metrics: Mapping[str, float], notes: str) -> None:
         """Save the posterior; the card tells backward transfer in words, for no test set measures it again."""

@@ -273,22 +273,17 @@ class PosteriorTask(Task):
         metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}  # an AUROC without errors
         return metrics | {"test_examples": result.evaluation.num_examples} | counts
 
-    @property
-    def dataset(self) -> str:
-        """The data in the words of a card: its name first."""
-        return f"{short_name(self.config.data)} ({len(self.splits.train)} train, {len(self.splits.test)} test)"
-
     def _save(self, name: str, row: Mapping[str, float], metrics: Mapping[str, float], notes: str) -> None:
         """Save the posterior of the log's `row` with its card, where training leaves one."""
         config, optimizer = self.config, self.config.optimizer
         if not config.laplace and method_of(optimizer).predict == "mean":
             return
+        train, test = len(self.splits.train), len(self.splits.test)
         bl.save_posterior(
             self.model,
             self.folder / name,
             name=config.name,
-            dataset=self.dataset,
-            dataset_size=len(self.splits.train),
+            dataset_size=train,
             temperature=config.laplace.temperature if config.laplace else row.get("temperature", 1.0),
             optimizer=optimizer
             | {"batch_size": config.batch_size, "epochs": config.epochs}
@@ -300,5 +295,5 @@ class PosteriorTask(Task):
             metrics={name: round(value, 5) for name, value in metrics.items()},
             baseline=self.baseline,
             notes=notes,
-            **self.card_fields(),
+            **{"dataset": f"{short_name(config.data)} ({train} train, {test} test)", **self.card_fields()},
         )
