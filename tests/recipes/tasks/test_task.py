@@ -125,7 +125,7 @@ def test_its_runs_are_compared_by_its_own_metrics(whole, tmp_path):
     assert f"**{best:.4f}**" in table  # the lowest
     figure = draw(comparison.runs)
     assert [axis.get_title() for axis in figure.axes] == ["RMSE", "NLL (test)"]
-    assert figure.axes[0].get_ylabel() == "RMSE (m)"
+    assert figure.axes[0].get_ylabel() == "RMSE (m), log scale"
 
 
 @pytest.fixture
