@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.testing import assert_close
 
+import bayeslayers as bl
 from bayeslayers.curvature.costs import DEVICES, OTHER_DEVICE, convolution_costs, device_of, fastest, matrix_costs
 from bayeslayers.curvature.settings import Settings
 
@@ -41,3 +43,15 @@ def test_more_examples_cost_more_on_every_route():
 def test_the_numbers_are_those_of_the_device():
     assert device_of(torch.empty(1)) == DEVICES["cpu"]
     assert device_of(torch.empty(1, device="meta")) == OTHER_DEVICE
+
+
+def test_the_choice_compiles_for_batches_of_other_sizes():
+    layer = bl.BayesLinear(6, 8)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for examples in (4, 7, 5):  # from the second on sizes are symbols
+        x, found = torch.randn(examples, 3, 6), []
+        for call in (compiled, layer):
+            with bl.tracked(layer) as tracker:
+                call(x).square().sum().backward()
+            found.append(tracker.leaves["weight"].grad.clone())
+        assert_close(found[0], found[1])
