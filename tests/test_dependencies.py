@@ -120,7 +120,8 @@ def declared():
 def modules(lines):
     """Return the top-level modules of the distributions that lines declare."""
     names = re.findall(r'"([\w.-]+)>=', "\n".join(lines))
-    other = {"pillow": "PIL", "pyyaml": "yaml", "segmentation-models-pytorch": "segmentation_models_pytorch"}
+    other = {"bayesian-torch": "bayesian_torch", "blitz-bayesian-pytorch": "blitz"}
+    other |= {"pillow": "PIL", "pyyaml": "yaml", "segmentation-models-pytorch": "segmentation_models_pytorch"}
     return {other.get(name, name) for name in names}
 
 
