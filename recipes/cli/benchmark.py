@@ -116,7 +116,7 @@ def _growth(arguments: argparse.Namespace) -> list[Any]:
 
 
 def _named(arguments: argparse.Namespace, default: Sequence[str]) -> Sequence[str]:
-    return default if arguments.models == _MODELS else arguments.models
+    return default if arguments.models is _MODELS else arguments.models  # not where the same names are given
 
 
 _MEASURES = {"predict": _predict, "memory": _memory, "growth": _growth}
@@ -141,7 +141,7 @@ def _scaling(arguments: argparse.Namespace) -> int:
     """Measure several processes on this machine, and print beside them what the model says of many GPUs."""
     from recipes.reports.scaling import measure_scaling, on_paper
 
-    model = arguments.models[0] if arguments.models != _MODELS else "resnet20"
+    model = arguments.models[0] if arguments.models is not _MODELS else "resnet20"
     measured = measure_scaling(arguments.processes, model, arguments.batch, arguments.rounds)
     found = {"measured": measured, "on_paper": on_paper()}
     tables = {key: [dataclasses.asdict(row) for row in rows] for key, rows in found.items()}
