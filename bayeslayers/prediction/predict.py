@@ -93,7 +93,8 @@ def predict(
             halved, with a warning.
         batch_size: Examples per forward pass; None takes a tensor whole, and batches as they come.
         method: How to average over the posterior. None takes the method that the model's card names, if it is not
-            "sample", as "linearised" after `laplace`; else "auto".
+            "sample", as "linearised" after `laplace`; else "auto", or "sample" with a `generator`, whose numbers
+            are then those of `evaluate` too.
             "auto" samples whole networks, but in one batch x the outputs of a linear layer where that costs less
             and is exact for each example, see `bayeslayers.prediction.automatic`. With several batches, `batch_size`,
             `tolerance`, `antithetic` or a compiled network it is "sample".
@@ -133,7 +134,7 @@ def predict(
         >>> prediction.probs.shape, prediction.labels.shape
         (torch.Size([5, 3]), torch.Size([5]))
     """
-    name = _of_card(model) if method is None else method
+    name = _default(model, generator) if method is None else method
     device = _device(unwrapped(model), name)
     whole = as_batch(x) if is_batch(x) else None
     if generator is None and whole is None:
@@ -212,10 +213,10 @@ def _plan(
     return Plan(int(num_samples), chunk, generator, antithetic, None if tolerance is None else _CHECKPOINT, output)
 
 
-def _of_card(model: nn.Module) -> str:
-    """Return the method that the model's card names, where that is not just sampling, which "auto" does too."""
+def _default(model: nn.Module, generator: torch.Generator | None) -> str:
+    """Return the card's method; where that is just sampling, "auto" unless a generator asks for the same numbers."""
     method = method_of(model)
-    return "auto" if method == DEFAULT_METHOD else method
+    return "auto" if method == DEFAULT_METHOD and generator is None else method
 
 
 def _needs_networks(model: nn.Module, whole: Batch | None, plan: Plan, batch_size: int | None) -> bool:

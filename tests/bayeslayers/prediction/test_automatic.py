@@ -70,14 +70,14 @@ def test_each_example_is_predicted_as_by_sampled_weights(rows, chunk):
     layers = {net[0], net[2], net[4]} if rows < 8 else {net[2]}
     assert chosen(net, x) == layers
     expected = bl.predict(net, x, SAMPLES, generator=generator(), method="sample")
-    found = bl.predict(net, x, SAMPLES, generator=generator(1), sample_chunk=chunk)
+    found = bl.predict(net, x, SAMPLES, method="auto", generator=generator(1), sample_chunk=chunk)
     assert_equal_distributions(found, expected)
 
 
 def test_a_linear_model_is_exact():
     net, x = bl.BayesLinear(9, 2, init_precision=4.0).double(), inputs(6, 9)
     assert chosen(net, x) == {net}
-    found = bl.predict(net, x, SAMPLES, likelihood=bl.Gaussian(0.1), generator=generator())
+    found = bl.predict(net, x, SAMPLES, likelihood=bl.Gaussian(0.1), method="auto", generator=generator())
     variance = (x.square().sum(1, keepdim=True) + 1).expand(6, 2) / 4
     assert ((found.mean - net(x).detach()) / (variance / SAMPLES).sqrt()).abs().max() < 5
     assert ((found.epistemic - variance) / (variance * math.sqrt(2 / SAMPLES))).abs().max() < 5
@@ -92,7 +92,7 @@ def test_a_networks_other_layers_sample_weights():
     x = inputs(4, 2, 4, 4)
     assert chosen(net, x) == {net[5], net[7]}
     expected = bl.predict(net, x, SAMPLES, generator=generator(), method="sample")
-    assert_equal_distributions(bl.predict(net, x, SAMPLES, generator=generator(1)), expected)
+    assert_equal_distributions(bl.predict(net, x, SAMPLES, method="auto", generator=generator(1)), expected)
 
 
 class Positions(nn.Module):
@@ -115,7 +115,7 @@ def test_layers_with_several_rows_for_an_example_sample_weights(rows):
     net, x = Positions().double(), inputs(rows, 4, 6)
     assert chosen(net, x) == {net.last}  # a batch of 4 has as many rows as the table
     expected = bl.predict(net, x, SAMPLES, generator=generator(), method="sample")
-    assert_equal_distributions(bl.predict(net, x, SAMPLES, generator=generator(1)), expected)
+    assert_equal_distributions(bl.predict(net, x, SAMPLES, method="auto", generator=generator(1)), expected)
 
 
 def test_tied_read_and_correlated_layers_sample_weights():
@@ -147,7 +147,7 @@ def test_a_layer_that_only_some_samples_use_twice_falls_back_to_weights():
     net, x = Halting(), inputs(3, 8)
     assert chosen(net, x) == {net.layer}
     expected = bl.predict(net, x, 500, generator=generator(), method="sample")
-    found = bl.predict(net, x, 500, generator=generator(1))
+    found = bl.predict(net, x, 500, method="auto", generator=generator(1))
     error = (found.standard_error.square() + expected.standard_error.square()).sqrt()
     assert ((found.mean - expected.mean) / error).abs().max() < 5
     with pytest.raises(NotOncePerExampleError), torch.no_grad():
@@ -176,12 +176,12 @@ def test_a_network_that_takes_no_single_example_samples_weights():
     net, x = OfWholeBatches(), inputs(5, 8)
     assert chosen(net, x) == set()
     expected = bl.predict(net, x, 6, generator=generator(), method="sample")
-    assert_close(bl.predict(net, x, 6, generator=generator()).mean, expected.mean)
+    assert_close(bl.predict(net, x, 6, method="auto", generator=generator()).mean, expected.mean)
 
 
 def test_the_same_arguments_give_the_same_numbers():
     net, x = network(), inputs(3, 8)
-    first, second = (bl.predict(net, x, 9, generator=generator()) for _ in range(2))
+    first, second = (bl.predict(net, x, 9, method="auto", generator=generator()) for _ in range(2))
     assert torch.equal(first.mean, second.mean) and torch.equal(first.total, second.total)
     assert not torch.equal(first.mean, bl.predict(net, x, 9, generator=generator(), method="sample").mean)
 
@@ -189,10 +189,10 @@ def test_the_same_arguments_give_the_same_numbers():
 def test_whole_networks_where_samples_are_shared_or_come_in_pairs():
     net, x = network(), inputs(4, 8)
     for options in ({"batch_size": 2}, {"antithetic": True}, {"tolerance": 10.0}):
-        found = bl.predict(net, x, 32, generator=generator(), **options)
+        found = bl.predict(net, x, 32, method="auto", generator=generator(), **options)
         expected = bl.predict(net, x, 32, generator=generator(), method="sample", **options)
         assert torch.equal(found.mean, expected.mean)
-    streamed = bl.predict(net, [x[:2], x[2:]], 32, generator=generator())
+    streamed = bl.predict(net, [x[:2], x[2:]], 32, method="auto", generator=generator())
     assert_close(streamed.mean, bl.predict(net, x, 32, generator=generator(), method="sample").mean)
 
 
@@ -220,10 +220,17 @@ def test_convolutions_of_several_samples_are_those_of_each(rows, bias):
     net = [bl.BayesConv2d(2, 4, 3, bias=bias), nn.ReLU(), bl.BayesConv2d(4, 4, 3, groups=2, bias=bias), nn.ReLU()]
     net = nn.Sequential(*net, bl.BayesConvTranspose2d(4, 3, 2, stride=2, bias=bias)).double()
     x = inputs(rows, 2, 7, 7)
-    one, several = (bl.predict(net, x, 6, generator=generator(), sample_chunk=chunk) for chunk in (1, 3))
+    one, several = (bl.predict(net, x, 6, method="auto", generator=generator(), sample_chunk=chunk) for chunk in (1, 3))
     assert_close(one.mean, several.mean)
     assert_close(one.epistemic, several.epistemic)
     net[2].weight_precision = None  # its weight is then the same for all samples
     del net[2]._buffers["weight_precision"]
-    one, several = (bl.predict(net, x, 6, generator=generator(), sample_chunk=chunk) for chunk in (1, 3))
+    one, several = (bl.predict(net, x, 6, method="auto", generator=generator(), sample_chunk=chunk) for chunk in (1, 3))
     assert_close(one.mean, several.mean)
+
+
+def test_a_generator_asks_for_the_numbers_of_whole_networks():
+    net, x = network(), inputs(4, 8)
+    found = bl.predict(net, x, 9, generator=generator())
+    assert torch.equal(found.mean, bl.predict(net, x, 9, generator=generator(), method="sample").mean)
+    assert not torch.equal(found.mean, bl.predict(net, x, 9, generator=generator(), method="auto").mean)
