@@ -32,6 +32,7 @@ from bayeslayers.layers import (
     BayesianLayer,
     attach_posterior,
 )
+from bayeslayers.layers.linear import REWRITING
 from bayeslayers.sampling import posterior
 from bayeslayers.unwrap import unwrapped
 
@@ -285,9 +286,7 @@ def _obstacle(module: nn.Module) -> str | None:
         return f"this {kind} has a parameter '{min(extra)}' too, for which there is no curvature rule"
     if "forward" in vars(module):
         return f"the forward of this {kind} was replaced"
-    for option in (
-        ("max_norm", "scale_grad_by_freq", "sparse") if isinstance(module, nn.Embedding | nn.EmbeddingBag) else ()
-    ):
+    for option in REWRITING if isinstance(module, nn.Embedding | nn.EmbeddingBag) else ():
         if getattr(module, option):
             return f"{option} is on, which no posterior has a meaning for"
     return obstacle(module, bayesian)

@@ -10,16 +10,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 
 from bayeslayers.curvature.accumulate import Leaves, sum_of_squares
 from bayeslayers.curvature.lifted import Lifted
 from bayeslayers.curvature.linear import LINEAR
 from bayeslayers.curvature.meetings import bound
-from bayeslayers.curvature.op import Plan, apply
+from bayeslayers.curvature.op import Plan, apply, is_eager
 from bayeslayers.curvature.refusal import Origin
 from bayeslayers.curvature.rule import CurvatureRule, Tensors, Use
 from bayeslayers.curvature.watch import AS_WEIGHT
@@ -54,7 +52,7 @@ def read(value: Tensor, leaves: Leaves) -> Tensor:
         leaves: Where its curvature goes.
     """
     watch = leaves.watch
-    if watch is None or torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
+    if watch is None or not is_eager():
         return value
     origin, looks = Origin("parameter", leaves.name), watch.observed is not None
     if looks and watch.meetings.observed is not None and watch.examples is not None:

@@ -116,6 +116,9 @@ class BayesConvTranspose3d(_BayesConvTranspose, nn.ConvTranspose3d):
     function = staticmethod(F.conv_transpose3d)
 
 
+REWRITING = ("max_norm", "scale_grad_by_freq", "sparse")  # options by which a table, or its gradient, is rewritten
+
+
 def refuse_rewriting(table: nn.Embedding | nn.EmbeddingBag, name: str) -> None:
     """Raise if an option of a table of embeddings rewrites it, or its gradient.
 
@@ -123,7 +126,7 @@ def refuse_rewriting(table: nn.Embedding | nn.EmbeddingBag, name: str) -> None:
         table: The layer.
         name: Its class, for the message.
     """
-    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+    for option in REWRITING:
         if getattr(table, option):
             raise ValueError(f"{option} must be off in {name}, got {getattr(table, option)}.")
 

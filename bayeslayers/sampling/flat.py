@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
+
+from bayeslayers.curvature.op import is_eager
 
 SMALL = 2**14  # elements up to which a copy costs less than an op of its own (64 kB of float32)
 _TOGETHER = 2**18  # elements of a flat tensor, which stays in a cache
@@ -125,7 +126,7 @@ def moved(tensors: Sequence[Tensor], change: Tensor, places: Sequence[int]) -> l
         change: What is added, as `gather` would return it.
         places: Where they are in the network, in rising order.
     """
-    eager = not torch.compiler.is_compiling() and peek_interpreter_stack() is None
+    eager = is_eager()
     found: list[Tensor] = []
     runs = _runs(places)
     for run, part in zip(runs, change.split([sum(x.numel() for x in tensors[run]) for run in runs]), strict=True):

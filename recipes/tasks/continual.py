@@ -37,8 +37,6 @@ from recipes.training.tally import Tally
 
 DURING_A_TASK = 1000  # examples of each task that are measured after an epoch which is not its task's last
 _FIRST_TASK_ONLY = ("init_precision", "hess_init")  # later tasks start from the posterior before them
-
-
 _FIRST = re.compile(r", first (\d{1,2}) tasks\)$")  # in the dataset of a card, where not all tasks were learned
 
 
