@@ -49,7 +49,8 @@ def load_slice(name: str, size: Sequence[int] | None = None, resize: int | None 
         return Points(tensors["x"], tensors["y"])
     labels = tensors["labels"].long()
     if "images" not in tensors:
-        return Points(tensors["x"], labels)
+        x = tensors["x"]
+        return Points(x if x.is_floating_point() else x.long(), labels)
     if labels.dim() == 3:  # a label for each pixel, of a network that takes any size
         return Split(tensors["images"], labels, [])
     whole, crop = sides(size, resize)
@@ -99,12 +100,13 @@ def write_scene_slice(name: str, size: tuple[int, int], count: int, data_root: s
 
 
 def save_slice(name: str, points: Points) -> Path:
-    """Write examples as a data set's bundled slice, real targets as they are, and return the file."""
+    """Write examples as a data set's bundled slice, and return the file: real targets as they are, ids in two bytes."""
     if points.labels.is_floating_point():
         SLICES.mkdir(parents=True, exist_ok=True)
         save_file({"x": points.x.contiguous(), "y": points.labels.contiguous()}, SLICES / f"{name}.safetensors")
         return SLICES / f"{name}.safetensors"
-    return _save_slice(name, "x", points.x, points.labels)
+    x = points.x if points.x.is_floating_point() else points.x.short()
+    return _save_slice(name, "x", x, points.labels)
 
 
 def _save_slice(name: str, kind: str, inputs: Tensor, labels: Tensor) -> Path:

@@ -269,8 +269,10 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 import torch, zoo, bayeslayers as bl
 from bayeslayers.storage.posterior import read_card
 for name in zoo.list_posteriors():
-    if ":" not in read_card(zoo.resolve(name)).builder:
-        bl.predict(zoo.load(name), torch.zeros(1, *zoo.load(name).card.input_size), 1)
+    card = read_card(zoo.resolve(name))
+    if ":" not in card.builder:
+        kind = torch.long if "text" in card.builder else torch.float
+        bl.predict(zoo.load(name), torch.zeros(1, *card.input_size, dtype=kind), 1)
 assert not {"timm", "segmentation_models_pytorch"} & set(sys.modules), "heavy"
 print("done")
 """

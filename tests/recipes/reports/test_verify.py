@@ -5,17 +5,20 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import bayeslayers as bl
 import zoo
 from bayeslayers.storage.posterior import read_card
 from recipes.cli import main
+from recipes.data import clauses
 from recipes.data.slices import SLICES, Points, load_slice, save_slice, write_slice
 from recipes.data.split import Split
 from recipes.reports.verify import MAX_SAMPLES, Check, _draw_blocks, _pool, compare, measure, record, verify
 from recipes.tasks.classification import train
 from recipes.tasks.images import Config
+from recipes.tasks.text import TEST_SEED
 from recipes.training.config import Evaluation
 
 NAME = "mlp-mnist"  # the faster of the two
@@ -239,6 +242,16 @@ def test_slices_are_small_and_spread_over_the_classes():
         split = load_slice(name)
         assert split.images.shape == shape and split.images.dtype == torch.uint8
         assert split.labels.bincount(minlength=10).min() >= 14
+
+
+def test_a_slice_of_sentences_keeps_their_ids_in_two_bytes(tmp_path, monkeypatch):
+    bundled, stored = load_slice("clauses"), load_file(SLICES / "clauses.safetensors")
+    assert stored["x"].dtype == torch.int16 and bundled.x.dtype == torch.long and bundled.x.shape == (300, 18)
+    monkeypatch.setattr("recipes.data.slices.SLICES", tmp_path)
+    save_slice("copy", Points(bundled.x, bundled.labels))
+    assert_close(load_slice("copy").x, bundled.x)
+    sentences = clauses.sentences(4000, TEST_SEED)
+    assert_close(bundled.x, sentences.x[torch.arange(300) * 13])
 
 
 def test_a_slice_is_every_kth_example(data_root, tmp_path, monkeypatch):
