@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from bayeslayers.files import write_atomically
+from bayeslayers.files import one_writer, write_atomically
 from bayeslayers.layers import POSTERIOR_SUFFIXES
 from bayeslayers.sampling import sites_of
 from bayeslayers.storage.card import Card, PosteriorError, card_from_json, first_bad_field, likelihood_in
@@ -129,7 +129,7 @@ def halved(tensors: dict[str, Tensor], means: set[str]) -> dict[str, Tensor]:
 
 
 def write_folder(folder: Path, contents: dict[str, bytes]) -> None:
-    """Make or replace a posterior's folder atomically.
+    """Make or replace a posterior's folder atomically; of several writers the last one's stays.
 
     Args:
         folder: Folder, resolved.
@@ -139,18 +139,25 @@ def write_folder(folder: Path, contents: dict[str, bytes]) -> None:
         FileExistsError: If the folder holds anything but a posterior.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists() and not _replaceable(folder):
-        raise FileExistsError(
-            f"folder must be new, empty or a posterior, got {folder}, which holds something else. Choose another."
-        )
+    with one_writer(folder.parent):
+        _refuse_other_contents(folder)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for name, content in contents.items():
             write_atomically(fresh / name, content)
         fresh.chmod(0o755)
-        _replace_folder(fresh, folder)
+        with one_writer(folder.parent):
+            _refuse_other_contents(folder)
+            _replace_folder(fresh, folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _refuse_other_contents(folder: Path) -> None:
+    if folder.exists() and not _replaceable(folder):
+        raise FileExistsError(
+            f"folder must be new, empty or a posterior, got {folder}, which holds something else. Choose another."
+        )
 
 
 def _replaceable(folder: Path) -> bool:
