@@ -6,6 +6,7 @@ from bayeslayers import distributed, plots
 from bayeslayers.conformal import ConformalFit, conformal
 from bayeslayers.continual import posterior_to_prior
 from bayeslayers.convert import ConversionReport, last_layer, norms, register_rule, to_bayesian, to_deterministic
+from bayeslayers.corruptions import corrupt
 from bayeslayers.diagnosis import Diagnosis, Finding, TensorDiagnosis, diagnose
 from bayeslayers.evaluate import Evaluation, evaluate
 from bayeslayers.export import to_exported, to_onnx
@@ -40,6 +41,7 @@ from bayeslayers.layers import (
 )
 from bayeslayers.likelihoods import Bernoulli, Categorical, Gaussian
 from bayeslayers.merge import merge
+from bayeslayers.metrics.corrupted import CorruptionMetrics
 from bayeslayers.optim import BBB, IVON, KFAC, OGN, SWAG, VOGN, NoisyKFAC
 from bayeslayers.prediction import Prediction, SlidingWindow, predict
 from bayeslayers.prediction.linearised import linearised_moments, linearised_outputs
@@ -80,6 +82,7 @@ __all__ = [
     "Categorical",
     "ConformalFit",
     "ConversionReport",
+    "CorruptionMetrics",
     "Diagnosis",
     "Evaluation",
     "Finding",
@@ -99,6 +102,7 @@ __all__ = [
     "VOGN",
     "attach_posterior",
     "conformal",
+    "corrupt",
     "diagnose",
     "distributed",
     "evaluate",

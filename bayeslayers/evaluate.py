@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bayeslayers.batches import Labelled, Unlabelled, input_batches, labelled_batches, with_progress
+from bayeslayers.corruptions import KINDS, SEVERITIES, check_images, check_kinds, corrupted_batches
 from bayeslayers.display import as_text, printable
 from bayeslayers.distributed import is_distributed
 from bayeslayers.inputs import Batch, Inputs
@@ -18,6 +20,7 @@ from bayeslayers.likelihoods import Gaussian, Likelihood, likelihood_of
 from bayeslayers.method import method_of
 from bayeslayers.metrics.calibration import Reliability
 from bayeslayers.metrics.classification import ClassificationRecord
+from bayeslayers.metrics.corrupted import CorruptionMetrics
 from bayeslayers.metrics.elements import RANKED, as_uncertainty, per_example, uncertainties
 from bayeslayers.metrics.ranking import RiskCoverage, two_sets
 from bayeslayers.metrics.regression import RegressionRecord
@@ -27,7 +30,7 @@ from bayeslayers.prediction.shared import shared_predictions, skip_samples
 from bayeslayers.recalibrate import Recalibration
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Evaluation:
             example has several), "variance", "epistemic", "aleatoric".
         ood: The same uncertainties for each out-of-distribution set.
         class_iou: Intersection over union of each class of a segmentation, NaN for a class without any; else None.
+        corruptions: Metrics of corrupted images by kind and severity; None where they were not asked for.
     """
 
     likelihood: str
@@ -57,6 +61,7 @@ class Evaluation:
     scores: dict[str, Tensor] = field(default_factory=dict)
     ood: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     class_iou: Tensor | None = None
+    corruptions: CorruptionMetrics | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metrics and the reliability diagram, ready for JSON: None stands for NaN."""
@@ -70,9 +75,12 @@ class Evaluation:
             plain["reliability"] = {key: without_nan(value.tolist()) for key, value in vars(self.reliability).items()}
         if self.class_iou is not None:
             plain["class_iou"] = without_nan(self.class_iou.tolist())
+        if self.corruptions is not None:
+            plain["corruptions"] = self.corruptions.to_dict()
         return plain
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
+        from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
@@ -82,7 +90,7 @@ class Evaluation:
         table.add_column("value", justify="right")
         for key, value in self.metrics.items():
             table.add_row(Text(printable(key), overflow="fold"), f"{value:.4g}")
-        return table
+        return Group(table, *([] if self.corruptions is None else [self.corruptions]))
 
     def __str__(self) -> str:
         return as_text(self)
@@ -93,6 +101,7 @@ def evaluate(
     data: Labelled,
     *,
     ood: Mapping[str, Unlabelled] | None = None,
+    corruptions: bool | Sequence[str] = False,
     num_samples: int = 64,
     likelihood: Likelihood | None = None,
     generator: torch.Generator | None = None,
@@ -112,7 +121,8 @@ def evaluate(
     example, as in segmentation, metrics are over positions; adaptive_ece is left out, and miou is added, the mean of
     `class_iou` over the classes that occur. Regression: rmse; nll, crps and coverage_LEVEL of the central interval,
     under the Gaussian of the predictive mean and variance; mixture_nll, under the mixture of all samples. OOD
-    detection: NAME/auroc_SCORE, NAME/fpr95_SCORE.
+    detection: NAME/auroc_SCORE, NAME/fpr95_SCORE. Corruptions: corrupted_accuracy, corrupted_nll and corrupted_ece,
+    means over kinds and severities; `corruptions` has each.
 
     Scores are confidence, entropy (total uncertainty) and epistemic (the mutual information); for regression they
     are variance and epistemic. docs/evaluation.md defines every metric and names its source.
@@ -122,6 +132,9 @@ def evaluate(
         data: A loader or other iterable of batches (x, y), or one tuple (x, y). x is a tensor, `Inputs`, a mapping of
             keyword arguments or a tuple of positional ones; a batch may also be one mapping with a key "labels".
         ood: Out-of-distribution data by name: iterables of x or (x, y), or one batch x.
+        corruptions: True also evaluates images in [0, 1] with each of the 15 corruptions of `corrupt` at 5 severities;
+            a list of names takes some of them. `data` is read once more for each. The corrupted images depend on the
+            seed of the generator (0 without one) and on the batches, not on the model.
         num_samples: Posterior samples per batch.
         likelihood: As for `predict`.
         generator: Source of the samples; every batch has its own.
@@ -133,8 +146,9 @@ def evaluate(
         **options: Further arguments of `predict`, such as `method`, `output` and `batch_size`.
 
     Raises:
-        TypeError: If `data` or `ood` yields no tensors.
-        ValueError: If one is empty, targets do not fit the predictions, or predictions are not finite.
+        TypeError: If `data` or `ood` yields no tensors; with corruptions, if `data` can be read only once.
+        ValueError: If one is empty, targets do not fit the predictions, or predictions are not finite; if a kind of
+            corruption is unknown, inputs are not images in [0, 1], or targets are real.
 
     Example:
         >>> import torch, bayeslayers as bl
@@ -148,6 +162,7 @@ def evaluate(
     if not isinstance(ood, Mapping | None):
         raise TypeError(f"ood must map names to data, got {type(ood).__name__}. Write ood={{'name': data}}.")
     likelihood = likelihood or likelihood_of(model)
+    kinds = _kinds(corruptions, data, likelihood)
     options["method"] = options.get("method") or method_of(model)  # every batch by whole networks
     if ignore_index is None:
         ignore_index = getattr(likelihood, "ignore_index", None)
@@ -164,14 +179,24 @@ def evaluate(
         found = (partial(_predicted_batch, predicted, likelihood, *batch) for batch in batches)
         return shared_predictions(found, skip, likelihood) if sync and is_distributed() else (make() for make in found)
 
-    record, samples = None, 0
-    for prediction, y in in_order(labelled_batches("data", _shown(data, "data", progress), sync)):
-        assert y is not None
-        if record is None:
-            record = ClassificationRecord(prediction, ignore_index) if likelihood.discrete else RegressionRecord()
-        record.add(prediction, y)
-        samples = max(samples, prediction.num_samples)
-    assert record is not None
+    def recorded(batches: Iterable[tuple[Batch, Tensor]]) -> tuple[ClassificationRecord | RegressionRecord, int]:
+        record, samples = None, 0
+        for prediction, y in in_order(batches):
+            assert y is not None
+            if record is None:
+                record = ClassificationRecord(prediction, ignore_index) if likelihood.discrete else RegressionRecord()
+            record.add(prediction, y)
+            samples = max(samples, prediction.num_samples)
+        assert record is not None
+        return record, samples
+
+    def labelled(name: str) -> Iterator[tuple[Any, Tensor]]:
+        for x, y in labelled_batches("data", _shown(data, name, progress), sync):
+            if kinds:
+                check_images(x)
+            yield x, y
+
+    record, samples = recorded(labelled("data"))
     scores, metrics, ood_scores = record.scores(), record.metrics(), {}
     for name, inputs in (ood or {}).items():
         batches = ((x, None) for x in input_batches(f"ood[{name!r}]", _shown(inputs, name, progress), sync))
@@ -180,8 +205,38 @@ def evaluate(
     common = likelihood.name, record.num_examples, samples, metrics
     if isinstance(record, RegressionRecord):
         return Evaluation(*common, scores=scores, ood=ood_scores)
+    corrupted = None
+    if kinds:
+        seed = 0 if generator is None else generator.initial_seed()
+        own = (dist.get_rank(), dist.get_world_size()) if sync and is_distributed() else (0, 1)
+
+        def fit(kind: str, severity: int) -> dict[str, float]:
+            batches = corrupted_batches(labelled(f"{kind} {severity}"), kind, severity, seed, *own)
+            found, _ = recorded(batches)
+            assert isinstance(found, ClassificationRecord)
+            return found.fit()
+
+        corrupted = CorruptionMetrics.of(metrics, {kind: [fit(kind, level) for level in SEVERITIES] for kind in kinds})
+        metrics |= corrupted.summary()
     iou = record.class_iou() if record.dense else None
-    return Evaluation(*common, record.reliability(), record.risk_coverage(), scores, ood_scores, iou)
+    return Evaluation(*common, record.reliability(), record.risk_coverage(), scores, ood_scores, iou, corrupted)
+
+
+def _kinds(corruptions: bool | Sequence[str], data: Labelled, likelihood: Likelihood) -> tuple[str, ...]:
+    """Return the kinds of corruption that are asked for, none for False.
+
+    Raises:
+        TypeError: If data can be read only once.
+        ValueError: If a kind is unknown, or targets are real.
+    """
+    if corruptions is False:
+        return ()
+    kinds = check_kinds("corruptions", KINDS if corruptions is True else corruptions)
+    if isinstance(data, Iterator):
+        raise TypeError("data must be read once for each corruption, got an iterator. Pass the loader, or one (x, y).")
+    if not likelihood.discrete:
+        raise ValueError(f"corruptions must be left out for real targets, got {len(kinds)} of them.")
+    return kinds
 
 
 def _predicted_batch(

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = {
     "bayeslayers": """
         checks files dtypes unwrap inputs outputs display batches distributed distributions likelihoods curvature
-        layers sampling convert storage method optim prediction laplace merge export continual metrics recalibrate
-        conformal evaluate diagnosis plots
+        corruptions layers sampling convert storage method optim prediction laplace merge export continual metrics
+        recalibrate conformal evaluate diagnosis plots
     """.split(),
     "zoo": """
         images permutations normalise encoder_weights backbones registry cost networks transforms untrusted hub loading

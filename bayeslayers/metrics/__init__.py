@@ -7,12 +7,14 @@ all probabilities. The tests compare them with torchmetrics, whose calibration e
 from bayeslayers.metrics.calibration import CalibrationBins, Reliability, adaptive_calibration_error
 from bayeslayers.metrics.classification import ClassificationRecord, classification_metrics
 from bayeslayers.metrics.continual import average_accuracy, backward_transfer
+from bayeslayers.metrics.corrupted import CorruptionMetrics
 from bayeslayers.metrics.ranking import Levels, RiskCoverage, ScoreHistogram, ood_auroc
 from bayeslayers.metrics.regression import RegressionRecord, gaussian_crps, gaussian_nll
 
 __all__ = [
     "CalibrationBins",
     "ClassificationRecord",
+    "CorruptionMetrics",
     "Levels",
     "RegressionRecord",
     "Reliability",

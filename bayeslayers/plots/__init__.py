@@ -5,6 +5,7 @@ atomically, as PNG, SVG or PDF according to the suffix.
 """
 
 from bayeslayers.plots.continual import accuracy_matrix, forgetting_curves
+from bayeslayers.plots.corruption import corruption_boxes
 from bayeslayers.plots.functions import decision_boundary, regression_bands
 from bayeslayers.plots.panels import predictive_panels, segmentation_panels
 from bayeslayers.plots.quality import (
@@ -18,6 +19,7 @@ from bayeslayers.plots.training import signal_to_noise, training_curves, trainin
 __all__ = [
     "accuracy_by_confidence",
     "accuracy_matrix",
+    "corruption_boxes",
     "decision_boundary",
     "forgetting_curves",
     "predictive_panels",

@@ -23,6 +23,7 @@ from recipes.reports.metrics import is_headline, meaning, score_in_words
 from recipes.training.run_folder import REPORT
 
 REPORT_HTML = "report.html"
+CORRUPTIONS = "corruptions.png"
 _THUMBNAIL = 112  # pixels along the longer side
 
 
@@ -33,7 +34,8 @@ def report_html(result: EvaluationResult) -> str:
         result: What was measured.
     """
     request, evaluation = result.request, result.evaluation
-    sections = [Section("Figures", pictures=_figures(evaluation)), *_training(result), *result.sections]
+    figures = Section("Figures", pictures=_figures(evaluation))
+    sections = [figures, *_corrupted(result), *_training(result), *result.sections]
     return _template().render(
         title=f"{request.posterior} on {request.data}",
         evaluation=evaluation,
@@ -47,15 +49,17 @@ def report_html(result: EvaluationResult) -> str:
 
 
 def write_report(result: EvaluationResult, folder: str | Path) -> None:
-    """Write `report.html` and `report.json`, each whole or not at all.
+    """Write `report.html`, `report.json`, and `corruptions.png` where there are any, each whole or not at all.
 
     Args:
         result: What they show.
         folder: Made if there is none.
     """
-    contents = {REPORT_HTML: report_html(result), REPORT: result.to_json()}
+    contents = {REPORT_HTML: report_html(result).encode(), REPORT: result.to_json().encode()}
+    if result.evaluation.corruptions is not None:
+        contents[CORRUPTIONS] = rendered(plots.corruption_boxes({result.request.posterior: result.evaluation}))
     for name, content in contents.items():
-        write_atomically(Path(folder) / name, content.encode())
+        write_atomically(Path(folder) / name, content)
 
 
 @cache
@@ -101,6 +105,15 @@ def _figures(evaluation: Evaluation) -> list[Picture]:
             text = f"OOD examples should lie further right than known examples by {words}."
             pictures.append(Picture(plots.score_histograms(evaluation, score), f"Known and OOD by {score}", [[text]]))
     return pictures
+
+
+def _corrupted(result: EvaluationResult) -> Sequence[Section]:
+    evaluation = result.evaluation
+    if evaluation.corruptions is None:
+        return []
+    text = "Severity 1 is the weakest. A good posterior loses confidence as it loses accuracy: its ECE stays low."
+    boxes = Picture(plots.corruption_boxes(evaluation), "Quality of corrupted images", [[text]])
+    return [Section("Corrupted images", pictures=[boxes], layout="wide")]
 
 
 def _training(result: EvaluationResult) -> Sequence[Section]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import bayeslayers as bl
 from bayeslayers.checks import at_least_one
+from bayeslayers.corruptions import KINDS, check_kinds
 from bayeslayers.distributed import is_distributed
 from recipes.data.examples import Examples, InOrder
 from recipes.data.names import without_folders
@@ -39,6 +40,7 @@ class EvaluationRequest:
         method: How to predict, as in `bl.predict`; None for what the posterior's card says.
         limit: Use so many examples of each set alone.
         batch_size: Examples per forward pass.
+        corruptions: Kinds of corruption that images are also measured with, as `bl.corrupt` names them.
     """
 
     posterior: str
@@ -49,14 +51,17 @@ class EvaluationRequest:
     method: str | None = None
     limit: int | None = None
     batch_size: int = 250
+    corruptions: Sequence[str] = ()
 
     def command(self) -> str:
         """Return the command that asks this, without where things are on this machine."""
         words = ["bayeslayers", "evaluate", without_folders(self.posterior)]
-        for option in dataclasses.fields(self)[1:]:
+        for option in dataclasses.fields(self)[1:-1]:
             value = getattr(self, option.name)
             for word in value if option.name == "ood" else [value] if value != option.default else []:
                 words += [f"--{option.name.replace('_', '-')}", without_folders(str(word))]
+        if self.corruptions:
+            words += ["--corruptions", *([] if set(self.corruptions) == set(KINDS) else [",".join(self.corruptions)])]
         return shlex.join(words)
 
 
@@ -117,16 +122,19 @@ class EvaluationResult:
     def to_json(self) -> str:
         """Return the text of `report.json`."""
         asked = dataclasses.asdict(self.request) | {"ood": list(self.request.ood)}
+        del asked["corruptions"]  # their metrics name them
         plain: dict[str, Any] = {"command": self.command, "versions": self.versions} | asked
         return json.dumps(plain | self.evaluation.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
 def check_request(request: EvaluationRequest) -> None:
-    """Refuse a count below 1."""
+    """Refuse a count below 1, and an unknown kind of corruption."""
     for name in ("num_samples", "batch_size"):
         at_least_one(name, getattr(request, name))
     if request.limit is not None:
         at_least_one("limit", request.limit)
+    if request.corruptions:
+        check_kinds("corruptions", request.corruptions)
 
 
 def measure(
@@ -171,6 +179,7 @@ def evaluate_network(
         model,
         batches(data),
         ood={name: batches(examples) for name, examples in (ood or {}).items()},
+        corruptions=list(request.corruptions) or False,
         num_samples=request.num_samples,
         generator=torch.Generator(device).manual_seed(request.seed),
         progress=progress,

@@ -26,6 +26,9 @@ _MEANING = {
     r"aurc": "Area under the risk-coverage curve: the error rate averaged over how much is kept. Lower is better.",
     r"coverage_at_risk_(?P<risk>[\d.]+)": "Largest share of examples that can be kept with an error rate of at most "
     "{risk}. Higher is better.",
+    r"corrupted_accuracy": "Accuracy of corrupted images, averaged over kinds and severities. Higher is better.",
+    r"corrupted_nll": "Negative log-likelihood of corrupted images, averaged likewise. Lower is better.",
+    r"corrupted_ece": "Calibration error of corrupted images, averaged likewise. Lower is better.",
     r"miou": "Intersection over union, averaged over classes. Higher is better.",
     r"rmse": "Root mean squared error, in the target's units. Lower is better.",
     r"crps": "Continuous ranked probability score, in the target's units. Lower is better.",
@@ -36,7 +39,7 @@ _MEANING = {
     "is better.",
 }
 _HEADLINE = re.compile(
-    "accuracy|(mixture_)?nll|brier|ece|aurc|miou|rmse|crps|misclassification_auroc_confidence"
+    "(corrupted_)?(accuracy|nll|ece)|mixture_nll|brier|aurc|miou|rmse|crps|misclassification_auroc_confidence"
     "|.+/auroc_(entropy|epistemic|variance)"
 )
 

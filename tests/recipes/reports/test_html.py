@@ -16,10 +16,11 @@ from torch.testing import assert_close
 
 import bayeslayers as bl
 import zoo
+from bayeslayers.corruptions import KINDS
 from recipes.cli import main
 from recipes.data.split import load_split
 from recipes.reports.html import report_html, write_report
-from recipes.reports.measure import EvaluationRequest, EvaluationResult
+from recipes.reports.measure import EvaluationRequest, EvaluationResult, check_request
 from recipes.reports.metrics import meaning
 from recipes.tasks.classification import MISTAKES, Mistake, find_mistakes, mistakes_section
 from recipes.tasks.evaluate import evaluate
@@ -128,7 +129,7 @@ def test_names_of_others_are_text_and_never_markup():
 
 
 def test_every_metric_of_an_evaluation_has_a_meaning():
-    for key in a_result("entropy").evaluation.metrics:
+    for key in (*a_result("entropy").evaluation.metrics, *(f"corrupted_{key}" for key in ("accuracy", "nll", "ece"))):
         assert re.search(r"(Higher|Lower) is better\.$", meaning(key)) and not re.search("[{}]", meaning(key)), key
     assert "“far”" in meaning("far/auroc_epistemic") and "mutual information" in meaning("far/auroc_epistemic")
     assert meaning("colour") == ""
@@ -210,6 +211,61 @@ def test_the_command_prints_a_table_and_writes_a_report(capsys, mlp, data_root, 
     assert main([*words, "--limit", "50", "--json", "--method", "mean"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["num_samples"] == 1 and found["metrics"]["accuracy"] <= 1
+
+
+def test_corruptions_are_measured_in_order_and_drawn(capsys, mlp, data_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ["evaluate", str(mlp), "--data-root", str(data_root), "--num-samples", "2", "--limit", "20", "--seed", "3"]
+    words += ["--batch-size", "8", "--corruptions", "fog, contrast"]
+    assert main([*words, "--report", str(tmp_path / "out")]) == 0
+    out, error = capsys.readouterr()
+    assert "severity" in out and "Means over 2 kinds of corruption." in out and "corruptions.png" in out and not error
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "corruptions.png",
+        "report.html",
+        "report.json",
+    ]
+    with Image.open(tmp_path / "out/corruptions.png") as picture:
+        assert picture.width > 1000
+    page = Reader((tmp_path / "out/report.html").read_text())
+    assert "Corrupted images" in page.text and "--batch-size 8 --corruptions fog,contrast" in page.text
+    pictures = [attributes["alt"] for tag, attributes in page.elements if tag == "img"]
+    assert "Quality of corrupted images" in pictures
+    known = load_split("mnist", data_root, train=False).limited(20)
+    batches = [(known.inputs(slice(k, k + 8)), known.labels[k : k + 8]) for k in (0, 8, 16)]
+    expected = bl.evaluate(
+        zoo.load(mlp),
+        batches,
+        corruptions=["fog", "contrast"],
+        num_samples=2,
+        generator=torch.Generator().manual_seed(3),
+    )
+    assert main([*words, "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "out/report.json").read_text()
+    found = json.loads(printed)["corruptions"]
+    assert found["kinds"].keys() == {"fog", "contrast"} and found["mean"]["nll"] == pytest.approx(
+        expected.corruptions.by_severity()["nll"].tolist()
+    )
+
+
+def test_all_corruptions_are_asked_for_by_the_option_alone(monkeypatch):
+    asked = []
+
+    def stop(request, *_, **__):
+        asked.append(request)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("recipes.tasks.evaluate.evaluate", stop)
+    for words, expected in (([], ()), (["--corruptions"], KINDS), (["--corruptions", "snow"], ("snow",))):
+        with pytest.raises(SystemExit):
+            main(["evaluate", "lenet5-mnist", *words])
+        assert tuple(asked[-1].corruptions) == expected
+    assert EvaluationRequest("net", limit=5, corruptions=KINDS).command() == (
+        "bayeslayers evaluate net --limit 5 --corruptions"
+    )
+    with pytest.raises(ValueError, match=r"corruptions must be kinds of corruption, got 'snwo'\. Did you mean 'snow'"):
+        check_request(EvaluationRequest("net", corruptions=["snwo"]))
 
 
 @pytest.mark.parametrize(
