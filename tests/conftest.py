@@ -4,6 +4,7 @@ import os
 
 # Before torch is imported. Some tests fork, and the fork of a process whose OpenMP threads have run waits for them.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hub but those that have one on loopback
 
 import gc
 import struct

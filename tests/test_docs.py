@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bayeslayers as bl
 import zoo
+from bayeslayers.storage.model_card import model_card
+from bayeslayers.storage.posterior import read_card
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -116,6 +118,10 @@ def test_the_page_of_bundled_posteriors_is_made_from_their_cards():
     text = (DOCS / "bundled.md").read_text()
     assert text == script("bundled").page(), "run python docs/bundled.py --pictures"
     assert re.findall(r"^## (.*)", text, re.M) == sorted(zoo.list_posteriors())
+    for name in zoo.list_posteriors():
+        folder = zoo.resolve(name)
+        card = (folder / "README.md").read_text()
+        assert card == model_card(read_card(folder), picture=True), f"run python docs/bundled.py for {name}"
 
 
 def test_every_picture_is_on_a_page_and_is_compact():
@@ -124,5 +130,6 @@ def test_every_picture_is_on_a_page_and_is_compact():
         for link in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", path.read_text()):
             assert (path.parent / link).is_file(), f"{path.name} shows {link}"
             shown.add((path.parent / link).resolve())
-    assert shown == {path for path in (DOCS / "images").rglob("*") if path.is_file()}
+    kept = [*(DOCS / "images").rglob("*"), *(ROOT / "zoo/posteriors").glob("*/picture.png")]
+    assert shown == {path for path in kept if path.is_file()}
     assert all(path.stat().st_size < (1_500_000 if path.suffix == ".gif" else 200_000) for path in shown)

@@ -2,7 +2,7 @@
 
 from zoo import networks  # noqa: F401  which registers the builders
 from zoo.hub import search
-from zoo.loading import download, list_posteriors, load, publish, resolve
+from zoo.loading import download, list_posteriors, load, publish, publish_all, resolve
 from zoo.permutations import permutation
 from zoo.registry import card_of, create, list_models
 from zoo.transforms import transforms
@@ -16,6 +16,7 @@ __all__ = [
     "load",
     "permutation",
     "publish",
+    "publish_all",
     "resolve",
     "search",
     "transforms",

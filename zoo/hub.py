@@ -5,18 +5,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
 from bayeslayers.storage.card import PosteriorError
 from bayeslayers.storage.weight_file import CONFIG, README, WEIGHTS
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi, ModelInfo
+
 _PATIENCE = 10  # seconds to wait for a first answer
 LIBRARY = "bayeslayers"  # the Hub's tag for our posteriors, from `library_name` in their README.md
+ORGANISATION = "bayeslayers"  # whose posteriors are found by plain names; BAYESLAYERS_ORGANISATION names another
+_PLAIN = re.compile(r"[a-z0-9][a-z0-9._]*(?:-[a-z0-9._]+)+(?:@[A-Za-z0-9][A-Za-z0-9._/+-]*)?")  # NETWORK-DATA
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _NAME = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/+-]*))?")
 _REVISION = r"refs/(?:pr|convert)/[^/]+|[^/]+"  # an address encodes slashes in a branch's name as %2F
@@ -36,6 +43,14 @@ class Found(NamedTuple):
     downloads: int
     likes: int
     updated: str
+    tags: tuple[str, ...] = ()
+
+
+class Upload(NamedTuple):
+    """The commit that holds some files: its address, and whether it was made for them or was there before."""
+
+    address: str
+    made: bool
 
 
 def is_name(name: str) -> bool:
@@ -56,6 +71,16 @@ def is_name(name: str) -> bool:
 def is_address(name: str) -> bool:
     """Return whether a name is an address: "hf://...", or a link to a page."""
     return name.lower().startswith(("hf://", "http://", "https://"))
+
+
+def in_organisation(name: str) -> str | None:
+    """Return the repository that a plain name, NETWORK-DATA[@REVISION], has in the organisation; None for other forms.
+
+    >>> in_organisation("resnet18-imagenet@v1"), in_organisation("my_folder"), in_organisation("../a-b")
+    ('bayeslayers/resnet18-imagenet@v1', None, None)
+    """
+    repository = f"{os.environ.get('BAYESLAYERS_ORGANISATION') or ORGANISATION}/{name}"
+    return repository if _PLAIN.fullmatch(name) and is_name(repository) else None
 
 
 def parse(name: str) -> tuple[str, str | None]:
@@ -117,8 +142,8 @@ def fetch(name: str) -> Path:
     return Path(folder)
 
 
-def upload(contents: dict[str, bytes], name: str, message: str, private: bool = False) -> str:
-    """Commit files to a repository of the Hub, creating it if necessary; return the commit's address.
+def upload(contents: dict[str, bytes], name: str, message: str, private: bool = False) -> Upload:
+    """Commit files to a repository of the Hub, creating it if necessary, unless it has just these already.
 
     Args:
         contents: The files.
@@ -137,23 +162,54 @@ def upload(contents: dict[str, bytes], name: str, message: str, private: bool = 
     api = HfApi()
     operations = [CommitOperationAdd(file, content) for file, content in contents.items()]
     with _in_a_sentence(repository, branch):
-        api.create_repo(repository, private=private, exist_ok=True)
-        public = private and not api.model_info(repository).private
+        held = _held(api, repository, branch)
+        if held is None:
+            api.create_repo(repository, private=private, exist_ok=True)
+        public = private and not (held or api.model_info(repository)).private
     if public:
         raise ValueError(f"repository {repository!r} must be private, got a public one that exists already.")
+    if held is not None and _has(held, contents):
+        return Upload(f"{api.endpoint}/{repository}/commit/{held.sha}", made=False)
     with _in_a_sentence(repository, branch):
         if branch is not None:
             api.create_branch(repository, branch=branch, exist_ok=True)
         commit = api.create_commit(repository, operations, commit_message=message, revision=branch)
-    return commit.commit_url
+    return Upload(commit.commit_url, made=True)
 
 
-def search(query: str = "", limit: int = 20) -> list[Found]:
+def _held(api: HfApi, repository: str, revision: str | None) -> ModelInfo | None:
+    """Return what a repository holds, with hashes and sizes; None where it or its revision does not exist."""
+    from huggingface_hub import errors
+
+    try:
+        return api.model_info(repository, revision=revision, files_metadata=True)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        return None
+
+
+def _has(held: ModelInfo, contents: dict[str, bytes]) -> bool:
+    """Return whether a repository has files of these contents, by Git's hashes of them."""
+    files = {file.rfilename: file for file in held.siblings or []}
+
+    def same(name: str, content: bytes) -> bool:
+        if (file := files.get(name)) is None:
+            return False
+        if file.lfs is not None:
+            return file.lfs.sha256 == hashlib.sha256(content).hexdigest()
+        blob = b"blob %d\0" % len(content) + content
+        return file.blob_id == hashlib.sha1(blob, usedforsecurity=False).hexdigest()
+
+    return all(same(name, content) for name, content in contents.items())
+
+
+def search(query: str = "", limit: int = 20, tags: Sequence[str] = ()) -> list[Found]:
     """Return posteriors of the Hub whose name contains the query, most downloaded first.
 
     Args:
         query: Part of the name; empty for all posteriors.
         limit: Largest number of results.
+        tags: Tags that all results have: a task as the Hub names it ("image-classification"), a data set ("mnist", or
+            "dataset:ylecun/mnist" as the Hub names it), a network ("lenet5"), a method ("vogn").
 
     Raises:
         ConnectionError: If the Hub does not answer.
@@ -166,9 +222,17 @@ def search(query: str = "", limit: int = 20) -> list[Found]:
     with _in_a_sentence(query, None):
         # Without a network this fails at once, where the client would warn and retry for half a minute.
         get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
-        models = list(HfApi().list_models(search=query or None, filter=LIBRARY, sort="downloads", limit=limit))
+        wanted = [LIBRARY, *tags]
+        models = list(HfApi().list_models(search=query or None, filter=wanted, sort="downloads", limit=limit))
     return [
-        Found(model.id, model.downloads or 0, model.likes or 0, str(model.last_modified or "")[:10]) for model in models
+        Found(
+            model.id,
+            model.downloads or 0,
+            model.likes or 0,
+            str(model.last_modified or "")[:10],
+            (*(model.tags or ()),),
+        )
+        for model in models
     ]
 
 

@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
 from bayeslayers.checks import did_you_mean
-from bayeslayers.storage.card import PosteriorError
-from bayeslayers.storage.model_card import model_card
+from bayeslayers.storage.card import Card, PosteriorError
+from bayeslayers.storage.model_card import is_generated, model_card
 from bayeslayers.storage.posterior import Stored, read_posterior, write_folder
-from bayeslayers.storage.weight_file import CONFIG, README, WEIGHTS, read_member
+from bayeslayers.storage.weight_file import CONFIG, PICTURE, README, WEIGHTS, read_member
 from zoo import hub
 from zoo.untrusted import build, build_checked
 
 BUNDLED = Path(__file__).parent / "posteriors"
-_README_BYTES = 4 * 2**20
+_README_BYTES = _PICTURE_BYTES = 4 * 2**20
+_PNG = b"\x89PNG\r\n\x1a\n"
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
+
+
+class Published(NamedTuple):
+    """What became of one posterior of `publish_all`.
+
+    Attributes:
+        name: Its bundled name.
+        repository: Its repository on the Hub.
+        address: Address of the commit that holds it; empty where it was not published.
+        uploaded: Whether it was uploaded now, not unchanged there.
+        error: Why it was not published; empty where it was.
+    """
+
+    name: str
+    repository: str
+    address: str = ""
+    uploaded: bool = False
+    error: str = ""
 
 
 def list_posteriors() -> list[str]:
@@ -30,7 +53,9 @@ def resolve(name: str | Path) -> Path:
 
     Args:
         name: A bundled name, a path, or "OWNER/REPO[@REVISION]" on the Hub; they are tried in this order. The last
-            may also be "hf://OWNER/REPO[@REVISION]", or a link to a page of the repository.
+            may also be "hf://OWNER/REPO[@REVISION]", or a link to a page of the repository. A plain name with a
+            hyphen, such as "resnet18-imagenet", that is none of these is looked up in the Hub's organisation
+            "bayeslayers", or in that of the environment variable BAYESLAYERS_ORGANISATION.
 
     Raises:
         ValueError: If there is no such posterior; PosteriorError if it is in a subfolder of that path.
@@ -49,9 +74,17 @@ def resolve(name: str | Path) -> Path:
         return folder
     if isinstance(name, str) and hub.is_name(name):
         return hub.fetch(name)
+    near, where = did_you_mean(str(name)[:100], list_posteriors()), "OWNER/REPO on the Hub"
+    if isinstance(name, str) and (repository := hub.in_organisation(name)):
+        try:
+            return hub.fetch(repository)
+        except (ValueError, OSError) as error:
+            if isinstance(error, PosteriorError) or not (near or isinstance(error, ValueError)):
+                raise
+            where += f", and {repository} {'is not' if isinstance(error, ValueError) else 'cannot be asked for'} there"
     raise ValueError(
-        f"unknown posterior {str(name)!r:.200}: not a bundled name, a folder or OWNER/REPO on the Hub."
-        f"{did_you_mean(str(name)[:100], list_posteriors())} zoo.list_posteriors() has the bundled ones."
+        f"unknown posterior {str(name)!r:.200}: not a bundled name, a folder or {where}."
+        f"{near} zoo.list_posteriors() has the bundled ones."
     )
 
 
@@ -90,31 +123,99 @@ def _filled(stored: Stored, folder: Path) -> nn.Module:
     return model.eval()
 
 
-def publish(folder: str | Path, name: str, private: bool = False) -> str:
-    """Check a posterior and commit its three files to a repository of the Hub; return the commit's address.
+def publish(
+    folder: str | Path,
+    name: str,
+    private: bool = False,
+    *,
+    license: str | None = None,
+    draw: Callable[[nn.Module], bytes | None] | None = None,
+) -> str:
+    """Check a posterior and commit its files to a repository of the Hub; return the commit's address.
 
-    The model card is rewritten under the repository's name, unless its author has edited it.
+    The model card is rewritten under the repository's name, with a picture, unless its author has edited it. Nothing
+    is uploaded where the repository holds the same files already.
 
     Args:
         folder: Folder that `save_posterior` wrote.
         name: "OWNER/REPO", or "OWNER/REPO@BRANCH"; a missing repository or branch is created.
         private: Make the repository private.
+        license: Licence of the posterior, as the Hub names it ("mit"); None for that of its card.
+        draw: Function that returns the picture of the card, a PNG, for the loaded network, or None. The picture is
+            `picture.png` of the folder where that exists, else what `draw` returns, else bars of the card's metrics.
 
     Raises:
         PosteriorError: If the folder's files are missing, damaged or inconsistent.
         ValueError: If the name is not a repository's, or `private` is set and the repository is public.
         OSError: If the Hub denies access or does not answer: PermissionError, ConnectionError.
     """
+    return _publish(folder, name, private, license, draw).address
+
+
+def publish_all(organisation: str, private: bool = False) -> Iterator[Published]:
+    """Publish every bundled posterior under its name, and yield what became of each, whether or not others fail.
+
+    What an organisation has unchanged is not uploaded, so that a second call completes an interrupted one.
+
+    Args:
+        organisation: Owner of the repositories on the Hub.
+        private: Make the repositories private.
+
+    Raises:
+        ValueError: If no repository can have that owner.
+    """
+    names = list_posteriors()
+    hub.parse(f"{organisation}/{names[0]}")
+    for name in names:
+        try:
+            upload = _publish(BUNDLED / name, f"{organisation}/{name}", private)
+        except (ValueError, OSError) as error:
+            yield Published(name, f"{organisation}/{name}", error=str(error))
+        else:
+            yield Published(name, f"{organisation}/{name}", upload.address, upload.made)
+
+
+def _publish(
+    folder: str | Path,
+    name: str,
+    private: bool,
+    license: str | None = None,
+    draw: Callable[[nn.Module], bytes | None] | None = None,
+) -> hub.Upload:
     repository, _ = hub.parse(name)
+    if license is not None and not _LICENCE.fullmatch(license):
+        raise ValueError(f"license must be as the Hub names it, such as 'apache-2.0' or 'mit', got {license!r:.80}.")
     folder = Path(os.path.expanduser(folder))
     stored = _checked(folder)
-    card, files = stored.card, stored.files
-    if card.builder is not None:
-        _filled(stored, folder)
+    card, files = stored.card, dict(stored.files)
+    model = None if card.builder is None else _filled(stored, folder)
     readme = read_member(folder, README, _README_BYTES) if (folder / README).is_file() else b""
-    if readme in (b"", model_card(card).encode()):
-        readme = model_card(dataclasses.replace(card, name=repository)).encode()
+    generated = not readme or is_generated(readme.decode(errors="replace"), card)
+    if license is not None:
+        card = dataclasses.replace(card, license=license)
+        files[CONFIG] = card.to_json().encode()
+    if picture := _picture(folder, card, model, draw):
+        files[PICTURE] = picture
+    if generated:
+        readme = model_card(dataclasses.replace(card, name=repository), picture is not None).encode()
     return hub.upload(files | {README: readme}, name, f"Publish {card.name}", private)
+
+
+def _picture(
+    folder: Path, card: Card, model: nn.Module | None, draw: Callable[[nn.Module], bytes | None] | None
+) -> bytes | None:
+    """Return the picture of a posterior's card, or None where there is nothing to show."""
+    if (folder / PICTURE).is_file():
+        picture = read_member(folder, PICTURE, _PICTURE_BYTES)
+        if not picture.startswith(_PNG):
+            raise PosteriorError(f"{folder / PICTURE} must be a PNG, got a file that is not.")
+        return picture
+    if draw is not None and model is not None and (drawn := draw(model)):
+        return drawn
+    from bayeslayers.plots.canvas import rendered
+    from bayeslayers.plots.metric_bars import has_bars, metric_bars
+
+    return rendered(metric_bars(card.metrics, card.baseline)) if has_bars(card.metrics) else None
 
 
 def download(name: str | Path, output: str | Path | None = None) -> Path:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 import re
 
 from bayeslayers.display import printable
 from bayeslayers.storage.card import Card
+from bayeslayers.storage.front_matter import front_matter, pipeline_tag
+from bayeslayers.storage.weight_file import PICTURE
 
-_PLAIN = re.compile(r"[A-Za-z_]([\w./() ,+-]*[\w)])?", re.ASCII)  # text that YAML needs no quotes for
-_NOT_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}  # which YAML 1.1 reads as something else
+_MOST_SAMPLES = 1000
+_TITLE = re.compile(r"^# (.*)$", re.M)
 
 
-def model_card(card: Card) -> str:
-    """Return the README.md of a posterior: the Hub's front matter, how to use it, and how it was trained."""
-    images = len(card.input_size) != 1
+def model_card(card: Card, picture: bool = False) -> str:
+    """Return the README.md of a posterior: the Hub's front matter, how to use it, and how it was trained.
+
+    Args:
+        card: The posterior's card. Where its name is that of a repository, "OWNER/REPO", the code loads it from there.
+        picture: Show the file `picture.png` beside it.
+    """
     facts = {
         "network": f"`{card.builder}` {json.dumps(card.kwargs)}" if card.builder else "the author's own",
         "images": f"resized to {card.resize}, then cropped to the centre" if card.resize else "",
@@ -25,55 +31,57 @@ def model_card(card: Card) -> str:
         "trained by": f"`{card.recipe}`" if card.recipe else "",
     }
     lines = [f"- {key}: {value}" for key, value in facts.items() if value not in ("", None)]
-    inputs = "images" if images else "x"
-    how = "" if card.method == "sample" else f', method="{card.method}"'
-    name = json.dumps(card.name, ensure_ascii=False)
-    if card.base_model:
-        load = (
-            f"import bayeslayers as bl\n\nmodel = ...  # {printable(card.base_model)} with its adapters\n"
-            f"bl.load_adapters({name}, model)"
-        )
-    elif card.builder:
-        load = f"import bayeslayers as bl, zoo\n\nmodel = zoo.load({name})"
-    else:
-        load = f"import bayeslayers as bl\n\nmodel = ...  # the author's own network\nbl.load_posterior({name}, model)"
+    shown = f"![Picture of {card.name}]({PICTURE})\n\n" if picture else ""
     return (
-        f"---\n{_front_matter(card, images)}\n---\n\n# {card.name}\n\n"
-        f"A Gaussian posterior over the weights of a network: means and precisions.\n\n```python\n{load}\n"
-        f"prediction = bl.predict(model, {inputs}, num_samples=64{how})\n```\n\n"
-        + "\n".join(lines)
-        + f"\n\n{_metrics_table(card)}{card.notes}\n"
+        f"---\n{front_matter(card)}\n---\n\n# {card.name}\n\n"
+        f"A Gaussian posterior over the weights of a network: means and precisions.\n\n{shown}"
+        f"```python\n{_code(card)}\n```\n\n" + "\n".join(lines) + f"\n\n{_metrics_table(card)}{card.notes}\n"
     )
 
 
-def _front_matter(card: Card, images: bool) -> str:
-    """Return the metadata that the Hub reads, in YAML: that of `huggingface_hub.ModelCardData`, without the package."""
-    lines = ["library_name: bayeslayers"]
-    lines += [f"license: {_yaml(card.license)}"] if card.license else []
-    lines += [f"base_model: {_yaml(card.base_model)}"] if card.base_model else []
-    metrics = {key: card.metrics[key] for key in ("accuracy", "nll", "ece") if card.dataset and key in card.metrics}
-    lines += [] if metrics else [f"model_name: {_yaml(card.name)}"]
-    lines += ["tags:", "- bayesian", "- uncertainty", "- variational-inference"]
-    if not metrics:
-        return "\n".join(lines)
-    lines += ["model-index:", f"- name: {_yaml(card.name)}", "  results:"]
-    lines += ["  - task:", f"      type: {'image' if images else 'tabular'}-classification", "    dataset:"]
-    lines += [f"      name: {_yaml(card.dataset)}", f"      type: {_yaml(card.dataset.partition(' ')[0].lower())}"]
-    lines += ["    metrics:"]
-    for key, value in metrics.items():
-        lines += [f"    - type: {key}", f"      value: {_yaml(value)}"]
-    return "\n".join(lines)
+def is_generated(text: str, card: Card) -> bool:
+    """Return whether a README.md is as `model_card` wrote it, under any name, so that nobody's words are in it."""
+    if (title := _TITLE.search(text)) is None:
+        return False
+    named = dataclasses.replace(card, name=title[1])
+    return text in (model_card(named), model_card(named, picture=True))
 
 
-def _yaml(value: str | float) -> str:
-    """Return a scalar of YAML 1.1: plain where its text cannot be read as anything else, quoted otherwise."""
-    if not isinstance(value, str):
-        text = {math.inf: ".inf", -math.inf: "-.inf"}.get(value, ".nan" if value != value else repr(value))
-        return text.replace("e", ".0e") if "e" in text and "." not in text else text
-    if _PLAIN.fullmatch(value) and value.lower() not in _NOT_TEXT:
-        return value
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
+def _code(card: Card) -> str:
+    """Return code that loads the posterior and predicts; it runs as it is where the card names the network."""
+    name = json.dumps(card.name, ensure_ascii=False)
+    folder = f"zoo.download({name})" if "/" in card.name else name
+    counted = card.metrics.get("num_samples")
+    samples = counted if isinstance(counted, int) and 1 <= counted <= _MOST_SAMPLES else 64
+    how = "" if card.method == "sample" else f', method="{card.method}"'
+    predict = f"prediction = bl.predict(model, x, num_samples={samples}{how})"
+    if card.base_model or not card.builder:
+        load, whose = "load_posterior", "the author's own network"
+        if card.base_model:
+            load, whose = "load_adapters", f"{printable(card.base_model)} with its adapters"
+        imports = "import bayeslayers as bl" + "\nimport zoo" * ("/" in card.name)
+        return f"{imports}\n\nmodel = ...  # {whose}\nbl.{load}({folder}, model)\n{predict}"
+    regression = card.likelihood == "gaussian"
+    result = (
+        "prediction.mean, prediction.quantile([0.05, 0.95])" if regression else "prediction.labels, prediction.total"
+    )
+    meaning = "means and 90 % intervals" if regression else "classes, and their uncertainty in nats"
+    imports = "import torch\n\nimport bayeslayers as bl\nimport zoo"
+    return f"{imports}\n\nmodel = zoo.load({name})\n{_inputs(card)}\n{predict}\nprint({result})  # {meaning}"
+
+
+def _inputs(card: Card) -> str:
+    """Return code that makes inputs of the right shape, in place of the user's own."""
+    if not card.input_size:
+        return "x = ...  # your inputs"
+    shape = ", ".join(map(str, [2, *card.input_size]))
+    if pipeline_tag(card) == "text-classification":
+        words = card.kwargs.get("vocabulary")
+        words = words if isinstance(words, int) else 2
+        return f"x = torch.randint({words}, ({shape}))  # your sentences, as numbers of tokens"
+    if len(card.input_size) == 3:
+        return f"x = torch.rand({shape})  # your images, in [0, 1]; zoo.transforms(model) reads them from files"
+    return f"x = torch.randn({shape})  # your inputs, one example a row"
 
 
 def _metrics_table(card: Card) -> str:

@@ -24,6 +24,7 @@ from bayeslayers.storage.claims import chosen_likelihood, refuse_unwritten
 from bayeslayers.storage.model_card import model_card
 from bayeslayers.storage.weight_file import (
     CONFIG,
+    PICTURE,
     README,
     WEIGHTS,
     Weights,
@@ -163,7 +164,7 @@ def _refuse_other_contents(folder: Path) -> None:
 def _replaceable(folder: Path) -> bool:
     """Whether a folder is empty or holds only a posterior. Its card decides: any project may have a config.json."""
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    if held - {WEIGHTS, CONFIG, README}:
+    if held - {WEIGHTS, CONFIG, README, PICTURE}:
         return False
     try:
         return not held or bool(read_card(folder))

@@ -24,6 +24,7 @@ from bayeslayers.sampling import posterior
 from bayeslayers.storage.card import PosteriorError
 
 WEIGHTS, CONFIG, README = "model.safetensors", "config.json", "README.md"
+PICTURE = "picture.png"  # which README.md may show; a folder need not have it
 _HEADER_BYTES = 4 * 2**20  # names and shapes of some 30,000 tensors
 _FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _WHOLE = {

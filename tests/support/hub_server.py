@@ -22,6 +22,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 TOKEN = "hf_of_ada"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {size}\n"
 CONFIG = """
@@ -46,13 +48,22 @@ class Hub(ThreadingHTTPServer):
         self.private: set[str] = set()
         self.log: list[str] = []
         self.down = self.damaged = False
+        self.broken: set[str] = set()  # repositories to which commits fail
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def git(self, repository: str, *words: str, data: bytes = b"") -> str:
+        """Return what a command of Git prints about a repository."""
+        return self.run_git(repository, *words, data=data).decode().strip()
+
+    def raw(self, repository: str, path: str, revision: str = "main") -> bytes:
+        """Return the content of a file."""
+        return self.run_git(repository, "show", f"{revision}:{path}")
+
+    def run_git(self, repository: str, *words: str, data: bytes = b"") -> bytes:
         who = {f"GIT_{role}_{key}": "ada" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
         command = ["git", "-C", str(self.mirrors / repository), *words]
         done = subprocess.run(command, input=data, capture_output=True, check=True, env={**os.environ, **who})
-        return done.stdout.decode().strip()
+        return done.stdout
 
     def has(self, repository: str, revision: str = "main") -> bool:
         with contextlib.suppress(subprocess.CalledProcessError):
@@ -111,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
         ):
             self.reply(401, error="RepoNotFound")
         elif self.command in ("GET", "HEAD"):
-            self.read(repository, rest)
+            self.read(repository, rest, "blobs" in query)
         elif not writer and not path.startswith("/lfs/"):  # whose addresses are signed
             self.reply(403 if "Authorization" in self.headers else 401)
         else:
@@ -119,20 +130,51 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
+    def tags(self, repository: str) -> list[str]:
+        """Return the tags of a repository, which the Hub takes from the head of its README.md."""
+        if "README.md" not in self.server.git(repository, "ls-tree", "--name-only", "main").split():
+            return []
+        text = self.server.git(repository, "show", "main:README.md")
+        head = yaml.safe_load(text.split("---\n")[1])
+        own = [head.get("library_name"), head.get("pipeline_tag"), *head.get("tags", [])]
+        pairs = [f"dataset:{name}" for name in head.get("datasets", [])]
+        pairs += [f"license:{head['license']}"] if "license" in head else []
+        return [tag for tag in (*own, *pairs) if tag]
+
     def search(self, query: dict[str, list[str]]) -> None:
-        assert query["filter"] == ["bayeslayers"]
+        assert query["filter"][0] == "bayeslayers"
         wanted = query.get("search", [""])[0]
         names = sorted(str(p.parent.relative_to(self.server.mirrors)) for p in self.server.mirrors.glob("*/*/.git"))
         shown = [name for name in names if wanted in name and name not in self.server.private]
-        facts = {"downloads": 3, "likes": 1, "lastModified": "2026-01-02T03:04:05.000Z", "tags": [], "private": False}
-        self.reply(200, [{"_id": name, "id": name, **facts} for name in shown[: int(query["limit"][0])]])
+        tags = {name: self.tags(name) for name in shown}
+        shown = [name for name in shown if {*query["filter"]} <= {*tags[name]}]
+        facts = {"downloads": 3, "likes": 1, "lastModified": "2026-01-02T03:04:05.000Z", "private": False}
+        found = [{"_id": name, "id": name, "tags": tags[name], **facts} for name in shown]
+        self.reply(200, found[: int(query["limit"][0])])
 
-    def read(self, repository: str, rest: str) -> None:
+    def files(self, repository: str, revision: str) -> list[dict[str, object]]:
+        """Return the files of a revision with their sizes and hashes, those of LFS by what their pointers say."""
+        found = []
+        for line in self.server.git(repository, "ls-tree", "-r", "-l", revision).splitlines():
+            (_, _, blob, size), path = line.split("\t")[0].split(), line.split("\t")[1]
+            file: dict[str, object] = {"rfilename": path, "blobId": blob, "size": int(size)}
+            if path.endswith(".safetensors"):
+                oid, length = re.findall(r"sha256:(\w+)\nsize (\d+)", self.server.git(repository, "show", blob))[0]
+                file |= {"size": int(length), "lfs": {"sha256": oid, "size": int(length), "pointerSize": int(size)}}
+            found.append(file)
+        return found
+
+    def read(self, repository: str, rest: str, hashes: bool) -> None:
         revision = re.match(r"(?:revision|tree|resolve)/([^/]+)", rest)
-        if rest == "":
-            self.reply(200, {"_id": "1", "id": repository, "private": repository in self.server.private})
-        elif revision and not self.server.has(repository, unquote(revision[1])):
+        if revision and not self.server.has(repository, unquote(revision[1])):
             self.reply(404, error="RevisionNotFound")
+        elif rest == "" or hashes:
+            told: dict[str, object] = {"_id": "1", "id": repository, "private": repository in self.server.private}
+            if hashes:
+                name = unquote(revision[1]) if revision else "main"
+                told |= {"sha": self.server.git(repository, "rev-parse", name)}
+                told |= {"siblings": self.files(repository, name)}
+            self.reply(200, told)
         else:
             upstream = http.client.HTTPConnection("127.0.0.1", self.server.olah)
             sent = {key: value for key, value in self.headers.items() if key.lower() not in ("host", "connection")}
@@ -183,6 +225,8 @@ class Handler(BaseHTTPRequestHandler):
             (objects / oid[:2] / oid[2:4] / oid).write_bytes(body)
             return self.reply(200)
         assert kind == "commit", path
+        if repository in server.broken:
+            return self.reply(500)
         items = {line["key"]: [] for line in map(json.loads, body.splitlines())}
         for line in map(json.loads, body.splitlines()):
             items[line["key"]].append(line["value"])

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 
 import huggingface_hub.constants as settings
 import pytest
 import torch
-from support.hub_server import TOKEN, free_port, running
+from support.hub_server import TOKEN, free_port
+from support.small_posterior import same, saved, uncertain
 from torch.testing import assert_close
 
 import bayeslayers as bl
@@ -22,58 +21,13 @@ from zoo import hub as client
 from zoo.loading import download, publish
 
 pytestmark = [
-    pytest.mark.skipif(
-        shutil.which("git") is None or importlib.util.find_spec("olah") is None, reason="needs git, and olah from PyPI"
-    ),
+    pytest.mark.usefixtures("home"),
     pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning"),  # of huggingface_hub's, in its own upload
 ]
 
 
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("hub")) as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch, hub):
-    """A user's own cache and token, and the Hub on loopback in place of the real one."""
-    monkeypatch.setattr(settings, "ENDPOINT", hub.url)
-    monkeypatch.setattr(settings, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(settings, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(settings, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(settings, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    hub.down = hub.damaged = False
-    hub.log.clear()
-    return tmp_path
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    model = zoo.create("mlp", widths=[5], input_size=[1, 4, 4], num_classes=3)
-    with torch.no_grad():
-        for site in bl.posterior(model):
-            site.precision.uniform_(1.0, 50.0)
-    return model
-
-
-def predicted(model):
-    x = torch.linspace(0, 1, 32).reshape(2, 1, 4, 4)
-    return bl.predict(model, x, 4, generator=torch.Generator().manual_seed(0)).probs
-
-
-def saved(folder, seed=0):
-    bl.save_posterior(network(seed), folder, dataset="digits", metrics={"accuracy": 0.5})
-    return folder
-
-
-def same(name, seed=0):
-    assert_close(predicted(zoo.load(name)), predicted(network(seed)), rtol=0, atol=0)
-
-
 def test_publish_then_load_predicts_the_same(home, hub):
-    address = publish(saved(home / "mine"), "ada/first")
+    address = publish(saved(home / "mine", metrics={"accuracy": 0.5}), "ada/first")
     assert address.startswith(f"{hub.url}/ada/first/commit/")
     same("ada/first")
     assert hub.git("ada/first", "ls-tree", "--name-only", "main").split() == [
@@ -81,6 +35,7 @@ def test_publish_then_load_predicts_the_same(home, hub):
         "README.md",
         "config.json",
         "model.safetensors",
+        "picture.png",
     ]
     assert hub.git("ada/first", "show", "main:model.safetensors").startswith("version https://git-lfs")
     folder = zoo.resolve("ada/first")
@@ -330,7 +285,13 @@ def test_the_command_line_publishes_searches_and_downloads(home, capsys):
     same(home / "copy")
     assert main(["search", "shown", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [
-        {"name": "ada/shown", "downloads": 3, "likes": 1, "updated": "2026-01-02"}
+        {
+            "name": "ada/shown",
+            "downloads": 3,
+            "likes": 1,
+            "updated": "2026-01-02",
+            "tags": "bayeslayers image-classification bayesian uncertainty variational-inference mlp digits".split(),
+        }
     ]
     assert main(["search", "shown"]) == 0
     assert "ada/shown" in capsys.readouterr().out
@@ -348,6 +309,7 @@ def test_the_environment_decides_where_the_hub_is_and_whether_it_is_asked(home, 
     publish(saved(home / "mine"), "ada/env")
     code = "import sys\nfrom recipes.cli import main\nsys.exit(main(['download', 'ada/env']))"
     env = os.environ | {"HF_HOME": str(home / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+    env["HF_HUB_OFFLINE"] = "0"
 
     def run(**more):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env | more)
@@ -363,9 +325,7 @@ def test_the_environment_decides_where_the_hub_is_and_whether_it_is_asked(home, 
 @pytest.mark.parametrize("name", ["text_transformer", "text_lstm"])
 def test_a_network_of_sentences_is_published_and_predicts_a_tokenizers_batch(home, name):
     torch.manual_seed(0)
-    model = zoo.create(name, vocabulary=20, num_classes=3)
-    for site in bl.posterior(model):
-        site.precision.uniform_(1.0, 50.0)
+    model = uncertain(zoo.create(name, vocabulary=20, num_classes=3))
     bl.save_posterior(model, home / "mine", dataset="sentences")
     publish(home / "mine", f"ada/{name}")
     loaded = zoo.load(f"ada/{name}")

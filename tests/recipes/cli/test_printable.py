@@ -127,7 +127,7 @@ def test_verify_evaluate_and_search_show_names_as_text(capsys, monkeypatch, plac
     assert status == 1 and error.startswith("bayeslayers: ")
     status, _, error = run(capsys, monkeypatch, "evaluate", places[1])
     assert status == 1 and error.startswith("bayeslayers: ")
-    monkeypatch.setattr("zoo.hub.search", lambda _: [Found(f"o/{EVIL}", 1, 2, EVIL)])
+    monkeypatch.setattr("zoo.hub.search", lambda *_, **__: [Found(f"o/{EVIL}", 1, 2, EVIL, (EVIL,))])
     status, out, _ = run(capsys, monkeypatch, "search", "x")
     assert status == 0 and out.count("\n") == 1 and "[red]x[/red]" in out
     monkeypatch.setattr("recipes.tasks.evaluate.evaluate", lambda *_, **__: a_result())
