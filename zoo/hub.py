@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _PATIENCE = 10  # seconds to wait for a first answer
 LIBRARY = "bayeslayers"  # the Hub's tag for our posteriors, from `library_name` in their README.md
+_LARGEST = {CONFIG: 2**22, README: 2**22, WEIGHTS: 2**36}  # bytes; an untrusted network has at most 2**33 numbers
 ORGANISATION = "bayeslayers"  # whose posteriors are found by plain names; BAYESLAYERS_ORGANISATION names another
 _PLAIN = re.compile(r"[a-z0-9][a-z0-9._]*(?:-[a-z0-9._]+)+(?:@[A-Za-z0-9][A-Za-z0-9._/+-]*)?")  # NETWORK-DATA
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -134,12 +135,28 @@ def fetch(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     repository, revision = parse(name)
+    for file, size in _sizes(repository, revision).items():
+        if size > (limit := _LARGEST.get(file, size)):
+            raise PosteriorError(f"{file} of {name} must have at most {limit} bytes, got {size}: it is not downloaded.")
     with _in_a_sentence(repository, revision):
         folder = snapshot_download(repository, revision=revision, allow_patterns=[CONFIG, WEIGHTS, README])
     for file in (CONFIG, WEIGHTS):
         if not (Path(folder) / file).is_file():
             raise PosteriorError(f"{name} must be a posterior on the Hub, got a repository without {file}.")
     return Path(folder)
+
+
+def _sizes(repository: str, revision: str | None) -> dict[str, int]:
+    """Return the sizes of a repository's files in bytes; none where the Hub cannot be asked."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return {}
+    try:
+        held = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=_PATIENCE)
+    except Exception:  # the download meets the same and says what it is, or takes the cache
+        return {}
+    return {file.rfilename: file.size or 0 for file in held.siblings or []}
 
 
 def upload(contents: dict[str, bytes], name: str, message: str, private: bool = False) -> Upload:

@@ -29,5 +29,6 @@ def home(tmp_path, monkeypatch, hub):
     monkeypatch.setattr(settings, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.down = hub.damaged = False
+    hub.cuts, hub.meanwhile = 0, None
     hub.log.clear()
     return tmp_path
