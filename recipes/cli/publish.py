@@ -7,6 +7,8 @@ import sys
 
 from recipes.cli.options import typed_path
 
+_REASON = "Nobody may use a posterior without a licence"
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `publish`."""
@@ -50,20 +52,19 @@ def _one(arguments: argparse.Namespace) -> int:
 
     parse(name)
     licence = arguments.license
-    if licence is None and not read_card(arguments.folder).license:
+    missing = licence is None and not read_card(arguments.folder).license
+    if missing and sys.stdin is not None and sys.stdin.isatty():
         licence = _asked()
     print(printable(publish(arguments.folder, name, arguments.private, license=licence, draw=card_picture)))
+    if missing and licence is None:
+        print(f"bayeslayers: {_REASON}: the card names none. Add --license apache-2.0 or another.", file=sys.stderr)
     return 0
 
 
 def _asked() -> str | None:
-    """Return the licence that the user types; None for no answer, or where nobody can be asked."""
-    reason = "Nobody may use a posterior without a licence"
-    if sys.stdin is not None and sys.stdin.isatty():
-        print(f"{reason}. Licence, such as apache-2.0 or mit (empty for none): ", end="", file=sys.stderr, flush=True)
-        return sys.stdin.readline().strip() or None
-    print(f"bayeslayers: {reason}, and the card names none. Add --license apache-2.0 or another.", file=sys.stderr)
-    return None
+    """Return the licence that the user types, None for no answer."""
+    print(f"{_REASON}. Licence, such as apache-2.0 or mit (empty for none): ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip() or None
 
 
 def _all(arguments: argparse.Namespace) -> int:

@@ -228,6 +228,7 @@ COMMANDS = "demo list info predict train publish download search verify compare 
 WORDS = """
 --json --help --version --num-samples --seed --output --method --device --limit --batch-size --ood --data --data-root
 --report --record --all --markdown --rounds --optimizers --models --invert --private --revision --config --resume
+--organisation --tag --license
 --print_config --recipe --optimizer.lr --model --nonsense -x -- lenet5-mnist mlp-blobs mnist/lenet5_vogn toy2d step
 load mean dropout linearised 0 -1 1 2 1e3 99999999999999999999 cpu cuda:7 owner/repo owner/repo@main
 hf://owner/repo@x https://huggingface.co/owner/repo mnist npz: npz:a.npz imagefolder:. ~ ~/x . / /dev/null
@@ -242,7 +243,7 @@ def test_hostile_command_lines_run_nothing(watched, capsys, tmp_path, folders, m
     monkeypatch.setenv("COLUMNS", "60")
     reports = "demo.demo verify.verify verify.record verify_data.load_split benchmark.benchmark_step"
     reports += " benchmark.benchmark_load benchmark_predict.benchmark_predict benchmark_memory.benchmark_memory"
-    work = ["bayeslayers.predict", "zoo.loading.download", "recipes.tasks.task.Task.train"]
+    work = ["bayeslayers.predict", "zoo.loading.download", "zoo.loading.publish_all", "recipes.tasks.task.Task.train"]
     work += ["bayeslayers.diagnosis.tensors.tensors_of"]
     work += ["recipes.tasks.images.load_split", *(f"recipes.reports.{name}" for name in reports.split())]
     for name in work:
