@@ -21,9 +21,12 @@ from torch import Tensor, nn
 
 import bayeslayers as bl
 import zoo
+from bayeslayers.files import write_atomically
 from bayeslayers.likelihoods import likelihood_of
 from bayeslayers.prediction import Prediction, predict
+from bayeslayers.storage.model_card import model_card
 from bayeslayers.storage.posterior import read_posterior
+from bayeslayers.storage.weight_file import PICTURE, README
 from recipes.data.slices import sliced
 from recipes.data.split import NAMES
 from recipes.reports.prediction_metrics import suffix, target_metrics, with_errors_found
@@ -90,7 +93,7 @@ def record(name: str | Path) -> bl.Card:
     """Measure a posterior on the bundled slices, and write the metrics to its folder as its `verification`.
 
     Args:
-        name: A bundled name or a folder, which is rewritten. Its card's metrics say how many draws and
+        name: A bundled name or a folder, which is rewritten but for its picture. Its card's metrics say how many draws and
             which OOD data; sets without a slice are left out.
 
     Raises:
@@ -108,8 +111,13 @@ def record(name: str | Path) -> bl.Card:
     values, _ = measure(model, known, ood, num_samples, seed)
     settings = {"test_examples": len(known), "num_samples": num_samples, "seed": seed}
     rounded = {key: round(value, 5) for key, value in values.items() if not math.isnan(value)}
-    half = read_posterior(folder).half
-    return bl.save_posterior(model, folder, name=card.name, verification=rounded | settings, half=half)
+    half, picture = read_posterior(folder).half, folder / PICTURE
+    kept = picture.read_bytes() if picture.is_file() else None
+    card = bl.save_posterior(model, folder, name=card.name, verification=rounded | settings, half=half)
+    if kept is not None:
+        write_atomically(picture, kept)
+        write_atomically(folder / README, model_card(card, picture=True).encode())
+    return card
 
 
 def compare(

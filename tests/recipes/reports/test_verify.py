@@ -197,7 +197,10 @@ def test_recording_keeps_the_weights_and_everything_else_of_the_card(tmp_path):
         model, tmp_path / "copy", name=NAME, verification={}, metrics={**model.card.metrics, "num_samples": 4}
     )
     before = read_card(tmp_path / "copy")
+    (tmp_path / "copy" / "picture.png").write_bytes(b"a picture")
     after = record(tmp_path / "copy")
+    assert (tmp_path / "copy" / "picture.png").read_bytes() == b"a picture"
+    assert f"![Picture of {NAME}](picture.png)" in (tmp_path / "copy" / "README.md").read_text()
     assert after == read_card(tmp_path / "copy") and after.sha256 == before.sha256 == model.card.sha256
     assert (after.name, after.metrics, after.notes) == (before.name, before.metrics, before.notes)
     assert after.verification["test_examples"] == 300 and after.verification["num_samples"] == 4
