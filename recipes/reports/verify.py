@@ -93,8 +93,8 @@ def record(name: str | Path) -> bl.Card:
     """Measure a posterior on the bundled slices, and write the metrics to its folder as its `verification`.
 
     Args:
-        name: A bundled name or a folder, which is rewritten but for its picture. Its card's metrics say how many draws and
-            which OOD data; sets without a slice are left out.
+        name: A bundled name or a folder, which is rewritten but for its picture. Its card's metrics say how many draws
+            and which OOD data; sets without a slice are left out.
 
     Raises:
         ValueError: If there is no such posterior, its files are bad, or its data has no slice.
