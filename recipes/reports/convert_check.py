@@ -124,10 +124,10 @@ class _Checks:
         """Take a step on a copy of a network, and return whether it moves every tensor; None if there is no step."""
         tried = self.tried
         assert tried is not None
-        reached = self._reached(copy.deepcopy(net).train())
-        stepped, still = copy.deepcopy(net).train(), list[str]()
+        still: list[str] = []
 
         def check() -> bool:
+            reached, stepped = self._reached(copy.deepcopy(net).train()), copy.deepcopy(net).train()
             optimizer = method(stepped, tried.elements)
             before = {name: p.detach().clone() for name, p in stepped.named_parameters()}
             precisions = {site.name: site.precision.clone() for site in bl.posterior(stepped)}

@@ -75,6 +75,13 @@ def test_a_failure_has_its_reason(monkeypatch, network, column, reason):
     assert row.converts is (column != "converts")
 
 
+def test_a_network_that_cannot_run_is_a_row(monkeypatch):
+    monkeypatch.setattr(convert_check, "trial", lambda name: tried(nn.Linear(5, 4)))
+    row = convert_check.check("own")
+    assert row.converts and row.vogn_step is row.ivon_step is row.outputs_equal is False
+    assert "outputs_equal: RuntimeError: mat1 and mat2" in row.reason and "vogn_step: RuntimeError" in row.reason
+
+
 def test_a_tensor_that_stays_is_named(monkeypatch):
     monkeypatch.setattr(convert_check, "trial", lambda name: tried(nn.Linear(4, 4)))
     monkeypatch.setattr(convert_check, "STEP", 0.0)
