@@ -9,10 +9,9 @@ import bayeslayers as bl
 import zoo
 
 
-def network(seed=0):
+def network(seed=0, **kwargs):
     torch.manual_seed(seed)
-    model = zoo.create("mlp", widths=[5], input_size=[1, 4, 4], num_classes=3)
-    return uncertain(model)
+    return uncertain(zoo.create("mlp", **{"widths": [5], "input_size": [1, 4, 4], "num_classes": 3} | kwargs))
 
 
 def uncertain(model):

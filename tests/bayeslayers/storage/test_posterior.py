@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
+from support.small_posterior import network, predicted
 from torch import nn
 from torch.testing import assert_close
 
@@ -26,20 +27,6 @@ from bayeslayers.storage.posterior import read_card, read_posterior
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 WHO = "'output.weight_precision'"
-
-
-def network(seed=0, **kwargs):
-    torch.manual_seed(seed)
-    model = zoo.create("mlp", **{"widths": [5], "input_size": [1, 4, 4], "num_classes": 3} | kwargs)
-    with torch.no_grad():
-        for site in bl.posterior(model):
-            site.precision.uniform_(1.0, 50.0)
-    return model
-
-
-def predicted(model):
-    x = torch.linspace(0, 1, 32).reshape(2, 1, 4, 4)
-    return bl.predict(model, x, 4, generator=torch.Generator().manual_seed(0)).probs
 
 
 @pytest.fixture
