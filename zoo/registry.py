@@ -36,7 +36,7 @@ def create(name: str, pretrained: bool | str = False, **kwargs: Any) -> nn.Modul
     Args:
         name: One of `list_models()`, or "torchvision:NAME", "timm:NAME", "smp:ARCHITECTURE/ENCODER".
         pretrained: Load the library's ordinary weights, for a network of another library; for "smp:" also the name of
-            the encoder's weights, or the path of a file of them.
+            the encoder's weights; for "smp:" and "efficientnet_lite0" also the path of a file of them.
         kwargs: Arguments of its builder, plain values, so that a posterior can record them; for a network of
             another library those of `zoo.backbones.build`.
 
@@ -53,18 +53,28 @@ def create(name: str, pretrained: bool | str = False, **kwargs: Any) -> nn.Modul
         return describe(*backbones.build(name, pretrained, **kwargs))
     if name not in _BUILDERS:
         raise ValueError(f"unknown model {name!r}.{did_you_mean(name, _BUILDERS)} zoo.list_models() has them all.")
-    if pretrained:
-        raise ValueError(f"pretrained must be False for {name!r}: it has no ordinary weights. zoo.load has posteriors.")
     builder = _BUILDERS[name]
-    known = inspect.signature(builder).parameters
+    known = dict(inspect.signature(builder).parameters)
+    fillable = known.pop("weights", None) is not None
     if unknown := [key for key in kwargs if key not in known]:
         raise TypeError(f"arguments of model {name!r} must be among {', '.join(known)}, got {unknown[0]!r}.")
     for key, value in kwargs.items():
         if isinstance(known[key].default, tuple) and not isinstance(value, Sequence):
             raise TypeError(f"{key} of model {name!r} must be a list, got {value!r}.")
-    model = builder(**kwargs)
+    model = builder(**kwargs, **_weights(name, pretrained, fillable))
     size = list(kwargs.get("input_size", known["input_size"].default))
     return describe(model, Card(name=name, builder=name, kwargs=kwargs, input_size=size))
+
+
+def _weights(name: str, pretrained: bool | str, fillable: bool) -> dict[str, str]:
+    """Return the argument by which one of the zoo's own networks gets a file of ordinary weights."""
+    if pretrained is False:
+        return {}
+    if not fillable:
+        raise ValueError(f"pretrained must be False for {name!r}: it has no ordinary weights. zoo.load has posteriors.")
+    if pretrained is True:
+        raise ValueError(f"pretrained must be False or a file of weights for {name!r}, got True: it downloads none.")
+    return {"weights": pretrained}
 
 
 def rebuild(card: Card) -> nn.Module:
