@@ -42,11 +42,11 @@ def test_the_features_are_those_of_timms_stages(stages, channels, whole, file):
 def test_weights_come_from_a_file_that_fits(file, tmp_path):
     with pytest.raises(ValueError, match="pretrained must be False or a file of weights for 'efficientnet_lite0', got"):
         zoo.create("efficientnet_lite0", True)
-    with pytest.raises(FileNotFoundError, match="pretrained must be True, .*none.safetensors: no file"):
+    with pytest.raises(FileNotFoundError, match=r"pretrained must be True, .*none.safetensors: no file"):
         zoo.create("efficientnet_lite0", str(tmp_path / "none.safetensors"))
     with pytest.raises(ValueError, match=r"weights of .*must fit the encoder, got shape \(32, 3, 3, 3\)"):
         zoo.create("efficientnet_lite0", file, input_size=(1, 32, 32))
-    with pytest.raises(TypeError, match="arguments of model 'efficientnet_lite0' must be among .*, got 'weights'"):
+    with pytest.raises(TypeError, match=r"arguments of model 'efficientnet_lite0' must be among .*, got 'weights'"):
         zoo.create("efficientnet_lite0", weights=file)  # which a card could otherwise ask for
     with pytest.raises(ValueError, match="pretrained must be False for 'lenet5'"):
         zoo.create("lenet5", file)
