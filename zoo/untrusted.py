@@ -19,6 +19,8 @@ from zoo.registry import card_of, describe, rebuild
 # most tensors are not Bayesian, which have only one tensor each in the file.
 _CALLS_PER_TENSOR = 100
 _LARGEST_ARGUMENT = 10**5
+# Numbers of any size that no tensor's shape is made of: units of the data, and precisions.
+_SCALES = {"mean", "std", "target_mean", "target_std", "prior_precision", "init_precision"}
 # Some builders read the values of short schedules, so those are on the CPU and not on the meta device. Most builders
 # of position indices fail if only some of their tensors have values, so `_VALUES` is tried second.
 _SCHEDULES = {torch.linspace: 10_000}
@@ -40,7 +42,8 @@ def build_checked(card: Card, weights: Weights, source: str) -> nn.Module:
         PosteriorError: If the card does not describe a network of the zoo, or the weights belong to another.
     """
     numbers = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
-    _check_arguments(card.kwargs, max(_LARGEST_ARGUMENT, numbers), source)
+    sizes = {key: value for key, value in card.kwargs.items() if key not in _SCALES}
+    _check_arguments(sizes, max(_LARGEST_ARGUMENT, numbers), source)
     calls = 1000 + _CALLS_PER_TENSOR * len(weights.shapes)
     try:
         with torch.device("meta"), _CallLimit(calls, _SCHEDULES):

@@ -81,6 +81,13 @@ def test_saving_and_loading_return_units_and_noise(tmp_path):
     assert_close(found.aleatoric, torch.full((4, 1), 36.0))
 
 
+def test_a_posterior_of_data_in_large_units_loads(tmp_path):
+    prices = {"mean": [1.5e6, 40.0], "std": [9e5, 12.0], "target_mean": [4.5e8], "target_std": [2.5e8]}
+    net, x = make_net(**prices), torch.tensor([[2e6, 30.0]])
+    bl.save_posterior(net, tmp_path / "prices")
+    assert_close(zoo.load(tmp_path / "prices")(x), net(x))
+
+
 @pytest.mark.parametrize("noise", ["learned", "predicted"])
 def test_vogn_squares_the_gradient_of_each_example_in_the_units_of_the_data(noise):
     net, x, y = make_net(noise).double(), torch.randn(9, 2).double(), 100 + 20 * torch.randn(9, 1).double()
