@@ -50,6 +50,7 @@ class Evaluation:
         ood: The same uncertainties for each out-of-distribution set.
         class_iou: Intersection over union of each class of a segmentation, NaN for a class without any; else None.
         corruptions: Metrics of corrupted images by kind and severity; None where they were not asked for.
+        num_classes: Classes of a label, 2 for binary ones; None for real targets.
     """
 
     likelihood: str
@@ -62,6 +63,7 @@ class Evaluation:
     ood: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     class_iou: Tensor | None = None
     corruptions: CorruptionMetrics | None = None
+    num_classes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metrics and the reliability diagram, ready for JSON: None stands for NaN."""
@@ -219,7 +221,9 @@ def evaluate(
         corrupted = CorruptionMetrics.of(metrics, {kind: [fit(kind, level) for level in SEVERITIES] for kind in kinds})
         metrics |= corrupted.summary()
     iou = record.class_iou() if record.dense else None
-    return Evaluation(*common, record.reliability(), record.risk_coverage(), scores, ood_scores, iou, corrupted)
+    return Evaluation(
+        *common, record.reliability(), record.risk_coverage(), scores, ood_scores, iou, corrupted, record.num_classes
+    )
 
 
 def _kinds(corruptions: bool | Sequence[str], data: Labelled, likelihood: Likelihood) -> tuple[str, ...]:

@@ -17,8 +17,8 @@ class Finding:
     """One sentence on what is wrong with a posterior, the evidence, and what to do.
 
     Attributes:
-        problem: A key: "not finite", "never updated", "untouched", "noisy layer", "too wide", "no uncertainty",
-            "overconfident" or "underconfident".
+        problem: A key: "not finite", "never updated", "untouched", "noisy layer", "nothing learned", "too wide",
+            "no uncertainty", "overconfident" or "underconfident".
         text: The sentences.
     """
 
@@ -62,25 +62,43 @@ def of_weights(tensors: tuple[TensorDiagnosis, ...]) -> Iterator[Finding]:
 def of_predictions(means: Evaluation, samples: Evaluation) -> Iterator[Finding]:
     """Yield what predictions by means and by samples tell."""
     error = "accuracy" if "accuracy" in samples.metrics else "rmse"
+    if _guesses(means):
+        yield Finding(
+            "nothing learned",
+            f"The means predict no better than guessing: accuracy {means.metrics['accuracy']:.4g} and NLL "
+            f"{means.metrics['nll']:.4g} with {means.num_classes} classes. Check labels and inputs, train longer, "
+            "lower prior_precision, or leave lr and precisions to the optimiser's defaults.",
+        )
+        return
     by_mean, by_samples = means.metrics[error], samples.metrics[error]
     loses = by_mean - by_samples > 0.01 if error == "accuracy" else by_samples > 1.05 * by_mean
-    if loses and samples.metrics["nll"] > means.metrics["nll"]:
+    epistemic = samples.scores["epistemic"].double().mean()
+    total = samples.scores["entropy" if error == "accuracy" else "variance"].double().mean()
+    if total > 0 and epistemic / total < 1e-3:
+        yield Finding(
+            "no uncertainty",
+            f"Epistemic uncertainty is {epistemic / total:.2g} of the total: samples agree, as means would. Train "
+            "longer, as the precision takes about 1 / precision_lr steps to follow the data; lower the precision at "
+            "the start, raise the temperature, or check dataset_size.",
+        )
+    elif loses and samples.metrics["nll"] > means.metrics["nll"]:
         yield Finding(
             "too wide",
             f"Samples are worse than means: {error} {by_samples:.4g} against {by_mean:.4g}, NLL "
             f"{samples.metrics['nll']:.4g} against {means.metrics['nll']:.4g}. Train longer, lower the temperature, or "
             "raise the precision at the start.",
         )
-    epistemic = samples.scores["epistemic"].double().mean()
-    total = samples.scores["entropy" if error == "accuracy" else "variance"].double().mean()
-    if total > 0 and epistemic / total < 1e-3:
-        yield Finding(
-            "no uncertainty",
-            f"Epistemic uncertainty is {epistemic / total:.2g} of the total: samples agree, as means would. Raise the "
-            "temperature, lower the precision at the start, or check dataset_size.",
-        )
     if error == "accuracy":
         yield from _of_confidence(samples)
+
+
+def _guesses(means: Evaluation) -> bool:
+    """Return whether labels are predicted no better than by chance, within three standard errors."""
+    if means.num_classes is None:
+        return False
+    chance = 1 / means.num_classes
+    noise = math.sqrt(chance * (1 - chance) / means.num_examples)
+    return means.metrics["accuracy"] < chance + 3 * noise and means.metrics["nll"] > -0.98 * math.log(chance)
 
 
 def _of_confidence(samples: Evaluation) -> Iterator[Finding]:

@@ -66,7 +66,7 @@ class ClassificationRecord:
     def __init__(self, like: Prediction, ignore_index: int | None = None):
         self.likelihood, self.ignore_index = like.likelihood, ignore_index
         self.dense = like.total[0].numel() > 1
-        num_classes = 2 if isinstance(self.likelihood, Bernoulli) else like.mean.shape[1]
+        self.num_classes = num_classes = 2 if isinstance(self.likelihood, Bernoulli) else like.mean.shape[1]
         self.num_examples = 0
         self._sums = torch.zeros(4, dtype=torch.float64)  # elements, correct ones, negative log-likelihood, Brier score
         self._top, self._each = CalibrationBins(), CalibrationBins(num_classes)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bayeslayers.checks import at_least_one, fraction
+from bayeslayers.display import as_text
 from bayeslayers.likelihoods import Bernoulli, Categorical, Likelihood
 
 if TYPE_CHECKING:
@@ -214,6 +215,9 @@ class Prediction:
 
     def __rich__(self) -> Table:
         return self.table()
+
+    def __str__(self) -> str:
+        return as_text(self)
 
     def _class_probs(self, name: str) -> Tensor:
         if not isinstance(self.likelihood, Categorical):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 
 import bayeslayers as bl
 import zoo
+from bayeslayers.diagnosis.findings import of_predictions
 from recipes.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -138,6 +140,24 @@ def test_what_is_wrong_with_predictions_is_found(precision, certain, scale, expe
     assert f"{expected}: " in str(diagnosis) and text.endswith(".")
     plain = json.loads(json.dumps(diagnosis.to_dict(), allow_nan=False))
     assert plain["samples"]["accuracy"] == diagnosis.samples.metrics["accuracy"] and len(plain["tensors"]) == 4
+
+
+def test_a_network_that_guesses_has_that_finding_alone():
+    net, (x, y) = trained_net(1e12), labelled()
+    random_labels = torch.randint(2, y.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        net[1].weight.mul_(1e-3)
+    assert problems(bl.diagnose(net, (x, random_labels))) == ["nothing learned"]
+    assert "with 2 classes" in bl.diagnose(net, (x, random_labels)).findings[0].text
+    assert problems(bl.diagnose(net, (x, y))) == ["no uncertainty", "underconfident"]  # its labels are right
+
+
+def test_samples_that_agree_are_not_called_too_wide():
+    net = trained_net(1e12)
+    means, samples = (bl.evaluate(net, labelled(), method=method, num_samples=2) for method in ("mean", "sample"))
+    worse = replace(samples, metrics=samples.metrics | {"accuracy": 0.5, "nll": 9.0})
+    found = [finding.problem for finding in of_predictions(means, worse)]
+    assert "no uncertainty" in found and "too wide" not in found
 
 
 def test_regression_compares_errors():

@@ -186,6 +186,7 @@ def text_of(table):
 def test_a_prediction_prints_as_a_table():
     prediction = classes(3, 4)
     text = text_of(prediction)
+    assert str(prediction).splitlines()[0].startswith("┏") and "3 examples, 7 samples." in str(prediction)
     assert "categorical, 3 examples, 7 samples." in text and f"{float(prediction.confidence[1]):.4f}" in text
     named = text_of(prediction.table(["ant", "bee", "cat", "dog"]))
     assert ["ant", "bee", "cat", "dog"][int(prediction.labels[0])] in named
