@@ -84,7 +84,7 @@ def resolve(name: str | Path) -> Path:
             where += f", and {repository} {'is not' if isinstance(error, ValueError) else 'cannot be asked for'} there"
     raise ValueError(
         f"unknown posterior {str(name)!r:.200}: not a bundled name, a folder or {where}."
-        f"{near} zoo.list_posteriors() has the bundled ones."
+        f"{near} `bayeslayers list`, or zoo.list_posteriors(), has the bundled ones."
     )
 
 

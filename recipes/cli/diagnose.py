@@ -16,7 +16,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     data = "mnist, npz:PATH, ..., or card for the card's: compare means with samples on its test split"
     parser.add_argument("--data", type=expanded, metavar="NAME", help=data)
     add_data_root(parser, "folder of data already there (downloaded to data)")
-    parser.add_argument("--limit", type=int, metavar="N", default=2000, help="use N examples alone (%(default)s)")
+    parser.add_argument("--limit", type=int, metavar="N", default=2000, help="use only N examples (%(default)s)")
     plot = "write signal-to-noise ratios by layer to a .png, .svg or .pdf"
     parser.add_argument("--plot", type=typed_path, metavar="FILE", help=plot)
     add_samples(parser)
@@ -53,7 +53,7 @@ def _evaluated(arguments: argparse.Namespace, method: str | None):
 
     request = EvaluationRequest(
         arguments.posterior,
-        data=None if arguments.data == "card" else arguments.data,
+        data=arguments.data,
         num_samples=1 if method else arguments.num_samples,
         seed=arguments.seed,
         method=method,

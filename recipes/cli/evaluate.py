@@ -15,7 +15,7 @@ _ALL = "all"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `evaluate`."""
     add_posterior(parser)
-    data = "mnist, cifar10, npz:PATH, imagefolder:PATH, ... (the card's)"
+    data = "mnist, cifar10, npz:PATH, csv:PATH, imagefolder:PATH, ... or card (the card's)"
     parser.add_argument("--data", type=expanded, metavar="NAME", help=data)
     add_data_root(parser, "folder of data already there (downloaded to data)")
     ood = "out-of-distribution data; repeatable"
@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     corruptions = "measure with corrupted images too: with all 15 kinds, or with those named, as fog,snow"
     parser.add_argument("--corruptions", nargs="?", const=_ALL, default="", metavar="KINDS", help=corruptions)
     add_method(parser)
-    parser.add_argument("--limit", type=int, metavar="N", help="use N examples of each set alone")
+    parser.add_argument("--limit", type=int, metavar="N", help="use only N examples of each set")
     batch = "examples per forward pass (%(default)s)"
     parser.add_argument("--batch-size", type=int, default=250, metavar="N", help=batch)
     report = "write report.html and report.json there, and corruptions.png"

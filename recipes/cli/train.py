@@ -33,9 +33,12 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
         return 0
-    metrics = task(config).train(arguments.resume, _command(arguments.words))
+    run = task(config)
+    metrics = run.train(arguments.resume, _command(arguments.words))
     if metrics is None:
         return exit_status()
+    if not run.world.leads:  # the first rank prints
+        return 0
     if arguments.json:
         print(json.dumps(metrics, indent=2))
     else:

@@ -66,6 +66,29 @@ class Table:
         test = torch.zeros(len(self.x), dtype=torch.bool).index_fill_(0, rows, True)
         return self.points(~test), self.points(test)
 
+    def with_features(self, names: Sequence[str], file: str) -> Table:
+        """Return the same rows with the columns of these names as features, and the others as targets.
+
+        A table without names of its columns stays as it is, and so does every table without `names`.
+
+        Args:
+            names: Names of the features, in their order.
+            file: What an error says the table is.
+
+        Raises:
+            ValueError: If there is no column of such a name.
+        """
+        columns = [*self.features, *self.targets]
+        if not (names and columns):
+            return self
+        if missing := [name for name in names if name not in columns]:
+            near = did_you_mean(missing[0], columns)
+            raise ValueError(f"{file} must have the posterior's columns, got none of the name {missing[0]!r}.{near}")
+        values, first = torch.cat([self.x, self.y], 1), [columns.index(name) for name in names]
+        rest = [column for column in range(len(columns)) if column not in first]
+        targets = tuple(columns[column] for column in rest)
+        return Table(values[:, first], values[:, rest], tuple(names), targets, self.tests)
+
     def points(self, rows: Tensor | slice = slice(None)) -> Points:
         """Return some rows as float32."""
         return Points(self.x[rows].float(), self.y[rows].float())

@@ -33,12 +33,12 @@ class EvaluationRequest:
 
     Attributes:
         posterior: A bundled name, a folder, or OWNER/REPO[@REVISION].
-        data: Data set, as for `load_split`; None for the card's.
+        data: Data set, as for `load_split`; None or "card" for the card's.
         ood: Out-of-distribution data sets.
         num_samples: Draws per batch.
         seed: Of the draws.
         method: How to predict, as in `bl.predict`; None for what the posterior's card says.
-        limit: Use so many examples of each set alone.
+        limit: Use only so many examples of each set.
         batch_size: Examples per forward pass.
         corruptions: Kinds of corruption that images are also measured with, as `bl.corrupt` names them.
     """

@@ -8,6 +8,7 @@ from pathlib import Path
 import bayeslayers as bl
 import zoo
 from recipes.data.names import short_name
+from recipes.data.split import NAMES
 from recipes.reports.measure import EvaluationRequest, EvaluationResult, check_request, measure
 from recipes.tasks.posterior_task import PosteriorTask
 from recipes.tasks.table import TASKS
@@ -36,10 +37,18 @@ def evaluate(
     model = zoo.load(request.posterior).to(where)
     card = zoo.card_of(model)
     task = task_of(card)
-    request = dataclasses.replace(request, data=request.data or card.dataset.partition(" ")[0])
+    of_card = request.data in (None, "card")
+    request = dataclasses.replace(request, data=card.dataset.partition(" ")[0] if of_card else request.data)
     if not request.data:
         raise ValueError("posterior's card must name its data set, got none. Give --data.")
-    data, ood = task.read_test_splits(card, request, data_root)
+    try:
+        data, ood = task.read_test_splits(card, request, data_root)
+    except ValueError as error:
+        if not of_card or request.data in NAMES:
+            raise
+        raise ValueError(
+            f"{error} The card names the data {request.data!r} without its place: give it by --data, as in training."
+        ) from None
     command, name = request.command(), card.name if Path(request.posterior).is_dir() else request.posterior
     request = dataclasses.replace(request, posterior=name, data=short_name(request.data), ood=list(ood))
     request = dataclasses.replace(request, method=request.method or card.method)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from bayeslayers.files import write_atomically
 from bayeslayers.likelihoods import Gaussian
 from bayeslayers.storage.card import likelihood_fields
 from recipes.data.examples import Examples, Points, num_batches, shuffled
-from recipes.data.names import by_short_name, with_split, without_split
+from recipes.data.names import by_short_name, short_name, with_split, without_split
 from recipes.data.tables import Table, load_table
 from recipes.reports.measure import EvaluationRequest, Section
 from recipes.reports.regression_figures import regression_sections
@@ -132,11 +133,17 @@ class Regression(PosteriorTask):
     def read_test_splits(
         cls, card: bl.Card, request: EvaluationRequest, data_root: str | Path | None
     ) -> tuple[Points, Mapping[str, Points]]:
-        """Return the test rows of a split, and all rows of OOD tables."""
+        """Return the test rows of a split, or all rows of a file of another name; and all rows of OOD tables."""
         assert request.data is not None
         name, number = without_split(request.data)
-        _, test = load_table(name, data_root).split(number)
-        ood = {short: load_table(full, data_root).points() for short, full in by_short_name(request.ood).items()}
+
+        def load(full: str) -> Table:
+            return load_table(full, data_root).with_features(card.kwargs.get("features", ()), full)
+
+        table = load(name)
+        own = re.match(rf"{re.escape(short_name(name))}(@\d+)?( \(|$)", card.dataset)
+        test = table.split(number)[1] if own or number or table.tests is not None else table.points()
+        ood = {short: load(full).points() for short, full in by_short_name(request.ood).items()}
         for points in (test, *ood.values()):
             check_columns(points, card)
         return limited(test, request.limit), {key: limited(points, request.limit) for key, points in ood.items()}
@@ -144,10 +151,10 @@ class Regression(PosteriorTask):
     def train(self, resume: bool = False, command: str = "") -> dict[str, float] | None:
         if self.config.splits == 1:
             return super().train(resume, command)
-        with start(device_in_place(self.config.device)) as world, telling_failures():
+        with start(device_in_place(self.config.device)) as self.world, telling_failures():
             self.check()
             check_folder("output", self.folder)
-            return train_splits(self.config, self.folder, resume or world.restarts > 0, command, world)
+            return train_splits(self.config, self.folder, resume or self.world.restarts > 0, command, self.world)
 
     @classmethod
     def metrics_table(cls, metrics: Mapping[str, float]) -> Shown:

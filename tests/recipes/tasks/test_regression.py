@@ -73,6 +73,30 @@ def test_evaluate_measures_what_the_run_did(run, cars):
     assert len(result.sections) == 1 and len(result.sections[0].pictures) == 2
 
 
+def test_evaluate_measures_all_rows_of_another_file_with_its_columns_by_name(run, cars, tmp_path):
+    folder, table = run[0], load_table(f"csv:{cars}")
+    rows = torch.cat([table.y, table.x[:, [1, 0]]], 1).tolist()  # the target first, and the features in another order
+    with (tmp_path / "new.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["price", "power", "weight"], *rows])
+    found = evaluate(EvaluationRequest(str(folder / "posterior"), data=f"csv:{tmp_path / 'new.csv'}", num_samples=4))
+    expected = bl.evaluate(zoo.load(folder / "posterior"), (table.x.float(), table.y.float()), method="mean")
+    assert found.evaluation.num_examples == 60
+    assert found.evaluation.metrics["rmse"] == pytest.approx(expected.metrics["rmse"], rel=0.2)
+    (tmp_path / "new.csv").write_text("price,powr,weight\n1,2,3\n")
+    with pytest.raises(
+        ValueError, match=r"new.csv must have the posterior's columns, got none of the name 'power'\. Did"
+    ):
+        evaluate(EvaluationRequest(str(folder / "posterior"), data=f"csv:{tmp_path / 'new.csv'}"))
+
+
+def test_evaluate_says_what_to_do_where_the_card_does_not_know_the_place_of_its_data(run):
+    with pytest.raises(ValueError, match="names the data 'cars' without its place: give it by --data"):
+        evaluate(EvaluationRequest(str(run[0] / "posterior"), data="card"))
+    with pytest.raises(ValueError, match="unknown table 'cras'") as error:
+        evaluate(EvaluationRequest(str(run[0] / "posterior"), data="cras"))
+    assert "without its place" not in str(error.value)
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(cars, tmp_path):
     whole = Regression(config(cars, tmp_path / "whole"))
     whole.prepare(False, "")

@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import json
 import os
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from support.scenes import write_camvid
 from support.tiny import log_of, quick
 from torch.testing import assert_close
 
+from recipes.cli import main
 from recipes.data import task_sequence
 from recipes.data.augmentation import SceneAugmentation
 from recipes.data.blobs import Blobs
@@ -141,6 +144,19 @@ def assert_same_to_rounding(folder, whole):
     metrics, others = (json.loads((run / "metrics.json").read_text()) for run in (folder, whole))
     assert metrics == pytest.approx(others, rel=5e-3, abs=1e-5), whole.name  # ranks of scores that are nearly equal
     assert {path.name for path in folder.rglob("*")} == {path.name for path in whole.rglob("*")}
+
+
+def printed(world, folder):
+    """Return what the command prints."""
+    words = "regression/gap_noisykfac --optimizer.name vogn --epochs 1 --passes 1 --evaluation.num_samples 2"
+    with redirect_stdout(StringIO()) as out:
+        assert main(["train", *words.split(), "--json", "--output", str(folder / "gap")]) == 0
+    return out.getvalue()
+
+
+def test_the_first_process_alone_prints_the_metrics(tmp_path):
+    first, second = run_ranks(printed, tmp_path)
+    assert json.loads(first)["num_samples"] == 2 and second == ""
 
 
 def test_two_processes_leave_the_run_of_one_in_every_task(tmp_path):
