@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 _FEW = 2**16  # values below which `normal_` is as fast
-_BLOCK = 2**16  # values at a time, which stay in a cache with their random words
+BLOCK = 2**16  # values at a time, which stay in a cache with their random words
+SCALE = math.sqrt(2)  # of the inverse error function of a uniform value
 
 
 class StandardNormal:
@@ -38,11 +39,24 @@ class StandardNormal:
 
     def fill_unscaled_(self, out: Tensor) -> float:
         """Fill a tensor with the next values divided by a factor, and return the factor; this saves a pass."""
-        if out.device.type != "cpu" or out.dtype != torch.float32 or out.numel() < _FEW or not out.is_contiguous():
+        if not inverts(out):
             out.normal_(generator=self.generator)
             return 1.0
-        for block in out.view(-1).split(_BLOCK):
-            words = torch.from_numpy(self._words.random_raw((len(block) + 1) // 2).view(np.int32))
-            # The factor keeps the largest word, which float32 rounds up to 2^31, below 1.
-            block.copy_(words[: len(block)]).mul_(2**-31 * (1 - 2**-24)).erfinv_()
-        return math.sqrt(2)
+        for block in out.view(-1).split(BLOCK):
+            self.fill_block_(block)
+        return SCALE
+
+    def fill_block_(self, block: Tensor) -> None:
+        """Fill a flat block of up to `BLOCK` values with the next ones divided by `SCALE`.
+
+        Args:
+            block: The next block of a tensor for which `inverts` holds.
+        """
+        words = torch.from_numpy(self._words.random_raw((len(block) + 1) // 2).view(np.int32))
+        # The factor keeps the largest word, which float32 rounds up to 2^31, below 1.
+        block.copy_(words[: len(block)]).mul_(2**-31 * (1 - 2**-24)).erfinv_()
+
+
+def inverts(out: Tensor) -> bool:
+    """Return whether the values of a tensor are made by inverting the distribution function, block by block."""
+    return out.device.type == "cpu" and out.dtype == torch.float32 and out.numel() >= _FEW and out.is_contiguous()

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.sampling.flat import gather, scatter
+from bayeslayers.optim.bundle import Bundle
+from bayeslayers.sampling.flat import scatter
 
 
 def momentum_average(state: dict[str, Any], grad: Tensor, beta1: float, key: str = "momentum") -> Tensor:
@@ -24,22 +25,21 @@ def momentum_average(state: dict[str, Any], grad: Tensor, beta1: float, key: str
     return state[key].lerp_(grad, corrected_weight(1 - beta1, state["step"]))
 
 
-def momentum_averages(states: Sequence[dict[str, Any]], like: Sequence[Tensor], grad: Tensor, beta1: float) -> Tensor:
-    """Return `momentum_average` of several tensors after the same number of steps, gathered into a flat one.
+def momentum_averages(states: Sequence[dict[str, Any]], bundle: Bundle, beta1: float) -> Tensor:
+    """Return `momentum_average` of a bundle's gradients, after the same number of steps of each parameter.
 
     Args:
-        states: What is kept of each.
-        like: Tensors of their shapes.
-        grad: Their gradients, gathered.
+        states: What is kept of each parameter.
+        bundle: The parameters.
         beta1: Weight of the past.
     """
     if beta1 == 0:
-        return grad
-    for state, own in zip(states, like, strict=True):
+        return bundle.grad
+    for state, own in zip(states, bundle.parameters, strict=True):
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(own)
     averages = [state["momentum"] for state in states]
-    flat = gather(averages).lerp_(grad, corrected_weight(1 - beta1, states[0]["step"]))
+    flat = bundle.gathered(averages).lerp_(bundle.grad, corrected_weight(1 - beta1, states[0]["step"]))
     scatter(flat, averages)
     return flat
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 
@@ -78,15 +78,34 @@ class Averages:
             self.statistics[key] = self._mean(self.statistics.get(key), new, weight / self.total)
 
     def _mean(self, mean: Tensor | None, new: Tensor | None, share: float) -> Any:
-        """Return the mean over all draws, from that of all but the last and the last, which has this share."""
+        """Return the mean over all draws, from that of all but the last, which it overwrites, and the last's share."""
         if self.draws == 1 or (mean is None and new is None):
             return new
         if mean is None:
             return new * share  # pyright: ignore[reportOptionalOperand]
-        return torch.lerp(mean, torch.zeros_like(mean) if new is None else new, share)
+        return mean.mul_(1 - share) if new is None else mean.lerp_(new, share)
 
     def apply_scale(self) -> None:
         """Multiply the statistics by `scale`, which is 1 from there."""
         for key, mean in self.statistics.items():
             self.statistics[key] = mean * self.scale
         self.scale = 1.0
+
+
+def kept_gradients(
+    parameters: Iterable[nn.Parameter], spent: Mapping[nn.Parameter, weakref.ref[Tensor]]
+) -> dict[nn.Parameter, Tensor | None]:
+    """Return gradients, but for those that a step has used: they would take memory while a scope is open.
+
+    Args:
+        parameters: Parameters.
+        spent: The gradients that the last step has used.
+    """
+    used = {parameter: grad() for parameter, grad in spent.items()}
+    return {p: None if p.grad is used.get(p) else p.grad for p in parameters}
+
+
+def set_gradients(grads: Mapping[nn.Parameter, Tensor | None]) -> None:
+    """Give parameters these gradients."""
+    for parameter, grad in grads.items():
+        parameter.grad = grad

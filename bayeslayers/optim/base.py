@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -123,6 +124,7 @@ class VariationalOptimizer(SharedStep):
             self._forget()
             raise
         predict_by_samples(self.model)
+        self._spent = {p: weakref.ref(p.grad) for p in self._names if p.grad is not None}
         self._forget()
         return True
 
@@ -226,11 +228,14 @@ class VariationalOptimizer(SharedStep):
             self._update(group) if group["kind"] == "bayesian" else self._update_deterministic(group)
 
     def _bundles(self, group: Mapping[str, Any]) -> list[Bundle]:
-        """Return the uncertain parameters of a group that move in the coming step, the small ones in bundles."""
+        """Return the uncertain parameters of a group that move in the step: bundles of small, pieces of large."""
         key = id(group["params"])
         if key not in self._bundled:
             moving = bundles([p for p in group["params"] if p.grad is not None], lambda p: p, self._kind)
-            self._bundled[key] = [Bundle(own, self._sites, self._averages.statistics) for own in moving]
+            whole = [Bundle(own, self._sites, self._averages.statistics) for own in moving]
+            self._bundled[key] = [
+                piece for each in whole for piece in each.pieces(self.state.get(each.parameters[0], {}))
+            ]
         return self._bundled[key]
 
     def _kind(self, parameter: nn.Parameter) -> tuple[Any, ...]:
@@ -241,9 +246,10 @@ class VariationalOptimizer(SharedStep):
     def _momentum(self, bundle: Bundle, beta1: float) -> Tensor:
         """Count a step of a bundle's parameters, and return the averages of their gradients."""
         states = [self.state[p] for p in bundle.parameters]
-        for state in states:
-            state["step"] = state.get("step", 0) + 1
-        return momentum_averages(states, bundle.parameters, bundle.grad, beta1)
+        if bundle.is_first:
+            for state in states:
+                state["step"] = state.get("step", 0) + 1
+        return momentum_averages(states, bundle, beta1)
 
     def _forget(self) -> None:
         super()._forget()

@@ -1,4 +1,4 @@
-"""Uncertain parameters that move together in a step."""
+"""Uncertain parameters that move together in a step, or a piece of a large one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from bayeslayers.sampling import Site
 from bayeslayers.sampling.flat import filled, gather, scatter
 
+_PIECE = 2**16  # values: with the operands of a step they stay in a cache
+
 
 class Bundle:
     """Uncertain parameters that move together, their tensors gathered when they are first asked for.
@@ -19,40 +21,76 @@ class Bundle:
         parameters: The parameters: one, or small ones of one kind.
         sites: Their sites.
         statistics: Statistics of the step by parameter.
+        piece: Entries of a lone contiguous parameter, flat; None for all.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], sites: Mapping[Any, Site], statistics: Mapping[Any, Tensor]
+        self,
+        parameters: Sequence[nn.Parameter],
+        sites: Mapping[Any, Site],
+        statistics: Mapping[Any, Tensor],
+        piece: slice | None = None,
     ) -> None:
         self.parameters = parameters
+        self.piece = piece
         self.sites = [sites[p] for p in parameters]
         self._statistics = statistics
 
+    @property
+    def is_first(self) -> bool:
+        """Whether no other piece of its parameters comes before it."""
+        return self.piece is None or self.piece.start == 0
+
+    def gathered(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return tensors of the parameters' shapes, one for each, as the bundle has its own."""
+        return gather(tensors) if self.piece is None else tensors[0].view(-1)[self.piece]
+
     @functools.cached_property
     def mean(self) -> Tensor:
-        return gather(self.parameters)
+        return self.gathered(self.parameters)
 
     @functools.cached_property
     def precision(self) -> Tensor:
-        return gather([site.precision for site in self.sites])
+        return self.gathered([site.precision for site in self.sites])
 
     @functools.cached_property
     def prior_mean(self) -> Tensor:
-        return filled([site.prior_mean for site in self.sites], self.parameters)
+        return self._filled([site.prior_mean for site in self.sites])
 
     @functools.cached_property
     def prior_precision(self) -> Tensor:
-        return filled([site.prior_precision for site in self.sites], self.parameters)
+        return self._filled([site.prior_precision for site in self.sites])
 
     @functools.cached_property
     def grad(self) -> Tensor:
-        return gather([cast(Tensor, p.grad) for p in self.parameters])
+        return self.gathered([cast(Tensor, p.grad) for p in self.parameters])
 
     @functools.cached_property
     def statistic(self) -> Tensor:
-        return gather([self._statistics[p] for p in self.parameters])
+        return self.gathered([self._statistics[p] for p in self.parameters])
+
+    def _filled(self, values: Sequence[Tensor]) -> Tensor:
+        """Return values that broadcast against the parameters, as they broadcast against `mean`."""
+        return filled(values, self.parameters) if self.piece is None or values[0].dim() == 0 else self.gathered(values)
 
     def write(self) -> None:
         """Write back the mean and the precision, which have been changed in place."""
         scatter(self.mean, self.parameters)
         scatter(self.precision, [site.precision for site in self.sites])
+
+    def pieces(self, state: Mapping[str, Any]) -> list[Bundle]:
+        """Return the pieces of a large parameter whose tensors lie in memory in one order, else the bundle itself.
+
+        Args:
+            state: What the optimiser keeps of the parameter.
+        """
+        (parameter, *others), (site, *_) = self.parameters, self.sites
+        size = parameter.numel()
+        if others or size <= _PIECE:
+            return [self]
+        tensors = [parameter, parameter.grad, self._statistics.get(parameter), site.precision]
+        tensors += [site.prior_mean, site.prior_precision, *state.values()]
+        if not all(x.numel() in (1, size) and x.is_contiguous() for x in tensors if isinstance(x, Tensor)):
+            return [self]
+        sites, places = {parameter: site}, [slice(i, i + _PIECE) for i in range(0, size, _PIECE)]
+        return [Bundle(self.parameters, sites, self._statistics, place) for place in places]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from bayeslayers.curvature.elements import Elements, LossFunctions
 from bayeslayers.distributed.messages import is_distributed, shares
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.optim.amp import LossScale
-from bayeslayers.optim.averages import Averages, Recorded
+from bayeslayers.optim.averages import Averages, Recorded, kept_gradients, set_gradients
 from bayeslayers.optim.groups import PosteriorGroups, Rules
 from bayeslayers.optim.options import Options
 from bayeslayers.optim.ranks import (
@@ -61,6 +62,7 @@ class AveragedDraws(PosteriorGroups):
         self.num_mc_groups = int(options.num_mc_groups)
         self._inside = False  # an open scope
         self._losses, self._forwards = LossFunctions(), Forwards()
+        self._spent: dict[nn.Parameter, weakref.ref[Tensor]] = {}  # gradients that the last step has used
         self._group_generators: list[torch.Generator] = []
         self._forget()
         self._groups, self._sharing = range(self.num_mc_groups), range(1)  # of this rank; ranks of the same draws
@@ -129,10 +131,10 @@ class AveragedDraws(PosteriorGroups):
         self._begin_again_after_new_prior()
         if not self._keeps_roots:
             self._drop_roots()
-        earlier = {p: p.grad for p in self._names}
-        if all(grad is None for grad in earlier.values()):  # cleared past the optimizer: no draw to average with
+        if all(p.grad is None for p in self._names):  # cleared past the optimizer: no draw to average with
             self._forget()
-        self._restore(dict.fromkeys(self._names))
+        earlier = kept_gradients(self._names, self._spent)
+        set_gradients(dict.fromkeys(self._names))
         self._losses.clear()
         try:
             with in_use(self.model, trains=True), self._watched(), self._own_draws(), scope(), self._losses:
@@ -140,7 +142,7 @@ class AveragedDraws(PosteriorGroups):
                 yield
             self._collect(earlier)
         except BaseException:
-            self._restore(earlier)
+            set_gradients(earlier)
             raise
         finally:
             self._inside = False
@@ -150,7 +152,7 @@ class AveragedDraws(PosteriorGroups):
         """Fold the scope's gradients and statistics into the means over draws."""
         recorded = self._record()
         if recorded is None:
-            self._restore(earlier)
+            set_gradients(earlier)
             return
         self._averages.add(recorded, earlier, self._part_weight)
         if self.sync:
@@ -236,15 +238,16 @@ class AveragedDraws(PosteriorGroups):
         A closure that does nothing and returns None, as Lightning passes one in manual optimisation,
         stands for no closure.
         """
-        earlier, averages = {p: p.grad for p in self._names}, self._averages
+        earlier, averages = kept_gradients(self._names, self._spent), self._averages
         self._forget()
         try:
             loss, output = self._run_groups(closure)
         except BaseException:
-            self._restore(earlier)
+            set_gradients(earlier)
             self._averages = averages
             raise
         if loss is None:
+            set_gradients(earlier)
             self._averages = averages
         return loss, output
 
@@ -293,8 +296,3 @@ class AveragedDraws(PosteriorGroups):
                 f"the loss must be finite, got {loss.tolist()}. The step is rejected, and the posterior is unchanged. "
                 "Lower lr, or look at the batch."
             )
-
-    @staticmethod
-    def _restore(grads: Mapping[nn.Parameter, Tensor | None]) -> None:
-        for parameter, grad in grads.items():
-            parameter.grad = grad

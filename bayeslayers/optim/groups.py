@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
         options: What else the user has chosen.
     """
 
+    _keeps_noise: ClassVar[bool] = False  # of a sample, after it
     _adam_lr: float | None = None  # of deterministic parameters in groups without an lr; None for that of the others
 
     def __init__(self, model: nn.Module, dataset_size: int, rules: Rules, values: Mapping[str, Any], options: Options):
@@ -104,7 +105,7 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
             raise ValueError(f"generator must be on the model's device {devices[0]}, got {self._generator.device}.")
         self._sites: dict[nn.Parameter, Site] = {site.mean: site for site in sites}
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
-        self._sampler = Sampler(sites, self._generator)
+        self._sampler = Sampler(sites, self._generator, keeps_noise=self._keeps_noise)
         self._prior_versions = [getattr(site.module, "prior_version", 0) for site in sites]
 
     def _all_groups(self, groups: Sequence[Mapping[str, Any]], deterministic_lr: float | None) -> list[dict[str, Any]]:

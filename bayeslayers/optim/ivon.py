@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -107,6 +108,8 @@ class IVON(VariationalOptimizer):
         >>> bl.predict(net, x).probs.shape
         torch.Size([8, 3])
     """
+
+    _keeps_noise = True
 
     def __init__(
         self,
@@ -223,8 +226,9 @@ class IVON(VariationalOptimizer):
         """Return g (w - m) sqrt(p), whose factor of noise is standard normal, or g^2."""
         if self.estimator == "gradsq":
             return grad.square()
-        noise, factor = self._sampler.noise[self._sites[parameter].name]
-        return noise * grad if factor == 1 else (noise * grad).mul_(factor)
+        noise, factor, mine = self._sampler.take_noise(self._sites[parameter])
+        statistic = noise.mul_(grad) if mine else noise * grad
+        return statistic if factor == 1 else statistic.mul_(factor)
 
     def _forget(self) -> None:
         super()._forget()
@@ -260,22 +264,24 @@ class IVON(VariationalOptimizer):
                 sums.append(bundle.statistic.sum())
         if not sums or torch.stack(sums).isfinite().all():
             return
-        moving = [bundle for group in self.param_groups for bundle in self._bundles(group)]
-        parts = [(each.parameters, spread(each.statistic, each.parameters)) for each in moving]
-        for parameter, precision in [pair for part in parts for pair in zip(*part, strict=True)]:
-            if bad := int((~precision.isfinite()).sum()):
+        outside: Counter[nn.Parameter] = Counter()
+        for bundle in (each for group in self.param_groups for each in self._bundles(group)):
+            parts = spread(bundle.statistic, bundle.parameters)
+            outside.update({p: int((~part.isfinite()).sum()) for p, part in zip(bundle.parameters, parts, strict=True)})
+        for parameter, bad in outside.items():
+            if bad:
                 raise FloatingPointError(
-                    f"the precision of '{self._names[parameter]}' must be finite, got {bad} of {precision.numel()} "
+                    f"the precision of '{self._names[parameter]}' must be finite, got {bad} of {parameter.numel()} "
                     "entries that would not be. The step is rejected, and the posterior is unchanged. Lower lr, or "
                     "look at the batch."
                 )
 
     def _new_precision(self, bundle: Bundle, group: Mapping[str, Any]) -> Tensor:
-        ess, scale, precision = self._ess(group), self._averages.scale, bundle.precision
+        ess, scale, precision, target = self._ess(group), self._averages.scale, bundle.precision, bundle.statistic
         if self.estimator == "price":
-            target = torch.addcmul(bundle.prior_precision, bundle.statistic, precision.sqrt(), value=ess * scale)
+            torch.addcmul(bundle.prior_precision, target, precision.sqrt(), value=ess * scale, out=target)
         else:
-            target = torch.add(bundle.prior_precision, bundle.statistic, alpha=ess**2 * scale)
+            torch.add(bundle.prior_precision, target, alpha=ess**2 * scale, out=target)
         return retracted_precision(precision, target, 1 - group["beta2"])
 
     def _posterior_reach(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> float:

@@ -8,10 +8,11 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.distributions.noise import StandardNormal
+from bayeslayers.distributions.noise import SCALE, StandardNormal
 from bayeslayers.layers import BayesianLayer, can_draw_output
 from bayeslayers.layers.perturbation import PERTURBATIONS, Estimator, Perturbation
-from bayeslayers.sampling.flat import bundles, gather, moved, spread
+from bayeslayers.sampling.blocks import drawn, fits_blocks
+from bayeslayers.sampling.flat import SMALL, bundles, gather, moved, spread
 from bayeslayers.sampling.placement import placed
 from bayeslayers.sampling.sites import Site, posterior
 
@@ -51,6 +52,8 @@ class Sampler:
         frozen: The posterior will not change between samples, so that standard deviations can be kept.
         estimator: What is sampled; see `sampled`.
         differentiable: Let backward passes reach the standard deviations, through `leaves`.
+        keeps_noise: Keep the values of a sample after it. Without, those of large tensors that need not be moved
+            together take no memory.
 
     Attributes:
         leaves: If `differentiable`, by site name, a leaf of the last sample's graph that is proportional to
@@ -66,6 +69,7 @@ class Sampler:
         frozen: bool = False,
         estimator: Estimator = "weights",
         differentiable: bool = False,
+        keeps_noise: bool = True,
     ):
         if estimator not in ("weights", *PERTURBATIONS):
             raise ValueError(f"estimator must be 'weights', 'local' or 'flipout', got {estimator!r}.")
@@ -73,6 +77,7 @@ class Sampler:
         self.generator = generator
         self.estimator: Estimator = estimator
         self.differentiable = differentiable
+        self.keeps_noise = keeps_noise
         self.leaves: dict[str, Tensor] = {}
         self.noise: dict[str, tuple[Tensor, float]] = {}
         tied = {module for site in sites if len(site.places) > 1 for module, _ in site.places}
@@ -155,6 +160,8 @@ class Sampler:
     ) -> Tensor | None:
         """Return the sample of a site; None if its layer samples the output, for which it gets its values here."""
         mean = site.mean
+        if noise is None and perturbation is None and self._fits_blocks(site):
+            return self._draw_in_blocks(site, normal)
         deviation = site.deviation if self._deviations is None else self._deviations[site.name]
         if perturbation is not None and self.estimator == "local":
             perturbation.values[site.key] = self._leaf(site, deviation)
@@ -168,6 +175,18 @@ class Sampler:
             return mean + self._leaf(site, values * deviation * factor)
         # The node of addcmul keeps nothing for the mean: several backward passes may go through it.
         return torch.addcmul(mean, values, deviation, value=factor)
+
+    def _fits_blocks(self, site: Site) -> bool:
+        return not self.differentiable and site.padding_row is None and fits_blocks(site.mean, site.precision)
+
+    def _draw_in_blocks(self, site: Site, normal: StandardNormal) -> Tensor:
+        """Return the sample of a large site, whose noise is kept where somebody asks for it."""
+        correlated = isinstance(site.module, BayesianLayer) and bool(site.module.correlations)
+        noise = self._memory(site, site.mean) if self.keeps_noise or correlated else None
+        if noise is not None:
+            self.noise[site.name] = noise, SCALE
+        deviation = None if self._deviations is None else self._deviations[site.name]
+        return drawn(site.mean, site.precision, deviation, noise, normal)
 
     def _correlated(self, layer: BayesianLayer) -> dict[str, Tensor]:
         """Return the samples of a layer's tensors that are correlated, made of their noise."""
@@ -183,13 +202,26 @@ class Sampler:
 
     def _noise_of(self, site: Site, mean: Tensor, normal: StandardNormal) -> tuple[Tensor, float]:
         """Return values for one site, in reused memory, and the factor that makes them standard normal."""
-        noise = self._noise.get(site.name)
-        if noise is None or (noise.device, noise.dtype) != (mean.device, mean.dtype):  # new, or the model has moved
-            noise = self._noise[site.name] = torch.empty_like(mean)
+        noise = self._memory(site, mean)
         factor = normal.fill_unscaled_(noise)
         if site.padding_row is not None:
             noise[site.padding_row] = 0
         return noise, factor
+
+    def _memory(self, site: Site, mean: Tensor) -> Tensor:
+        """Return the memory of a site's noise."""
+        noise = self._noise.get(site.name)
+        if noise is None or (noise.device, noise.dtype) != (mean.device, mean.dtype):  # new, or the model has moved
+            noise = self._noise[site.name] = torch.empty_like(mean)
+        return noise
+
+    def take_noise(self, site: Site) -> tuple[Tensor, float, bool]:
+        """Return what `noise` holds of a site, and whether the caller may overwrite it, for it is no longer kept."""
+        values, factor = self.noise[site.name]
+        alone = values.numel() > SMALL and self._noise.get(site.name) is values
+        if alone:
+            del self._noise[site.name]
+        return values, factor, alone
 
 
 def _given(noise: Mapping[str, Tensor], site: Site) -> Tensor:

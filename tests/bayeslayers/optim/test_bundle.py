@@ -7,7 +7,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import bayeslayers as bl
-from bayeslayers.sampling import flat
+from bayeslayers.optim import bundle
+from bayeslayers.sampling import flat, posterior
 
 
 def _net() -> nn.Module:
@@ -54,6 +55,37 @@ def test_small_tensors_move_together_as_they_do_alone(monkeypatch, kind, options
     assert state["state"].keys() == own["state"].keys()
     for key, values in own["state"].items():
         assert_close(state["state"][key], values, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_pieces_of_a_large_tensor_move_as_the_whole_does(monkeypatch, kind, options):
+    monkeypatch.setattr(flat, "SMALL", 0)
+    whole, own = _trained(kind, **options)
+    monkeypatch.setattr(bundle, "_PIECE", 5)
+    found, state = _trained(kind, **options)
+    for (name, one), (_, other) in zip(found.state_dict().items(), whole.state_dict().items(), strict=True):
+        assert_close(one, other, rtol=1e-6, atol=1e-7, msg=name)
+    for key, values in own["state"].items():
+        assert_close(state["state"][key], values, rtol=1e-6, atol=1e-7)
+
+
+def test_only_what_lies_in_one_order_is_moved_in_pieces(monkeypatch):
+    monkeypatch.setattr(bundle, "_PIECE", 5)
+    net = bl.BayesLinear(4, 3)
+    (weight, *_), statistics = posterior(net), {net.weight: torch.zeros(3, 4)}
+
+    def pieces(state):
+        return bundle.Bundle([net.weight], {net.weight: weight}, statistics).pieces(state)
+
+    net.weight.grad = torch.zeros(3, 4)
+    state = {"step": 3, "momentum": torch.zeros(3, 4)}
+    assert [(p.piece, p.is_first) for p in pieces(state)] == [
+        (slice(0, 5), True), (slice(5, 10), False), (slice(10, 15), False)
+    ]  # fmt: skip
+    assert [len(p.mean) for p in pieces(state)] == [5, 5, 2]
+    assert [p.piece for p in pieces({"momentum": torch.zeros(4, 3).t()})] == [None]
+    net.weight.grad = torch.zeros(4, 3).t()
+    assert [p.piece for p in pieces(state)] == [None]
 
 
 def test_a_step_of_many_small_tensors_takes_few_operations():
