@@ -7,6 +7,7 @@ step to be harmless, the step is made from a snapshot, looked at, and undone.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.optim.bundle import Bundle
 from bayeslayers.sampling import Site
-from bayeslayers.sampling.flat import joined
+from bayeslayers.sampling.flat import joined, spread
 
 _HEADROOM = 1e3  # between the bound and the largest number
 
@@ -98,6 +99,24 @@ def refuse_not_finite(quantities: Mapping[str, Mapping[Any, Tensor]], names: Map
                     "that are not. The step is rejected, and the posterior is unchanged. Lower lr, or look at the "
                     "batch."
                 )
+
+
+def refuse_new_precisions(bundles: Iterable[Bundle], names: Mapping[nn.Parameter, str]) -> None:
+    """Raise if a precision that a step has planned, in the place of a bundle's statistic, is not finite.
+
+    Raises:
+        FloatingPointError: If so.
+    """
+    outside: Counter[nn.Parameter] = Counter()
+    for bundle in bundles:
+        parts = spread(bundle.statistic, bundle.parameters)
+        outside.update({p: int((~part.isfinite()).sum()) for p, part in zip(bundle.parameters, parts, strict=True)})
+    for parameter, bad in outside.items():
+        if bad:
+            raise FloatingPointError(
+                f"the precision of '{names[parameter]}' must be finite, got {bad} of {parameter.numel()} entries that "
+                "would not be. The step is rejected, and the posterior is unchanged. Lower lr, or look at the batch."
+            )
 
 
 class Snapshot:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -20,12 +19,11 @@ from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.bundle import Bundle
 from bayeslayers.optim.defaults import chosen_for_ivon, prior_hessian, with_plain_steps
 from bayeslayers.optim.groups import listed
-from bayeslayers.optim.guard import natural_reach
+from bayeslayers.optim.guard import natural_reach, refuse_new_precisions
 from bayeslayers.optim.options import Options
 from bayeslayers.optim.ranks import Sync, statistics_of_norms, weighted_sum
 from bayeslayers.optim.shared_step import group_of
 from bayeslayers.sampling import posterior
-from bayeslayers.sampling.flat import spread
 
 Estimator = Literal["price", "gradsq"]
 LR, BETA2 = 0.3, 0.9995  # where no lr is given; its Hessians are noisier than VOGN's, and spoil larger steps
@@ -264,17 +262,7 @@ class IVON(VariationalOptimizer):
                 sums.append(bundle.statistic.sum())
         if not sums or torch.stack(sums).isfinite().all():
             return
-        outside: Counter[nn.Parameter] = Counter()
-        for bundle in (each for group in self.param_groups for each in self._bundles(group)):
-            parts = spread(bundle.statistic, bundle.parameters)
-            outside.update({p: int((~part.isfinite()).sum()) for p, part in zip(bundle.parameters, parts, strict=True)})
-        for parameter, bad in outside.items():
-            if bad:
-                raise FloatingPointError(
-                    f"the precision of '{self._names[parameter]}' must be finite, got {bad} of {parameter.numel()} "
-                    "entries that would not be. The step is rejected, and the posterior is unchanged. Lower lr, or "
-                    "look at the batch."
-                )
+        refuse_new_precisions((each for group in self.param_groups for each in self._bundles(group)), self._names)
 
     def _new_precision(self, bundle: Bundle, group: Mapping[str, Any]) -> Tensor:
         ess, scale, precision, target = self._ess(group), self._averages.scale, bundle.precision, bundle.statistic
