@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Predict the class of images or of their pixels, with its uncertainty."""
+    """Predict images, the pixels of scenes, or rows of a CSV file, with uncertainty."""
     paths = _images(arguments.images)
     import torch
 
