@@ -171,11 +171,13 @@ def upload(contents: dict[str, bytes], name: str, message: str, private: bool = 
     Raises:
         PermissionError: If the user may not write there.
         ValueError: If `private` is set and the repository exists and is public.
-        ConnectionError: If the Hub does not answer.
+        ConnectionError: If the Hub does not answer, or HF_HUB_OFFLINE is set.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi, constants
 
     repository, branch = parse(name)
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError(f"publish needs {constants.ENDPOINT}, but HF_HUB_OFFLINE is set. Unset it.")
     api = HfApi()
     operations = [CommitOperationAdd(file, content) for file, content in contents.items()]
     with _in_a_sentence(repository, branch):

@@ -35,7 +35,8 @@ class Likelihood(Protocol):
 def same_shape(output: Tensor, target: Tensor) -> None:
     """Raise ValueError unless a target has the shape of the output, so that nothing is broadcast."""
     if output.shape != target.shape:
-        raise ValueError(f"target must have the shape {tuple(output.shape)}, got {tuple(target.shape)}.")
+        advice = " target.unsqueeze(-1) has it." if output.shape == (*target.shape, 1) else ""
+        raise ValueError(f"target must have the shape {tuple(output.shape)}, got {tuple(target.shape)}.{advice}")
 
 
 def mutual_information(total: Tensor, aleatoric: Tensor) -> tuple[Tensor, Tensor]:

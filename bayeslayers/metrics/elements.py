@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bayeslayers.likelihoods import Bernoulli
+from bayeslayers.likelihoods.base import same_shape
 from bayeslayers.prediction import Prediction
 
 RANKED = {True: ("confidence", "entropy", "epistemic"), False: ("variance", "epistemic")}  # by likelihood.discrete
@@ -87,6 +88,5 @@ def residuals(prediction: Prediction, target: Tensor) -> tuple[Tensor, Tensor]:
 def _like(target: Tensor, predicted: Tensor) -> Tensor:
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}. torch.as_tensor converts arrays.")
-    if target.shape != predicted.shape:
-        raise ValueError(f"target must have the shape {tuple(predicted.shape)}, got {tuple(target.shape)}.")
+    same_shape(predicted, target)
     return target.to(predicted.device)

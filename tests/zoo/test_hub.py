@@ -209,6 +209,8 @@ def test_search_without_a_network_says_so_at_once(home, monkeypatch, capsys, cap
     monkeypatch.setattr(settings, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match=r"search needs http.*, but HF_HUB_OFFLINE is set\. Unset it"):
         client.search("x")
+    with pytest.raises(ConnectionError, match=r"publish needs http.*, but HF_HUB_OFFLINE is set\. Unset it"):
+        zoo.publish(zoo.resolve("mlp-blobs"), "ada/x")
 
 
 @pytest.mark.parametrize(("token", "name"), [(None, "ada/x"), ("hf_of_eve", "ada/x"), (TOKEN, "eve/x")])

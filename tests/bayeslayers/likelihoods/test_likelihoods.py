@@ -110,7 +110,7 @@ def test_gaussian_epistemic_variance_survives_a_noise_that_dwarfs_it():
     [
         (lambda: bl.Categorical().loss(torch.zeros(4, 1), torch.zeros(4).long()), r"two or more classes.*\(4, 1\)"),
         (lambda: bl.Categorical().per_draw(torch.zeros(4)), r"two or more classes.*got shape \(4,\)"),
-        (lambda: bl.Bernoulli().loss(torch.zeros(4, 1), torch.zeros(4)), r"target must have the shape \(4, 1\)"),
+        (lambda: bl.Bernoulli().loss(torch.zeros(4, 1), torch.zeros(4)), r"\(4, 1\), got \(4,\)\. target.unsqueeze"),
         (lambda: bl.Gaussian().loss(torch.zeros(4, 3), torch.zeros(4, 3)), r"two halves of dimension 1.*\(4, 3\)"),
         (lambda: bl.Gaussian().loss(torch.zeros(4), torch.zeros(4)), r"two halves of dimension 1.*\(4,\)"),
         (lambda: bl.Gaussian(1.0).loss(torch.zeros(4, 1), torch.zeros(4)), r"shape \(4, 1\), got \(4,\)"),
