@@ -62,7 +62,7 @@ def of_weights(tensors: tuple[TensorDiagnosis, ...]) -> Iterator[Finding]:
 def of_predictions(means: Evaluation, samples: Evaluation) -> Iterator[Finding]:
     """Yield what predictions by means and by samples tell."""
     error = "accuracy" if "accuracy" in samples.metrics else "rmse"
-    if _guesses(means):
+    if guesses(means):
         yield Finding(
             "nothing learned",
             f"The means predict no better than guessing: accuracy {means.metrics['accuracy']:.4g} and NLL "
@@ -92,13 +92,13 @@ def of_predictions(means: Evaluation, samples: Evaluation) -> Iterator[Finding]:
         yield from _of_confidence(samples)
 
 
-def _guesses(means: Evaluation) -> bool:
+def guesses(evaluation: Evaluation) -> bool:
     """Return whether labels are predicted no better than by chance, within three standard errors."""
-    if means.num_classes is None:
+    if evaluation.num_classes is None:
         return False
-    chance = 1 / means.num_classes
-    noise = math.sqrt(chance * (1 - chance) / means.num_examples)
-    return means.metrics["accuracy"] < chance + 3 * noise and means.metrics["nll"] > -0.98 * math.log(chance)
+    metrics, chance = evaluation.metrics, 1 / evaluation.num_classes
+    noise = math.sqrt(chance * (1 - chance) / evaluation.num_examples)
+    return metrics["accuracy"] < chance + 3 * noise and metrics["nll"] > -0.98 * math.log(chance)
 
 
 def _of_confidence(samples: Evaluation) -> Iterator[Finding]:

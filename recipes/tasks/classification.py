@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import bayeslayers as bl
 import zoo
+from bayeslayers.diagnosis.findings import guesses
 from bayeslayers.display import printable
 from bayeslayers.distributed import World
 from bayeslayers.likelihoods import Likelihood, likelihood_of
@@ -31,6 +32,10 @@ from recipes.training.tally import Tally
 from zoo.networks.segmentation import labels_pixels
 
 MISTAKES = 24  # the most confident ones, which a report shows
+_GUESSES = (
+    ". Its predictions are no better than guessing: train longer, or choose the optimizer's settings for the number of "
+    "examples, as --optimizer '{name: vogn}' does"
+)
 
 
 class Classification(PosteriorTask):
@@ -93,6 +98,10 @@ class Classification(PosteriorTask):
             if len(y) == 0 and self.world.size == 1:
                 raise ValueError(f"a batch must hold a picture that can be read, got {len(faults)} with faults.")
             yield x, y
+
+    def write(self, rows: Sequence[Mapping[str, float]], metrics: Mapping[str, float]) -> str:
+        left = super().write(rows, metrics)
+        return left + (_GUESSES if guesses(self.result.evaluation) else "")
 
     def tally(self) -> Tally:
         self._tally = AccuracyTally(likelihood_of(self.model), self.config.on_error == "skip")
