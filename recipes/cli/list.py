@@ -6,15 +6,22 @@ import argparse
 import json
 
 from recipes.cli.options import add_json
+from recipes.cli.train import configurations
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `list`."""
+    text = "list the configurations that `bayeslayers train` takes by name instead"
+    parser.add_argument("--configurations", action="store_true", help=text)
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """List the zoo's models and the bundled posteriors."""
+    """List the zoo's models and the bundled posteriors, or the configurations of trainings."""
+    if arguments.configurations:
+        names = configurations()
+        print(json.dumps({"configurations": names}) if arguments.json else "\n".join(names))
+        return 0
     import zoo
     from bayeslayers.storage.posterior import read_card
 

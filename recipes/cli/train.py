@@ -152,11 +152,15 @@ def _config_file(name: str) -> Path:
     for path in (Path(expanded(name)), bundled, bundled.with_name(f"{bundled.name}.yaml")):
         if path.is_file():
             return path
-    known = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
     raise FileNotFoundError(
-        f"config must be a YAML file or the name of a bundled one, got {name!r}.{did_you_mean(name, known)} "
-        f"{CONFIGS} has them all."
+        f"config must be a YAML file or the name of a bundled one, got {name!r}.{did_you_mean(name, configurations())} "
+        f"`bayeslayers list --configurations` has them all, {CONFIGS} their files."
     )
+
+
+def configurations() -> list[str]:
+    """Return the names of the bundled configurations."""
+    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
 
 
 def _command(words: Sequence[str]) -> str:

@@ -79,6 +79,15 @@ def test_list_names_models_and_posteriors(capsys):
     assert "lenet5-mnist" in out and "ECE" in out
 
 
+def test_list_names_the_configurations_that_train_takes(capsys):
+    assert main(["list", "--configurations"]) == 0
+    names = capsys.readouterr().out.split()
+    assert "mnist/lenet5_vogn" in names and "toy2d" in names and all((CONFIGS / f"{n}.yaml").is_file() for n in names)
+    assert len(names) == len(list(CONFIGS.rglob("*.yaml")))
+    assert main(["list", "--configurations", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"configurations": names}
+
+
 def test_info_shows_the_card(capsys):
     assert main(["info", "lenet5-mnist", "--json"]) == 0
     shown, config = json.loads(capsys.readouterr().out), zoo.resolve("lenet5-mnist") / "config.json"
@@ -224,7 +233,10 @@ def test_train_refuses_bad_configurations_in_one_line(capsys, tmp_path, content)
 
 def test_train_says_which_configurations_there_are(capsys):
     found = failure(capsys, "train", "mnist/lenet6_vogn")
-    assert "got 'mnist/lenet6_vogn'. Did you mean 'mnist/lenet5_vogn'" in found and f"{CONFIGS} has them all" in found
+    assert (
+        "got 'mnist/lenet6_vogn'. Did you mean 'mnist/lenet5_vogn'" in found
+        and "`bayeslayers list --configurations` has them all" in found
+    )
     assert "Give a CONFIG, as mnist/lenet5_vogn" in failure(capsys, "train")
     with pytest.raises(SystemExit) as caught:
         main(["train", "--help"])
