@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bayeslayers.plots.canvas import BLUE, GREY, ORANGE, UNCERTAINTY, array, finish, legend_below, new_figure, short
+from bayeslayers.plots.canvas import (
+    BLUE,
+    GREY,
+    ORANGE,
+    RED,
+    UNCERTAINTY,
+    array,
+    finish,
+    legend_below,
+    new_figure,
+    short,
+)
 from bayeslayers.plots.canvas import palette as default_palette
 from bayeslayers.prediction import Prediction
 
@@ -23,28 +34,37 @@ _VOID = "#E5E5E5"
 
 
 def predictive_panels(
-    rows: Sequence[tuple[str, Tensor, Prediction]], class_names: Sequence[str], path: str | Path | None = None
+    rows: Sequence[tuple[str, Tensor, Prediction]],
+    class_names: Sequence[str],
+    path: str | Path | None = None,
+    targets: Sequence[Tensor | None] | None = None,
 ) -> Figure:
     """Plot images, one row per group, each above the predictive distribution of its classes.
 
     The bar of the predicted class is blue, or orange where total uncertainty exceeds a quarter
-    of its maximum, log(number of classes). Only the 12 most probable classes are shown.
+    of its maximum, log(number of classes). Only the 12 most probable classes are shown. A red frame marks an image
+    whose predicted class is not its label.
 
     Args:
         rows: For each group its title, images `(n, c, h, w)` in [0, 1], and their prediction.
         class_names: Names of the classes, under the bars.
         path: File to write, or None.
+        targets: For each group the labels `(n,)` of its images, or None where they have none.
 
     Returns:
         The figure.
+
+    Raises:
+        ValueError: If there are not as many labels as images.
     """
+    labels = _labels_of(rows, targets)
     columns = max(len(images) for _, images, _ in rows)
     names = [short(name, 12) for name in class_names]
     tall = max(map(len, names)) > 2  # long names are rotated
     figure = new_figure(1.45 * columns + 0.4, (2.75 + 0.5 * tall) * len(rows) + 0.3)
     groups = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     threshold = math.log(len(names)) / 4
-    for group, (title, images, prediction) in zip(groups, rows, strict=True):
+    for group, own, (title, images, prediction) in zip(groups, labels, rows, strict=True):
         group.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
         axes = group.subplots(2, columns, height_ratios=[1.25, 1], squeeze=False)
         for axis in axes[:, len(images) :].flat:
@@ -58,7 +78,11 @@ def predictive_panels(
             shown = probs.topk(min(_BARS, len(names))).indices.sort().values.tolist()
             colours = [(ORANGE if uncertain else BLUE) if k == label else GREY for k in shown]
             bars.bar(range(len(shown)), array(probs[shown]), color=colours)
-            bars.set_title(f"{names[label]}: {confidence:.0%}", fontsize=9, color=colours[shown.index(label)])
+            wrong = own is not None and int(own[column]) != label
+            told = f"{names[label]}: {confidence:.0%}" + (f", is {names[int(own[column])]}" if wrong else "")
+            bars.set_title(told, fontsize=9, color=RED if wrong else colours[shown.index(label)])
+            if wrong:
+                picture.spines[:].set(visible=True, color=RED, linewidth=3)
             bars.set_xticks(range(len(shown)), [names[k] for k in shown], fontsize=6, rotation=90 * tall)
             bars.set_ylim(0, 1)
             bars.set_yticks([0, 1] if column == 0 else [])
@@ -66,10 +90,23 @@ def predictive_panels(
             bars.tick_params(labelsize=6, length=0)
             bars.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(
-        f"Bars: predictive distribution. Orange: uncertain, entropy above {threshold:.2f} nats. Blue: confident.",
+        f"Bars: predictive distribution. Orange: uncertain, entropy above {threshold:.2f} nats. Blue: confident."
+        + " Red frame: another class than the label." * any(own is not None for own in labels),
         fontsize=9,
     )
     return finish(figure, path)
+
+
+def _labels_of(
+    rows: Sequence[tuple[str, Tensor, Prediction]], targets: Sequence[Tensor | None] | None
+) -> Sequence[Tensor | None]:
+    if targets is None:
+        return [None] * len(rows)
+    found = [None if own is None else len(own) for own in targets]
+    expected = [len(images) for _, images, _ in rows]
+    if len(found) != len(rows) or any(n not in (None, size) for n, size in zip(found, expected, strict=True)):
+        raise ValueError(f"targets must have {expected} labels, one for each image, or None for a group, got {found}.")
+    return targets
 
 
 def segmentation_panels(

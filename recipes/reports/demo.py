@@ -18,6 +18,7 @@ from bayeslayers.plots import predictive_panels
 from recipes.training.devices import device_named
 
 ASSETS = Path(__file__).parents[1] / "assets" / "demo.safetensors"
+DIGITS = [str(digit) for digit in range(10)]
 ARTICLES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
@@ -44,13 +45,16 @@ def demo(output: Path, num_samples: int = 64, seed: int = 0, device: str | None 
         tables.append(_table(name, groups, predictions, zoo.card_of(model).class_names))
         if name == "lenet5-mnist":
             rows = [(title, groups[title][0], prediction) for title, prediction in predictions.items()]
-            predictive_panels(rows, [str(digit) for digit in range(10)], output)
+            targets = [torch.arange(10) if shown == DIGITS else None for _, shown in groups.values()]
+            predictive_panels(rows, DIGITS, output, targets)
     console = Console(highlight=False)
     for table in tables:
         console.print(table)
     console.print(
         "Uncertainties are entropies in nats, at most log 10 = 2.30. Aleatoric: the image itself is ambiguous. "
-        "Epistemic: the samples of the weights disagree, because the network has seen nothing like the image."
+        "Epistemic: the samples of the weights disagree, because the network has seen nothing like the image. "
+        "On clothing both are large: a sample by itself hesitates between digits, as it learned to do between two "
+        "that look alike, and other samples hesitate between others. A cross marks a wrong digit."
     )
     print(printable(f"Picture: {output}"))
 
@@ -60,10 +64,9 @@ def demo_images() -> dict[str, tuple[Tensor, list[str]]]:
     from torchvision.transforms.functional import InterpolationMode, rotate
 
     images = {name: data.float()[:, None] / 255 for name, data in load_file(ASSETS).items()}
-    digits = [str(digit) for digit in range(10)]
     return {
-        "MNIST digits": (images["digits"], digits),
-        "The same digits, rotated by 70 degrees": (rotate(images["digits"], 70.0, InterpolationMode.BILINEAR), digits),
+        "MNIST digits": (images["digits"], DIGITS),
+        "The same digits, rotated by 70 degrees": (rotate(images["digits"], 70.0, InterpolationMode.BILINEAR), DIGITS),
         "Fashion-MNIST articles, which are no digits": (images["articles"], list(ARTICLES)),
     }
 
@@ -86,5 +89,6 @@ def _table(
         table.add_row(f"[bold]{title}[/bold]", "[bold]mean[/bold]", *averages)
         for index, shown in enumerate(groups[title][1]):
             label = class_names[int(prediction.labels[index])]
-            table.add_row(f"  {shown}", label, *(f"{float(part[index]):.3f}" for part in parts))
+            mark = "" if groups[title][1] != DIGITS or int(prediction.labels[index]) == index else " [red]x[/red]"
+            table.add_row(f"  {shown}", f"{label}{mark}", *(f"{float(part[index]):.3f}" for part in parts))
     return table

@@ -369,6 +369,23 @@ def test_predictive_panels_have_room_for_long_names_and_many_classes(classes):
     assert_nothing_overlaps(figure)
 
 
+def test_predictive_panels_frame_and_name_the_mistakes():
+    probs = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.5, 0.3]])
+    total = torch.special.entr(probs).sum(1)
+    prediction = bl.Prediction(probs, total, total, 0 * total, probs, 4, bl.Categorical())
+    rows = [(title, torch.rand(2, 1, 5, 5), prediction) for title in ("labelled", "unknown")]
+    figure = plots.predictive_panels(rows, ["cat", "dog", "owl"], targets=[torch.tensor([2, 1]), None])
+    pictures, bars = figure.axes[0:2] + figure.axes[4:6], figure.axes[2:4] + figure.axes[6:8]
+    assert [axis.get_title() for axis in bars] == ["cat: 90%, is owl", "dog: 50%", "cat: 90%", "dog: 50%"]
+    assert [axis.spines.left.get_visible() for axis in pictures] == [True, False, False, False]  # the frame
+    assert "Red frame" in figure.get_supxlabel()
+    assert "Red frame" not in plots.predictive_panels(rows, ["cat", "dog", "owl"]).get_supxlabel()
+    assert_nothing_overlaps(figure)
+    for targets in ([torch.tensor([2, 1])], [torch.tensor([2]), None]):
+        with pytest.raises(ValueError, match=r"targets must have \[2, 2\] labels, one for each image, or None for"):
+            plots.predictive_panels(rows, ["cat", "dog", "owl"], targets=targets)
+
+
 ROWS = [
     {"epoch": k, "seconds": 3.0, "lr": 0.1 / k, "train_loss": 1 / k, "test_nll": 2 / k, "test_accuracy": 1 - 1 / k}
     for k in range(1, 6)
