@@ -111,7 +111,7 @@ def _of_confidence(samples: Evaluation) -> Iterator[Finding]:
     word, remedy = (
         ("overconfident", "Raise the temperature, or train for fewer epochs")
         if gap > 0
-        else ("underconfident", "Lower the temperature, or train longer")
+        else ("underconfident", "Train longer, or lower the temperature")
     )
     yield Finding(
         word,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         return predict_scenes(model, paths, arguments)
     x = torch.stack([_input(path, convert) for path in paths])
     x = 1 - x if arguments.invert else x
+    if advice := _inversion(float(x.mean()), card):
+        print("bayeslayers:", advice, file=sys.stderr)
     prediction = bl.predict(
         model,
         x,
@@ -82,6 +85,17 @@ def run(arguments: argparse.Namespace) -> int:
     lines = [(name, row["label"], *(row[key] for key in _METRICS)) for name, row in zip(short, rows, strict=True)]
     print_table(("image", "label", *_METRICS), lines, numbers=4)
     return 0
+
+
+def _inversion(mean: float, card: Card) -> str:
+    """Return what to say of images that look like the negatives of those that a posterior of grey images has seen."""
+    known = card.kwargs.get("mean", ())
+    if len(known) != 1 or abs(mean - known[0]) < abs(1 - mean - known[0]) + 0.2:
+        return ""
+    return (
+        f"the images' mean is {mean:.2f}, that of the training images {known[0]:.2f}: --invert swaps black and white, "
+        "as for ink on paper."
+    )
 
 
 def _class_names(prediction: Prediction, card: Card) -> list[str]:

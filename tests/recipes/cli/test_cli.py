@@ -126,7 +126,10 @@ def test_predict_gives_the_numbers_of_the_library(capsys, tmp_path):
 def test_predict_inverts_and_prints_a_table(capsys, monkeypatch, images):
     monkeypatch.setenv("COLUMNS", "500")
     assert main(["predict", "lenet5-mnist", images[2], "--invert", "--num-samples", "8", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["label"] == "1"
+    out, error = capsys.readouterr()
+    assert json.loads(out)[0]["label"] == "1" and not error
+    assert main(["predict", "lenet5-mnist", images[2], "--num-samples", "2", "--json"]) == 0
+    assert "--invert swaps black and white" in capsys.readouterr().err
     assert main(["predict", "lenet5-mnist", images[1], "--num-samples", "2"]) == 0
     out = capsys.readouterr().out
     assert "epistemic" in out and "[bold]" in out  # a name, not markup
