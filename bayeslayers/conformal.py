@@ -67,7 +67,7 @@ class ConformalFit:
         Raises:
             ValueError: If the prediction is of another likelihood, or has several labels per example.
         """
-        self._check(prediction)
+        self._check(prediction, "sets")
         scores = _class_scores(prediction, self.score, generator)
         kept = scores <= self.threshold
         if nonempty:
@@ -82,7 +82,7 @@ class ConformalFit:
         Raises:
             ValueError: If the prediction is of another likelihood.
         """
-        self._check(prediction)
+        self._check(prediction, "intervals")
         deviation = prediction.total.double().sqrt()
         if self.score == "cqr":
             half = _normal_half_width(self.alpha) * deviation + self.threshold
@@ -114,11 +114,13 @@ class ConformalFit:
             size = {"mean_width": float((high - low).double().mean())}
         return {"coverage": float(covered.double().mean())} | size
 
-    def _check(self, prediction: Prediction) -> None:
+    def _check(self, prediction: Prediction, asked: str) -> None:
         if prediction.likelihood.name != self.likelihood:
             raise ValueError(
                 f"prediction must be {self.likelihood}, as those of the calibration, got {prediction.likelihood.name}."
             )
+        if asked != (right := "sets" if prediction.likelihood.discrete else "intervals"):
+            raise ValueError(f"{asked} must not be asked of a {self.likelihood} prediction. It has {right}.")
 
 
 def conformal(

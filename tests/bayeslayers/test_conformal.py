@@ -143,3 +143,7 @@ def test_wrong_input_is_named():
     fit = bl.conformal(model, (x, y), alpha=0.5)
     with pytest.raises(ValueError, match="must be categorical, as those of the calibration, got gaussian"):
         fit.sets(bl.predict(Fixed(bl.Gaussian()), torch.zeros(2, 2), 1))
+    with pytest.raises(ValueError, match="intervals must not be asked of a categorical prediction"):
+        fit.intervals(bl.predict(Fixed(), x, 1))
+    with pytest.raises(ValueError, match="sets must not be asked of a gaussian prediction"):
+        bl.ConformalFit("gaussian", "scaled", 0.1, 1.0, 5).sets(bl.predict(Fixed(bl.Gaussian()), torch.zeros(2, 2), 1))
