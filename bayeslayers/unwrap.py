@@ -20,7 +20,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def unwrapping(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the model, the module that it wraps, and so on down to the network."""
+    """Yield the model, the module that it wraps, and so on down to the network.
+
+    Raises:
+        TypeError: If the model is no module.
+    """
+    if not isinstance(model, nn.Module):
+        advice = " zoo.load(name) loads a posterior." if isinstance(model, str) else ""
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.{advice}")
     wrapped: nn.Module | None = model
     while wrapped is not None:
         yield wrapped

@@ -99,11 +99,20 @@ class Normalise(nn.Module):
         if not self._fits(tuple(x.shape[1:])):
             expected = f"{self.size[0]}, h, w" if self.any_size else ", ".join(str(n) for n in self.size)
             raise ValueError(
-                f"x must have the shape (n, {expected}), got {tuple(x.shape)}. zoo.transforms(model) resizes images."
+                f"x must have the shape (n, {expected}), got {tuple(x.shape)}. {self._advice(tuple(x.shape))}"
             )
         if not self.range_known and len(self.size) == 3 and _readable(x):
             self._check_range(x)
         return (x.to(self.mean.dtype) - self.mean) / self.std
+
+    def _advice(self, shape: tuple[int, ...]) -> str:
+        """Return what to do with an input of another shape."""
+        if self._fits(shape):
+            return "x.unsqueeze(0) is a batch of one."
+        if self._fits((1, *shape[1:])):
+            return "x.unsqueeze(1) adds the channel."
+        resized = "zoo.transforms(model) resizes images; " if len(self.size) == 3 else ""
+        return f"{resized}zoo.create(..., input_size=...) builds for another size."
 
     def _check_range(self, x: Tensor) -> None:
         """Warn once if images are far outside [0, 1]; only the first call checks on an accelerator, where it waits."""

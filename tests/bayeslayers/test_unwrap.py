@@ -55,6 +55,14 @@ def test_wrappers_come_off_and_keep_the_likelihood(wrap):
     assert likelihood_of(wrap(network())) == bl.Categorical()
 
 
+@pytest.mark.parametrize("call", [bl.predict, lambda model, x: bl.evaluate(model, (x, x)), bl.save_posterior])
+def test_what_is_no_network_is_refused(call):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str\. zoo\.load\(name\) loads a posterior"):
+        call("lenet5-mnist", torch.zeros(2, 3))
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got Tensor\.$"):
+        call(torch.zeros(2, 3), network())
+
+
 def test_a_likelihood_of_the_wrapper_comes_first():
     wrapped = nn.DataParallel(network(bl.Gaussian()))
     wrapped.likelihood = bl.Bernoulli()

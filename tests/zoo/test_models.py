@@ -220,6 +220,19 @@ def test_segmentation_takes_any_height_and_width(name, norm):
             net(wrong)
 
 
+@pytest.mark.parametrize(
+    ("shape", "advice"),
+    [
+        ((1, 28, 28), r"x\.unsqueeze\(0\) is a batch of one"),
+        ((5, 28, 28), r"x\.unsqueeze\(1\) adds the channel"),
+        ((5, 1, 32, 32), r"zoo\.transforms\(model\) resizes images; zoo\.create\(\.\.\., input_size"),
+    ],
+)
+def test_an_input_of_another_shape_is_told_what_to_do(shape, advice):
+    with pytest.raises(ValueError, match=advice):
+        zoo.create("lenet5")(torch.rand(shape))
+
+
 def test_dropout_is_on_in_training_alone():
     net, x = create("lenet5_mcdropout", dropout=0.5), torch.rand(2, 1, 28, 28)
     assert not torch.equal(net(x), net(x))
