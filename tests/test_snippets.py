@@ -54,6 +54,18 @@ def test_whole_pages_run_as_printed(name, tmp_path, monkeypatch):
             exec(compile(code, name, "exec"), {})
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_the_line_of_the_readme_takes_every_optimiser_that_it_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "README.md").read_text()
+    named = re.findall(r"`(\w+)`", re.findall(r"^(`IVON`.*?)can replace VOGN", page, re.S | re.M)[0])
+    assert len(named) > 3
+    (code,) = (block for block in blocks(ROOT / "README.md") if "optimizer = bl.VOGN" in block)
+    for name in named:
+        with torch.random.fork_rng():
+            exec(compile(code.replace("bl.VOGN", f"bl.{name}"), name, "exec"), {})
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_block_is_python_and_names_what_exists(path):
     for code in blocks(path):
