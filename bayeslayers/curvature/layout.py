@@ -110,5 +110,11 @@ def _error(new: Tensor, old: Tensor) -> float:
     if old.numel() == 0:
         return 0.0
     tolerance = torch.finfo(old.dtype).eps ** 0.5  # kernels round each row by its place
-    distance, size = (new - old).abs().max(), old.abs().max()
+    distance, size = _largest(new - old), _largest(old)
     return 0.0 if float(distance) == 0 else float(distance / (tolerance * size))
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Return the largest absolute value, without a copy."""
+    low, high = x.aminmax()
+    return torch.maximum(-low, high)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ class Observed(NamedTuple):
     dims: tuple[int, ...]
 
 
+Note: TypeAlias = Callable[[str, int, Tensor, tuple[int, ...]], Any]
+
+
+def copied(name: str, index: int, x: Tensor, dims: tuple[int, ...]) -> Observed:
+    """Return what an op was called with, which may be overwritten after it."""
+    return Observed(x.clone(), dims)
+
+
 class Watch:
     """The state of one tracker: its open call of the model, and what has come in each backward pass.
 
@@ -37,7 +45,8 @@ class Watch:
         examples: Examples of the call that is open; None outside of one.
         layouts: By layer, where the examples are in each of its uses in a call; None where that is not known.
         looked: By layer, the shapes of the inputs of its uses in the look at the call that is open.
-        observed: Where a look at the model collects what its ops get, None outside of one.
+        observed: Where a look at the model collects what it notes of its ops' inputs, None outside of one.
+        note: Returns that of an op's name, the number of the use, its input, and the dimensions that may hold examples.
         captured: What the leaves receive in place of their `.grad`, where that is asked for.
         meetings: Of tensors that do not depend on the batch with those that do.
         counted: By layer or read, the examples that went backward, of those uses whose place is known.
@@ -53,7 +62,8 @@ class Watch:
         self.examples: int | None = None
         self.layouts: dict[str, list[Layout | None]] = {}
         self.looked: dict[str, list[torch.Size]] = {}
-        self.observed: dict[str, list[Observed]] | None = None
+        self.observed: dict[str, list[Any]] | None = None
+        self.note: Note = copied
         self.captured: dict[int, Tensor] | None = None
         self.groups: Mapping[str, str] = groups or {}
         self.meetings = Meetings()
@@ -87,7 +97,7 @@ class Watch:
         """Note what an op got while the model is looked at, and return its output, lifted if known to be constant."""
         assert self.observed is not None
         uses, known = self.observed.setdefault(name, []), self.layouts.get(name, ())
-        uses.append(Observed(x.detach().clone(), dims))
+        uses.append(self.note(name, len(uses), x.detach(), dims))
         if self.examples is None or len(uses) > len(known) or known[len(uses) - 1] != CONSTANT:
             return output
         rows = output.expand(self.examples, *output.shape).clone()  # an op in place may follow

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bayeslayers.curvature.layout import CONSTANT, Layout, find_layout, is_close
 from bayeslayers.curvature.refusal import CurvatureRefusal
-from bayeslayers.curvature.watch import Observed, Watch
+from bayeslayers.curvature.watch import Note, Observed, Watch, copied
 from bayeslayers.layers.scope import current, opened
 from bayeslayers.sampling.sharing import evaluation_mode
 
@@ -68,8 +68,9 @@ def find_layouts(model: nn.Module, watch: Watch, args: Any, kwargs: Any) -> bool
             for rolled in _choices(batched):
                 torch.set_rng_state(state)
                 moved = [v.roll(1, 0) if i in rolled else v for i, v in enumerate(values)]
-                after = _inputs_of(model, watch, *tree_unflatten(moved, structure))
-                tried.append({name: _layouts(uses, after.get(name, []), examples) for name, uses in before.items()})
+                args_moved, kwargs_moved = tree_unflatten(moved, structure)
+                found = _inputs_of(model, watch, args_moved, kwargs_moved, _comparing(before, examples))
+                tried.append({name: _as_many(found.get(name, []), len(uses)) for name, uses in before.items()})
                 if _unknown(tried[-1]) == 0:
                     break
             layouts = min(tried, key=_unknown)
@@ -79,13 +80,13 @@ def find_layouts(model: nn.Module, watch: Watch, args: Any, kwargs: Any) -> bool
                 moved = [v.roll(1, 0) if i in rolled else v for i, v in enumerate(values)]
                 _find_meetings(model, watch, layouts, examples, [(args, kwargs), tree_unflatten(moved, structure)])
             suspects = _suspects(before, layouts, examples)
-            again = _inputs_of(model, watch, args, kwargs) if suspects else {}
+            again = _inputs_of(model, watch, args, kwargs, _repeating(before)) if suspects else {}
         except Exception:  # whatever a model raises outside its own mode
             return False
         finally:
             watch.examples, watch.meetings.observed = None, None
     for name, i in suspects:
-        if is_close(before[name][i].input, again[name][i].input):  # else the network is random
+        if again[name][i]:  # else the network is random
             raise CurvatureRefusal(
                 name,
                 f"dimension 0 of the input of layer '{name}' must run over the examples, got {examples} rows there "
@@ -159,12 +160,32 @@ def _unknown(layouts: Layouts) -> int:
     return sum(found.count(None) for found in layouts.values())
 
 
-def _layouts(before: list[Observed], after: list[Observed], examples: int) -> list[Layout | None]:
-    """Return where the examples are in each use of a layer."""
-    if len(before) != len(after):
-        return [None] * len(before)
-    pairs = zip(before, after, strict=True)
-    return [find_layout(old.input, new.input, examples, old.dims) for old, new in pairs]
+def _as_many(found: list[Layout | None], uses: int) -> list[Layout | None]:
+    """Return what was found of a layer's uses, nothing if they were not as many as before."""
+    return found if len(found) == uses else [None] * uses
+
+
+def _comparing(before: Inputs, examples: int) -> Note:
+    """Return what notes where the examples are in an input, by comparison with that of the first run.
+
+    Each comparison is made as the input comes: a copy of all inputs would take as much memory as the graph of a step.
+    """
+
+    def note(name: str, index: int, x: Tensor, dims: tuple[int, ...]) -> Layout | None:
+        uses = before.get(name, [])
+        return find_layout(uses[index].input, x, examples, uses[index].dims) if index < len(uses) else None
+
+    return note
+
+
+def _repeating(before: Inputs) -> Note:
+    """Return what notes whether an input is that of the first run."""
+
+    def note(name: str, index: int, x: Tensor, dims: tuple[int, ...]) -> bool:
+        uses = before.get(name, [])
+        return index < len(uses) and is_close(uses[index].input, x)
+
+    return note
 
 
 def _choices(batched: list[int]) -> Iterator[set[int]]:
@@ -175,14 +196,14 @@ def _choices(batched: list[int]) -> Iterator[set[int]]:
             yield {batched[0], *chosen, *(batched[4:] if size == len(others) else ())}
 
 
-def _inputs_of(model: nn.Module, watch: Watch, args: Any, kwargs: Any) -> Inputs:
-    """Run a model's forward, and return what the ops of its layers were called with."""
-    watch.observed = found = {}
+def _inputs_of(model: nn.Module, watch: Watch, args: Any, kwargs: Any, note: Note = copied) -> dict[str, list[Any]]:
+    """Run a model's forward, and return what is noted of the calls of its layers' ops: copies, or something else."""
+    watch.observed, watch.note = (found := {}), note
     try:
         with opened(replace(current(), observes=True)), torch.compiler.set_stance("force_eager"):
             model.forward(*args, **kwargs)
     finally:
-        watch.observed = None
+        watch.observed, watch.note = None, copied
     return found
 
 
