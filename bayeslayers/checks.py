@@ -19,7 +19,7 @@ def network(name: str, value: object) -> None:
     if not isinstance(value, nn.Module):
         raise TypeError(
             f"{name} must be a torch.nn.Module, got {type(value).__name__}. Pass the model, not its parameters: "
-            "VOGN(model, ...) where torch's optimisers take model.parameters()."
+            "these optimisers take model where torch's take model.parameters()."
         )
 
 

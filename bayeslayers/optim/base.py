@@ -90,8 +90,12 @@ class VariationalOptimizer(SharedStep):
         Raises:
             FloatingPointError: If loss, gradient or statistic is not finite. The posterior and the
                 optimizer's state are then as they were.
-            RuntimeError: If there was no draw since the last step.
+            RuntimeError: If there was no draw since the last step, or the scope of one is open.
         """
+        if self._inside:
+            raise RuntimeError(
+                "step() must follow the scope `with optimizer.sampled():`, got it inside. Call it behind the scope."
+            )
         with in_use(self.model, trains=True):
             return self._step(closure)
 

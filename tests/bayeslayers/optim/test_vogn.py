@@ -357,6 +357,16 @@ def test_exception_in_the_closure_leaves_gradients_and_weights(bad_draw):
         optimizer.step()
 
 
+def test_a_step_inside_of_its_scope_is_refused():
+    (x, y), net = make_batch(), make_net()
+    optimizer = make_optimizer(net)
+    before = state_of(net, optimizer)
+    with pytest.raises(RuntimeError, match=r"step\(\) must follow the scope .* got it inside"), optimizer.sampled():
+        squared_error(net, x, y).backward()
+        optimizer.step()
+    assert_same_state(state_of(net, optimizer), before)
+
+
 def test_draws_on_batches_of_other_sizes_count_alike():
     """A precision is affine in the curvature: two draws give the mean of what either gives alone."""
     net = make_net()
