@@ -94,7 +94,7 @@ class VariationalOptimizer(SharedStep):
         """
         if self._inside:
             raise RuntimeError(
-                "step() must follow the scope `with optimizer.sampled():`, got it inside. Call it behind the scope."
+                "step() must follow the scope `with optimizer.sampled():`, got it inside. Call it after the scope."
             )
         with in_use(self.model, trains=True):
             return self._step(closure)
