@@ -305,7 +305,7 @@ def test_the_range_is_not_read_where_values_cannot_be(recwarn):
     model().to("meta")(bytes_.to("meta"))
     torch.func.grad(lambda x: model()(x).sum())(bytes_)
     model()(bytes_[:0])
-    assert not recwarn.list
+    assert not [warning for warning in recwarn.list if "x must hold images" in str(warning.message)]
 
 
 def test_mode_i_means_what_its_range_says_and_f_is_from_0_to_1():
