@@ -48,7 +48,7 @@ WANTED = {
     "cifar10/vgg19": "adam vogn ivon",
     "cifar10/resnet18": "adam sgd vogn ivon",
     "cifar10/cifarnet": "sgd sgd_vogn sgd_ivon",
-    "cifar10/lite0": "adamw adamw_vogn adamw_ivon",
+    "cifar10/lite0": "adamw adamw_vogn",
     "cifar10/resnet20": "sgd vogn ivon sgd_ivon sgd_swag",
     "cifar10/wrn28_10": "sgd vogn ivon",
     "cifar100/alexnet": "adam sgd vogn ivon",
