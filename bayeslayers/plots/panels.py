@@ -78,8 +78,9 @@ def predictive_panels(
             shown = probs.topk(min(_BARS, len(names))).indices.sort().values.tolist()
             colours = [(ORANGE if uncertain else BLUE) if k == label else GREY for k in shown]
             bars.bar(range(len(shown)), array(probs[shown]), color=colours)
-            wrong = own is not None and int(own[column]) != label
-            told = f"{names[label]}: {confidence:.0%}" + (f", is {names[int(own[column])]}" if wrong else "")
+            truth = label if own is None else int(own[column])
+            wrong = truth != label
+            told = f"{names[label]}: {confidence:.0%}" + f", is {names[truth]}" * wrong
             bars.set_title(told, fontsize=9, color=RED if wrong else colours[shown.index(label)])
             if wrong:
                 picture.spines[:].set(visible=True, color=RED, linewidth=3)
