@@ -17,10 +17,10 @@ def network(name: str, value: object) -> None:
         TypeError: If it is not.
     """
     if not isinstance(value, nn.Module):
-        raise TypeError(
-            f"{name} must be a torch.nn.Module, got {type(value).__name__}. Pass the model, not its parameters: "
-            "these optimisers take model where torch's take model.parameters()."
-        )
+        advice = "Pass the model, not its parameters, which torch's optimisers take."
+        if isinstance(value, str):
+            advice = "zoo.load(name) loads a posterior."
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}. {advice}")
 
 
 def size(name: str, value: float) -> float:

@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from bayeslayers.checks import network
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the network inside torch's wrappers, at any depth.
@@ -15,8 +17,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     The wrappers are `DataParallel`, `DistributedDataParallel`, `AveragedModel` and the result of `torch.compile`.
     The network computes the same outputs, and its tensors have the names that a saved posterior uses.
     """
-    *_, network = unwrapping(model)
-    return network
+    *_, inner = unwrapping(model)
+    return inner
 
 
 def unwrapping(model: nn.Module) -> Iterator[nn.Module]:
@@ -25,9 +27,7 @@ def unwrapping(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         TypeError: If the model is no module.
     """
-    if not isinstance(model, nn.Module):
-        advice = " zoo.load(name) loads a posterior." if isinstance(model, str) else ""
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.{advice}")
+    network("model", model)
     wrapped: nn.Module | None = model
     while wrapped is not None:
         yield wrapped
@@ -40,8 +40,8 @@ def compiled_or_unwrapped(model: nn.Module) -> nn.Module:
     `DataParallel` runs its replicas in threads, and `DistributedDataParallel` waits for other ranks. A prediction
     belongs to its thread and may run on one rank, so it can use neither.
     """
-    *_, outer, network = (None, *unwrapping(model))
-    return network if outer is None or not _is_compiled(outer) else outer
+    *_, outer, inner = (None, *unwrapping(model))
+    return inner if outer is None or not _is_compiled(outer) else outer
 
 
 def holds_compiled(model: nn.Module) -> bool:
