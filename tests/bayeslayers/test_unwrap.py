@@ -59,7 +59,7 @@ def test_wrappers_come_off_and_keep_the_likelihood(wrap):
 def test_what_is_no_network_is_refused(call):
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str\. zoo\.load\(name\) loads a posterior"):
         call("lenet5-mnist", torch.zeros(2, 3))
-    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got Tensor\.$"):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got Tensor\. Pass the model"):
         call(torch.zeros(2, 3), network())
 
 
