@@ -187,7 +187,10 @@ def test_no_two_runs_have_one_name():
 @pytest.mark.parametrize("folder", SETS)
 def test_runs_on_one_set_normalise_alike_and_ask_about_the_same_ood_data(folder):
     configs = [parsed(name) for name in ALL if name.startswith(f"{folder}/")]
-    assert len({str((config.model["mean"], config.model["std"])) for config in configs}) == 1
+    own = [
+        config for config in configs if config.model["name"] != "efficientnet_lite0"
+    ]  # normalised as its weights ask
+    assert len({str((config.model["mean"], config.model["std"])) for config in own}) == 1
     (ood,) = {tuple(config.evaluation.ood) for config in configs}
     assert set(ood) <= NAMES.keys() - {SETS[folder][0]}
 
