@@ -36,20 +36,26 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def one_writer(folder: Path) -> Iterator[None]:
+def one_writer(folder: Path, *, reads: bool = False) -> Iterator[None]:
     """Wait for other writers of a folder, processes and threads, and keep them out; nothing is left in it.
 
     Where the system or the file system has no such locks, this does nothing.
+
+    Args:
+        folder: Folder.
+        reads: Keep only writers out, for a reader of several files: it may run beside other readers.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = None
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_SH if reads else fcntl.LOCK_EX)
     try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)

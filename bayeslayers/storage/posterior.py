@@ -167,7 +167,7 @@ def _replaceable(folder: Path) -> bool:
     if held - {WEIGHTS, CONFIG, README, PICTURE}:
         return False
     try:
-        return not held or bool(read_card(folder))
+        return not held or bool(_card_in(folder))
     except PosteriorError:
         return False
 
@@ -193,6 +193,11 @@ def read_card(folder: str | Path) -> Card:
         PosteriorError: If the folder or its `config.json` is missing or invalid.
     """
     folder = Path(os.path.expanduser(folder))
+    with one_writer(folder.resolve().parent, reads=True):
+        return _card_in(folder)
+
+
+def _card_in(folder: Path) -> Card:
     return card_from_json(read_member(folder, CONFIG, _CONFIG_BYTES), str(folder / CONFIG))
 
 
@@ -217,15 +222,16 @@ class Stored:
 
 
 def read_posterior(folder: str | Path) -> Stored:
-    """Read a posterior's folder, each file once.
+    """Read a posterior's folder, each file once, while no `save_posterior` replaces it.
 
     Raises:
         PosteriorError: If a file is missing or invalid, or the hash of the weights is not the card's.
     """
     folder = Path(os.path.expanduser(folder))
-    files = {CONFIG: read_member(folder, CONFIG, _CONFIG_BYTES)}
-    card = card_from_json(files[CONFIG], str(folder / CONFIG))
-    files[WEIGHTS] = read_member(folder, WEIGHTS)
+    with one_writer(folder.resolve().parent, reads=True):
+        files = {CONFIG: read_member(folder, CONFIG, _CONFIG_BYTES)}
+        card = card_from_json(files[CONFIG], str(folder / CONFIG))  # before the large file is read
+        files[WEIGHTS] = read_member(folder, WEIGHTS)
     return Stored(card, parse_weights(files[WEIGHTS], card.sha256, folder), files)
 
 

@@ -47,12 +47,16 @@ def member(folder: str | Path, name: str) -> Path:
     """
     path = Path(folder) / name
     if not path.is_file():
-        raise PosteriorError(f"{folder} must hold a posterior, got no {name} in it.")
+        raise _missing(path)
     home, target = Path(folder).resolve(), path.resolve()
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
     if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
         raise PosteriorError(f"{path} must be a file of its folder, got a link out of it.")
     return path
+
+
+def _missing(path: Path) -> PosteriorError:
+    return PosteriorError(f"{path.parent} must hold a posterior, got no {path.name} in it.")
 
 
 class Weights:
@@ -194,7 +198,11 @@ def read_member(folder: str | Path, name: str, limit: int | None = None) -> byte
         PosteriorError: As `member` does, or if the file is larger.
     """
     path = member(folder, name)
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:  # since `member` looked, where no lock keeps a writer out
+        raise _missing(path) from None
+    with file:
         size = os.fstat(file.fileno()).st_size
         if limit is not None and size > limit:
             raise PosteriorError(f"{path} must have at most {limit} bytes, got {size}.")

@@ -37,12 +37,13 @@ def test_the_folder_of_many_writers_is_whole_and_one_of_theirs(tmp_path):
         net = net_of(-0.5)
         while not stop.is_set():
             try:
-                card = bl.load_posterior(folder, net)
-            except bl.PosteriorError:
-                continue  # between the two renames of a writer, or its files were replaced between two reads
-            k = float(card.name.removeprefix("writer-"))
+                name = bl.load_posterior(folder, net).name
+            except Exception as error:
+                failures.append(error)
+                return
+            k = float(name.removeprefix("writer-"))
             if not all((p == k).all() for p in net.parameters()) or not (net.weight_precision == 1 + k).all():
-                failures.append(AssertionError(f"{card.name} has the weights of another writer"))
+                failures.append(AssertionError(f"{name} has the weights of another writer"))
 
     writers = [threading.Thread(target=write, args=(k,)) for k in range(WRITERS)]
     reader = threading.Thread(target=read)
@@ -57,6 +58,13 @@ def test_the_folder_of_many_writers_is_whole_and_one_of_theirs(tmp_path):
     k = float(bl.load_posterior(folder, net).name.removeprefix("writer-"))
     assert (net.weight == k).all() and (net.bias_precision == 1 + k).all()
     assert [path.name for path in folder.parent.iterdir()] == ["posterior"]
+
+
+def test_a_file_that_goes_while_it_is_read_is_a_missing_file(tmp_path, monkeypatch):
+    bl.save_posterior(net_of(1.0), tmp_path / "posterior")
+    monkeypatch.setattr("bayeslayers.storage.weight_file.member", lambda folder, name: folder / "gone.json")
+    with pytest.raises(bl.PosteriorError, match="must hold a posterior, got no gone.json"):
+        bl.load_posterior(tmp_path / "posterior", net_of(0.0))
 
 
 def test_what_a_writer_finds_at_the_end_is_not_replaced_unless_it_is_a_posterior(tmp_path, monkeypatch):
