@@ -63,7 +63,7 @@ def test_the_folder_of_many_writers_is_whole_and_one_of_theirs(tmp_path):
 def test_a_file_that_goes_while_it_is_read_is_a_missing_file(tmp_path, monkeypatch):
     bl.save_posterior(net_of(1.0), tmp_path / "posterior")
     monkeypatch.setattr("bayeslayers.storage.weight_file.member", lambda folder, name: folder / "gone.json")
-    with pytest.raises(bl.PosteriorError, match="must hold a posterior, got no gone.json"):
+    with pytest.raises(bl.PosteriorError, match=r"must hold a posterior, got no gone\.json"):
         bl.load_posterior(tmp_path / "posterior", net_of(0.0))
 
 
