@@ -150,8 +150,8 @@ class Correlated(nn.Module, abc.ABC):
         return {name: value for name, value in found.items() if value is not None}
 
     def _set_structure(self, names: tuple[str, ...], buffers: Mapping[str, Tensor]) -> None:
-        for name in names:
-            self._buffers.pop(name, None)
+        for name in self._buffers.keys() & names:
+            del self._buffers[name]
         for name, value in buffers.items():
             self.register_buffer(name, value)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.optim.bundle import Bundle
-from bayeslayers.sampling.flat import scatter
+from bayeslayers.optim.averages import corrected_weight
 
 
 def momentum_average(state: dict[str, Any], grad: Tensor, beta1: float, key: str = "momentum") -> Tensor:
@@ -23,35 +22,6 @@ def momentum_average(state: dict[str, Any], grad: Tensor, beta1: float, key: str
     if key not in state:
         state[key] = torch.zeros_like(grad)
     return state[key].lerp_(grad, corrected_weight(1 - beta1, state["step"]))
-
-
-def momentum_averages(states: Sequence[dict[str, Any]], bundle: Bundle, beta1: float) -> Tensor:
-    """Return `momentum_average` of a bundle's gradients, after the same number of steps of each parameter.
-
-    Args:
-        states: What is kept of each parameter.
-        bundle: The parameters.
-        beta1: Weight of the past.
-    """
-    if beta1 == 0:
-        return bundle.grad
-    for state, own in zip(states, bundle.parameters, strict=True):
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(own)
-    averages = [state["momentum"] for state in states]
-    flat = bundle.gathered(averages).lerp_(bundle.grad, corrected_weight(1 - beta1, states[0]["step"]))
-    scatter(flat, averages)
-    return flat
-
-
-def corrected_weight(weight: float, step: int) -> float:
-    """Return the weight of the newest term in a moving average that starts from nothing.
-
-        w_t = w / (1 - (1 - w)^t)
-
-    The first term has weight 1, so nothing of the initial value is left: the bias correction of Adam.
-    """
-    return weight / (1 - (1 - weight) ** step)
 
 
 def adam_direction(state: dict[str, Any], grad: Tensor, group: dict[str, Any], prefix: str = "") -> Tensor:

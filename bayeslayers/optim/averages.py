@@ -1,4 +1,4 @@
-"""Running means over the draws of one step."""
+"""Running means: over the draws of one step, and over steps."""
 
 from __future__ import annotations
 
@@ -109,3 +109,13 @@ def set_gradients(grads: Mapping[nn.Parameter, Tensor | None]) -> None:
     """Give parameters these gradients."""
     for parameter, grad in grads.items():
         parameter.grad = grad
+
+
+def corrected_weight(weight: float, step: int) -> float:
+    """Return the weight of the newest term in a moving average that starts from nothing.
+
+        w_t = w / (1 - (1 - w)^t)
+
+    The first term has weight 1, so nothing of the initial value is left: the bias correction of Adam.
+    """
+    return weight / (1 - (1 - weight) ** step)

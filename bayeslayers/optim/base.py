@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from bayeslayers.curvature.elements import refuse_other_reduction
 from bayeslayers.method import predict_by_samples
-from bayeslayers.optim.adam import adam_update, momentum_averages
+from bayeslayers.optim.adam import adam_update
 from bayeslayers.optim.bundle import Bundle
-from bayeslayers.optim.guard import Snapshot, adam_ratio, is_harmless, magnitudes, refuse_not_finite
+from bayeslayers.optim.guard import Snapshot, adam_ratio, all_finite, is_harmless, magnitudes, refuse_not_finite
 from bayeslayers.optim.shared_step import NO_DRAW, SharedStep
-from bayeslayers.sampling.flat import bundles
+from bayeslayers.sampling.flat import bundles, joined
 from bayeslayers.sampling.sharing import in_use
 
 
@@ -45,6 +45,9 @@ class VariationalOptimizer(SharedStep):
     _step_supports_amp_scaling = True  # see `amp.LossScale`
     _statistic: ClassVar[str] = "curvature"  # what messages call the statistics
     _loss_power: int = 2  # the power of the loss they are proportional to
+    _moves_bundles: ClassVar[bool] = (
+        False  # has a statistic of each tensor, in its shape, and moves small ones together
+    )
 
     @abc.abstractmethod
     def _update(self, group: dict[str, Any]) -> None:
@@ -116,8 +119,10 @@ class VariationalOptimizer(SharedStep):
         Args:
             left: This rank has no data any more, and takes part in the others' steps.
         """
-        if self.sync and not self._average_over_ranks(left):
-            return False
+        if self.sync:
+            self._bundled.clear()  # of this rank's own numbers
+            if not self._average_over_ranks(left):
+                return False
         try:
             with self._failing_together():
                 self._check_numbers()
@@ -203,7 +208,16 @@ class VariationalOptimizer(SharedStep):
         grads = {p: p.grad for p in self._names if p.grad is not None}
         # What the step adds to the precision is this much larger, and must be finite too.
         ess = max(self._ess(group) for group in self.param_groups) * max(1.0, self._averages.scale)
-        refuse_not_finite({"gradient": grads, self._statistic: self._averages.statistics}, self._names, ess)
+        if not all_finite(self._numbers(grads), ess):
+            refuse_not_finite({"gradient": grads, self._statistic: self._averages.statistics}, self._names, ess)
+
+    def _numbers(self, grads: Mapping[nn.Parameter, Tensor]) -> list[Tensor]:
+        """Return tensors with the entries of all gradients and statistics: those that the step gathers, if it does."""
+        if not self._moves_bundles:
+            return joined([*grads.values(), *self._averages.statistics.values()])
+        bundles = [each for group in self.param_groups if group["kind"] == "bayesian" for each in self._bundles(group)]
+        others = [grad for parameter, grad in grads.items() if parameter not in self._sites]
+        return [*(x for each in bundles for x in (each.grad, each.statistic)), *joined(others)]
 
     def _move(self, harmless: bool) -> None:
         """Move all groups, or none if one would leave the range of its floating-point numbers.
@@ -232,37 +246,26 @@ class VariationalOptimizer(SharedStep):
             self._update(group) if group["kind"] == "bayesian" else self._update_deterministic(group)
 
     def _bundles(self, group: Mapping[str, Any]) -> list[Bundle]:
-        """Return the uncertain parameters of a group that move in the step: bundles of small, pieces of large."""
+        """Return the uncertain parameters of a group that move in the step: small ones together, large ones alone."""
         key = id(group["params"])
         if key not in self._bundled:
             moving = bundles([p for p in group["params"] if p.grad is not None], lambda p: p, self._kind)
-            whole = [Bundle(own, self._sites, self._averages.statistics) for own in moving]
-            self._bundled[key] = [
-                piece for each in whole for piece in each.pieces(self.state.get(each.parameters[0], {}))
-            ]
+            statistics = self._averages.statistics
+            self._bundled[key] = [Bundle(own, self._sites, statistics, self.state) for own in moving]
         return self._bundled[key]
+
+    def _pieces(self, group: Mapping[str, Any]) -> list[Bundle]:
+        """Return the bundles of a group, the large tensors in pieces."""
+        return [piece for bundle in self._bundles(group) for piece in bundle.pieces()]
 
     def _kind(self, parameter: nn.Parameter) -> tuple[Any, ...]:
         """Return what the uncertain parameters of a bundle have in common."""
         site, step = self._sites[parameter], self.state.get(parameter, {}).get("step", 0)
         return parameter.dtype, parameter.device, step, site.prior_mean.dim(), site.prior_precision.dim()
 
-    def _momentum(self, bundle: Bundle, beta1: float) -> Tensor:
-        """Count a step of a bundle's parameters, and return the averages of their gradients."""
-        states = [self.state[p] for p in bundle.parameters]
-        if bundle.is_first:
-            for state in states:
-                state["step"] = state.get("step", 0) + 1
-        return momentum_averages(states, bundle, beta1)
-
     def _forget(self) -> None:
         super()._forget()
         self._bundled: dict[int, list[Bundle]] = {}  # by group, of the step that is being made
-
-    def _momenta(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """Return the gradients of parameters, and what they are averaged with."""
-        averages = [self.state[p]["momentum"] for p in parameters if "momentum" in self.state.get(p, ())]
-        return [*(p.grad for p in parameters if p.grad is not None), *averages]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state, that of its generator included."""

@@ -6,8 +6,10 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
+from bayeslayers.optim.averages import corrected_weight
 from bayeslayers.sampling import Site
 from bayeslayers.sampling.flat import filled, gather, scatter
 
@@ -21,6 +23,7 @@ class Bundle:
         parameters: The parameters: one, or small ones of one kind.
         sites: Their sites.
         statistics: Statistics of the step by parameter.
+        state: What the optimiser keeps of each parameter.
         piece: Entries of a lone contiguous parameter, flat; None for all.
     """
 
@@ -29,17 +32,14 @@ class Bundle:
         parameters: Sequence[nn.Parameter],
         sites: Mapping[Any, Site],
         statistics: Mapping[Any, Tensor],
+        state: Mapping[Any, dict[str, Any]],
         piece: slice | None = None,
     ) -> None:
         self.parameters = parameters
         self.piece = piece
         self.sites = [sites[p] for p in parameters]
         self._statistics = statistics
-
-    @property
-    def is_first(self) -> bool:
-        """Whether no other piece of its parameters comes before it."""
-        return self.piece is None or self.piece.start == 0
+        self._state = state
 
     def gathered(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return tensors of the parameters' shapes, one for each, as the bundle has its own."""
@@ -69,6 +69,29 @@ class Bundle:
     def statistic(self) -> Tensor:
         return self.gathered([self._statistics[p] for p in self.parameters])
 
+    @functools.cached_property
+    def momenta(self) -> list[Tensor]:
+        """What the gradients have been averaged to: one tensor, or those that are there if some parameter has none."""
+        averages = [own["momentum"] for p in self.parameters if "momentum" in (own := self._state.get(p, {}))]
+        return [self.gathered(averages)] if len(averages) == len(self.parameters) else averages
+
+    def average(self, beta1: float) -> Tensor:
+        """Count a step of the parameters, and return the averages of their gradients; see `adam.momentum_average`."""
+        states = [self._state[p] for p in self.parameters]
+        if self.piece is None or self.piece.start == 0:
+            for state in states:
+                state["step"] = state.get("step", 0) + 1
+        if beta1 == 0:
+            return self.grad
+        for state, parameter in zip(states, self.parameters, strict=True):
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(parameter)
+                self.__dict__.pop("momenta", None)
+        (average,) = self.momenta
+        average.lerp_(self.grad, corrected_weight(1 - beta1, states[0]["step"]))
+        scatter(average, [state["momentum"] for state in states])
+        return average
+
     def _filled(self, values: Sequence[Tensor]) -> Tensor:
         """Return values that broadcast against the parameters, as they broadcast against `mean`."""
         return filled(values, self.parameters) if self.piece is None or values[0].dim() == 0 else self.gathered(values)
@@ -78,19 +101,15 @@ class Bundle:
         scatter(self.mean, self.parameters)
         scatter(self.precision, [site.precision for site in self.sites])
 
-    def pieces(self, state: Mapping[str, Any]) -> list[Bundle]:
-        """Return the pieces of a large parameter whose tensors lie in memory in one order, else the bundle itself.
-
-        Args:
-            state: What the optimiser keeps of the parameter.
-        """
+    def pieces(self) -> list[Bundle]:
+        """Return the pieces of a large parameter whose tensors lie in memory in one order, else the bundle itself."""
         (parameter, *others), (site, *_) = self.parameters, self.sites
         size = parameter.numel()
         if others or size <= _PIECE:
             return [self]
         tensors = [parameter, parameter.grad, self._statistics.get(parameter), site.precision]
-        tensors += [site.prior_mean, site.prior_precision, *state.values()]
+        tensors += [site.prior_mean, site.prior_precision, *self._state.get(parameter, {}).values()]
         if not all(x.numel() in (1, size) and x.is_contiguous() for x in tensors if isinstance(x, Tensor)):
             return [self]
         sites, places = {parameter: site}, [slice(i, i + _PIECE) for i in range(0, size, _PIECE)]
-        return [Bundle(self.parameters, sites, self._statistics, place) for place in places]
+        return [Bundle(self.parameters, sites, self._statistics, self._state, place) for place in places]

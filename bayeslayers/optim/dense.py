@@ -15,7 +15,7 @@ from bayeslayers.distributions import dense_gaussian
 from bayeslayers.distributions.gaussian import in_double
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.layers.correlated import DENSE_ROOT, LARGEST_BLOCK
-from bayeslayers.optim.adam import corrected_weight
+from bayeslayers.optim.averages import corrected_weight
 from bayeslayers.sampling import Site
 
 

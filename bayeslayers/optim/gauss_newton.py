@@ -15,8 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bayeslayers.checks import fraction, non_negative, positive
 from bayeslayers.curvature.counts import Reduction
 from bayeslayers.distributions.gaussian import natural_gradient_step_
-from bayeslayers.optim.adam import corrected_weight
-from bayeslayers.optim.averages import Recorded
+from bayeslayers.optim.averages import Recorded, corrected_weight
 from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.groups import Rules
 from bayeslayers.optim.guard import natural_reach
@@ -36,7 +35,7 @@ RULES: Rules = {
 class GaussNewton(VariationalOptimizer):
     """The step that VOGN and OGN share."""
 
-    _of_squares = True
+    _of_squares = _moves_bundles = True
 
     def __init__(
         self,
@@ -132,11 +131,11 @@ class GaussNewton(VariationalOptimizer):
         moving = self._bundles(group)
         # The new precision is a mean of the old one and of the prior's, and more.
         least = [precision for each in moving for precision in (each.precision, each.prior_precision)]
-        return natural_reach(moving, self._momenta(parameters), least, self._ess(group), group["lr"])
+        return natural_reach(moving, least, self._ess(group), group["lr"])
 
     def _update(self, group: dict[str, Any]) -> None:
-        for bundle in self._bundles(group):
-            momentum, precision_lr = self._momentum(bundle, group["beta1"]), group["precision_lr"]
+        for bundle in self._pieces(group):
+            momentum, precision_lr = bundle.average(group["beta1"]), group["precision_lr"]
             if self._from_curvature:
                 precision_lr = corrected_weight(precision_lr, self.state[bundle.parameters[0]]["step"])
             natural_gradient_step_(

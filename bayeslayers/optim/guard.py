@@ -33,25 +33,22 @@ def magnitudes(*lists: Sequence[Tensor]) -> list[float]:
     return torch.stack(largest).tolist()
 
 
-def natural_reach(
-    bundles: Sequence[Bundle], momenta: Sequence[Tensor], precisions: Sequence[Tensor], ess: float, lr: float
-) -> float:
+def natural_reach(bundles: Sequence[Bundle], precisions: Sequence[Tensor], ess: float, lr: float) -> float:
     """Return a bound on the means after m - lr (ess g + p0 (m - m0)) / p.
 
     Args:
-        bundles: Uncertain tensors that move, with their gradients g.
-        momenta: What the gradients are averaged with.
+        bundles: Uncertain tensors that move, with their gradients g and what these are averaged with.
         precisions: Bounds below p.
         ess: Effective sample size.
         lr: Step size.
     """
-    reciprocal = [precision.amin().reciprocal() for precision in precisions if precision.numel()]
+    least = [precision.amin() for precision in precisions if precision.numel()]
     mean, center, prior, gradient, variance = magnitudes(
         [each.mean for each in bundles],
         [each.prior_mean for each in bundles],
         [each.prior_precision for each in bundles],
-        [*(each.grad for each in bundles), *momenta],
-        reciprocal,
+        [x for each in bundles for x in (each.grad, *each.momenta)],
+        [torch.stack(least).amin().reciprocal()] if least else [],
     )
     return mean + lr * (ess * gradient + prior * (mean + center)) * variance
 
@@ -76,6 +73,13 @@ def is_harmless(reach: float, parameters: Iterable[Tensor]) -> bool:
     return reach < min(torch.finfo(dtype).max for dtype in dtypes) / _HEADROOM
 
 
+def all_finite(tensors: Sequence[Tensor], factor: float) -> bool:
+    """Return whether all entries of tensors are finite, also when multiplied by a factor."""
+    # A sum is finite only if every entry is: one reduction each, one look at the result.
+    sums = [tensor.sum() for tensor in tensors]
+    return not sums or bool((torch.stack(sums) * factor).isfinite().all())
+
+
 def refuse_not_finite(quantities: Mapping[str, Mapping[Any, Tensor]], names: Mapping[Any, str], ess: float) -> None:
     """Raise if a tensor that a step is made of is not finite, or would not be where it enters the precision.
 
@@ -87,10 +91,6 @@ def refuse_not_finite(quantities: Mapping[str, Mapping[Any, Tensor]], names: Map
     Raises:
         FloatingPointError: If so.
     """
-    # A sum is finite only if every entry is: one reduction each, one look at the result.
-    sums = [tensor.sum() for tensor in joined(tensor for tensors in quantities.values() for tensor in tensors.values())]
-    if not sums or (torch.stack(sums) * ess).isfinite().all():
-        return
     for quantity, tensors in quantities.items():
         for key, tensor in tensors.items():
             if bad := int((~(tensor * ess).isfinite()).sum()):

@@ -107,7 +107,7 @@ class IVON(VariationalOptimizer):
         torch.Size([8, 3])
     """
 
-    _keeps_noise = True
+    _keeps_noise = _moves_bundles = True
 
     def __init__(
         self,
@@ -207,26 +207,33 @@ class IVON(VariationalOptimizer):
         return self._sampler.draw(noise)
 
     def _record(self) -> Recorded | None:
-        statistics: dict[nn.Parameter, Tensor] = {}
-        for parameter, name in self._names.items():
-            if parameter.grad is None:
-                continue
-            if parameter not in self._sites:
-                raise RuntimeError(
-                    f"parameter '{name}' must have a posterior, got it unfrozen since. Pass it to add_param_group."
-                )
-            statistics[parameter] = self._statistic_of(parameter, parameter.grad)
+        grads = {parameter: parameter.grad for parameter in self._names if parameter.grad is not None}
+        if unknown := [self._names[parameter] for parameter in grads if parameter not in self._sites]:
+            raise RuntimeError(
+                f"parameter '{unknown[0]}' must have a posterior, got it unfrozen since. Pass it to add_param_group."
+            )
+        statistics = self._statistics_of(grads)
         if self.estimator == "gradsq" and len(self._sharing) > 1:
             self._gradients.append({p: p.grad.clone() for p in statistics if p.grad is not None})
         return Recorded(statistics) if statistics else None
 
-    def _statistic_of(self, parameter: nn.Parameter, grad: Tensor) -> Tensor:
-        """Return g (w - m) sqrt(p), whose factor of noise is standard normal, or g^2."""
+    def _statistics_of(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Return g (w - m) sqrt(p), whose factor of noise is standard normal, or g^2, by parameter."""
         if self.estimator == "gradsq":
-            return grad.square()
-        noise, factor, mine = self._sampler.take_noise(self._sites[parameter])
-        statistic = noise.mul_(grad) if mine else noise * grad
-        return statistic if factor == 1 else statistic.mul_(factor)
+            return {parameter: grad.square() for parameter, grad in grads.items()}
+        found, shared = {}, {}
+        for parameter, grad in grads.items():
+            noise, factor, mine = self._sampler.take_noise(self._sites[parameter])
+            if mine:
+                found[parameter] = noise.mul_(grad).mul_(factor)
+            elif factor == 1:
+                shared[parameter] = noise
+            else:
+                found[parameter] = (noise * grad).mul_(factor)
+        if shared:
+            values = torch._foreach_mul([grads[p] for p in shared], list(shared.values()))  # pyright: ignore
+            found.update(zip(shared, values, strict=True))
+        return found
 
     def _forget(self) -> None:
         super()._forget()
@@ -257,9 +264,8 @@ class IVON(VariationalOptimizer):
         """Compute the new precisions, which must be finite in all groups."""
         sums = []
         for group in self.param_groups:
-            for bundle in self._bundles(group):  # the new precision takes the statistic's place
-                bundle.statistic = self._new_precision(bundle, group)
-                sums.append(bundle.statistic.sum())
+            for bundle in self._pieces(group):  # the new precision takes the statistic's place
+                sums.append(self._new_precision(bundle, group).sum())
         if not sums or torch.stack(sums).isfinite().all():
             return
         refuse_new_precisions((each for group in self.param_groups for each in self._bundles(group)), self._names)
@@ -275,14 +281,14 @@ class IVON(VariationalOptimizer):
     def _posterior_reach(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> float:
         moving = self._bundles(group)
         least = [each.statistic for each in moving]  # the new precisions
-        return natural_reach(moving, self._momenta(parameters), least, self._ess(group), self._lr(group))
+        return natural_reach(moving, least, self._ess(group), self._lr(group))
 
     def _lr(self, group: Mapping[str, Any]) -> float:
         return group["lr"] * (group["hess_init"] + group["weight_decay"] if self.rescale_lr else 1.0)
 
     def _update(self, group: dict[str, Any]) -> None:
-        for bundle in self._bundles(group):
-            grad = self._momentum(bundle, group["beta1"])
+        for bundle in self._pieces(group):
+            grad = bundle.average(group["beta1"])
             bundle.precision.copy_(bundle.statistic)
             step = (bundle.mean - bundle.prior_mean).mul_(bundle.prior_precision).add_(grad, alpha=self._ess(group))
             step.div_(bundle.precision)

@@ -20,7 +20,8 @@ from bayeslayers.distributions.matrix_gaussian import (
 )
 from bayeslayers.dtypes import at_least_float32
 from bayeslayers.layers import BayesianLayer
-from bayeslayers.optim.adam import corrected_weight, momentum_average
+from bayeslayers.optim.adam import momentum_average
+from bayeslayers.optim.averages import corrected_weight
 from bayeslayers.optim.dense import DenseBlock
 from bayeslayers.optim.fisher import INPUT, OUTPUT, FisherOptimizer
 from bayeslayers.optim.matrix_prior import MatrixPrior

@@ -121,14 +121,14 @@ class SWAG(VariationalOptimizer):
 
     def _reach(self, group: dict[str, Any]) -> float:
         parameters = [p for p in group["params"] if p.grad is not None]
-        gradients = self._momenta(parameters)
         if not parameters:
             return 0.0
         if group["kind"] == "deterministic":
-            mean, gradient = magnitudes(parameters, gradients)
+            averages = [self.state[p]["momentum"] for p in parameters if "momentum" in self.state.get(p, ())]
+            mean, gradient = magnitudes(parameters, [*(p.grad for p in parameters if p.grad is not None), *averages])
             return mean + group["lr"] * gradient
         ess, moving = self._ess(group), self._bundles(group)
-        return natural_reach(moving, gradients, [moving[0].precision.new_tensor(ess)], ess, group["lr"])
+        return natural_reach(moving, [moving[0].precision.new_tensor(ess)], ess, group["lr"])
 
     def _update(self, group: dict[str, Any]) -> None:
         for parameter in group["params"]:

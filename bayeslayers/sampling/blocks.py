@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from bayeslayers.curvature.op import is_eager
-from bayeslayers.distributions.noise import BLOCK, SCALE, StandardNormal, inverts
+from bayeslayers.distributions.noise import BLOCK, SCALE, StandardNormal, in_blocks
 
 
 def fits_blocks(mean: Tensor, precision: Tensor) -> bool:
     """Return whether `drawn` can sample a tensor: a large one on a CPU, where neither vmap nor a compiler looks on."""
-    return inverts(mean) and precision.dtype == mean.dtype and precision.is_contiguous() and is_eager()
+    return in_blocks(mean) and precision.dtype == mean.dtype and precision.is_contiguous() and is_eager()
 
 
 def drawn(

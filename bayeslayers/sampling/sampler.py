@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,33 @@ from bayeslayers.sampling.blocks import drawn, fits_blocks
 from bayeslayers.sampling.flat import SMALL, bundles, gather, moved, spread
 from bayeslayers.sampling.placement import placed
 from bayeslayers.sampling.sites import Site, posterior
+
+
+@dataclass
+class Small:
+    """Small sites that are sampled together.
+
+    Attributes:
+        sites: The sites.
+        places: Where they are among all.
+        noise: Their noise, in a flat tensor.
+        noise_of: The parts of it by the sites' names.
+        deviation: Their standard deviations likewise, if these are kept.
+    """
+
+    sites: Sequence[Site]
+    places: Sequence[int]
+    noise: Tensor
+    noise_of: dict[str, Tensor]
+    deviation: Tensor | None = None
+
+    @classmethod
+    def of(cls, bundle: Sequence[tuple[int, Site]]) -> Small:
+        """Return sites, with their places, and memory for their noise."""
+        places, sites = zip(*bundle, strict=True)
+        means = [site.mean for site in sites]
+        noise = torch.empty_like(gather(means))
+        return cls(sites, places, noise, {s.name: x for s, x in zip(sites, spread(noise, means), strict=True)})
 
 
 def sampled(
@@ -91,8 +120,8 @@ class Sampler:
         # Memory is kept from sample to sample: on a CPU its allocation costs as much as the arithmetic.
         self._noise: dict[str, Tensor] = {}
         self._deviations = {site.name: site.deviation for site in sites} if frozen else None
-        self._flat_noise: dict[tuple[str, int], Tensor] = {}  # of small sites together, by the first and their number
-        self._flat_deviations: dict[tuple[str, int], Tensor] = {}  # likewise, if frozen
+        self._small: list[Small] = []  # small sites that are sampled together
+        self._small_kinds: list[Any] = []  # of the means, when they were found
 
     @contextmanager
     def draw(self, noise: Mapping[str, Tensor] | None = None) -> Iterator[None]:
@@ -107,49 +136,45 @@ class Sampler:
             layer: PERTURBATIONS[self.estimator](self.estimator, self.generator) for layer in self._perturbed
         }
         together = [] if noise is not None or self.differentiable else self._small_sites(perturbations)
-        later = {site.name for bundle in together for _, site in bundle}
+        parts = {name: part for small in together for name, part in small.noise_of.items()}
         values: dict[str, Tensor] = {}
         for site in self.sites:
-            if site.name in later:
-                self.noise[site.name] = self._noise_of(site, site.mean, normal)
+            if (part := parts.get(site.name)) is not None:
+                self.noise[site.name] = part, normal.fill_unscaled_(part)
             elif (value := self._draw_site(site, noise, normal, perturbations.get(site.module))) is not None:
                 values[site.name] = value
-        for bundle in together:
-            values |= self._draw_together(bundle)
+        for small in together:
+            values |= self._draw_together(small)
         for layer in self._layers:
             if layer not in perturbations and layer.correlations:
                 values |= self._correlated(layer)
         with placed(self.sites, values, perturbations):
             yield
 
-    def _small_sites(self, perturbations: Mapping[nn.Module, Perturbation]) -> list[list[tuple[int, Site]]]:
-        """Return bundles of small sites, with their places; their noise gets its parts of flat tensors as memory."""
-        plain = [
-            (i, site)
-            for i, site in enumerate(self.sites)
-            if site.module not in perturbations and site.padding_row is None
-        ]
-        found = bundles(plain, lambda s: s[1].mean, lambda s: (s[1].mean.dtype, s[1].mean.device))
-        found = [bundle for bundle in found if len(bundle) > 1]
-        for bundle in found:
-            means, key = [site.mean for _, site in bundle], (bundle[0][1].name, len(bundle))
-            noise = self._flat_noise.get(key)
-            if noise is None or (noise.device, noise.dtype) != (means[0].device, means[0].dtype):
-                noise = self._flat_noise[key] = torch.empty_like(gather(means))
-                parts = spread(noise, means)
-                self._noise.update({site.name: part for (_, site), part in zip(bundle, parts, strict=True)})
-        return found
+    def _small_sites(self, perturbations: Mapping[nn.Module, Perturbation]) -> list[Small]:
+        """Return the small sites that are sampled together: those of the last draw, while the means are of one kind."""
+        means = [site.mean for site in self.sites]
+        kinds = [(mean.dtype, mean.device) for mean in means]
+        if kinds != self._small_kinds:
+            plain = [
+                (i, site)
+                for i, site in enumerate(self.sites)
+                if site.module not in perturbations and site.padding_row is None
+            ]
+            found = bundles(plain, lambda s: means[s[0]], lambda s: kinds[s[0]])
+            self._small = [Small.of(bundle) for bundle in found if len(bundle) > 1]
+            self._small_kinds = kinds
+        return self._small
 
-    def _draw_together(self, bundle: Sequence[tuple[int, Site]]) -> dict[str, Tensor]:
+    def _draw_together(self, small: Small) -> dict[str, Tensor]:
         """Return the samples of small sites, whose noise has been drawn."""
-        places, sites = zip(*bundle, strict=True)
-        means, key = [site.mean for site in sites], (sites[0].name, len(sites))
+        means = [site.mean for site in small.sites]
+        deviation = small.deviation
         if self._deviations is None:
-            deviation = gather([site.precision for site in sites]).rsqrt_().to(means[0].dtype)
-        elif (deviation := self._flat_deviations.get(key)) is None:
-            deviation = self._flat_deviations[key] = gather([self._deviations[site.name] for site in sites])
-        change = self._flat_noise[key] * deviation
-        return dict(zip([site.name for site in sites], moved(means, change, places), strict=True))
+            deviation = gather([site.precision for site in small.sites]).rsqrt_().to(means[0].dtype)
+        elif deviation is None:
+            deviation = small.deviation = gather([self._deviations[site.name] for site in small.sites])
+        return dict(zip(small.noise_of, moved(means, small.noise * deviation, small.places), strict=True))
 
     def _draw_site(
         self,

@@ -75,13 +75,11 @@ def test_only_what_lies_in_one_order_is_moved_in_pieces(monkeypatch):
     (weight, *_), statistics = posterior(net), {net.weight: torch.zeros(3, 4)}
 
     def pieces(state):
-        return bundle.Bundle([net.weight], {net.weight: weight}, statistics).pieces(state)
+        return bundle.Bundle([net.weight], {net.weight: weight}, statistics, {net.weight: state}).pieces()
 
     net.weight.grad = torch.zeros(3, 4)
     state = {"step": 3, "momentum": torch.zeros(3, 4)}
-    assert [(p.piece, p.is_first) for p in pieces(state)] == [
-        (slice(0, 5), True), (slice(5, 10), False), (slice(10, 15), False)
-    ]  # fmt: skip
+    assert [p.piece for p in pieces(state)] == [slice(0, 5), slice(5, 10), slice(10, 15)]
     assert [len(p.mean) for p in pieces(state)] == [5, 5, 2]
     assert [p.piece for p in pieces({"momentum": torch.zeros(4, 3).t()})] == [None]
     net.weight.grad = torch.zeros(4, 3).t()

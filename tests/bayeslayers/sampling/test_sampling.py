@@ -53,6 +53,13 @@ def test_noise_is_standard_normal(dtype, n):
     assert_z(z.double().max(), math.sqrt(2 * math.log(n)), 0.2)  # the farthest value is about where it should be
 
 
+def test_the_two_values_of_a_pair_are_independent():
+    n = 2**21
+    first, second = StandardNormal(seeded()).fill_(torch.empty(2 * n)).view(-1, 2, 2**15).double().unbind(1)
+    assert_z((first * second).mean(), 0, n**-0.5)
+    assert_z(((first.square() - 1) * (second.square() - 1)).mean(), 0, 2 * n**-0.5)
+
+
 @pytest.mark.parametrize("n", [0, 1, 2**16 - 1, 2**16, 2**16 + 1, 2**20 + 1, 3 * 2**20 - 1])
 def test_noise_fills_every_size(n):
     z = StandardNormal(seeded()).fill_(torch.full((n,), math.nan))
@@ -60,18 +67,24 @@ def test_noise_fills_every_size(n):
     assert len(z.unique()) >= 0.9 * n  # no part repeats another; 24 bits allow some chance repeats
 
 
-def test_noise_of_the_extreme_words_is_finite(monkeypatch):
-    class ExtremeWords:  # 32-bit words -2^31 and 2^31 - 1, in turn
+@pytest.mark.parametrize(
+    ("words", "first", "second"),
+    [
+        (0x7FFFFFFF80000000, 0.0, 0.0),  # 32-bit words -2^31 and 2^31 - 1, in turn: the shortest radius
+        (0, (2 * 32 * math.log(2)) ** 0.5, 0.0),  # the longest, at the angle 0
+    ],
+)
+def test_noise_of_the_extreme_words_is_finite(monkeypatch, words, first, second):
+    class ExtremeWords:
         def __init__(self, seed):
             pass
 
         def random_raw(self, size):
-            return np.full(size, 0x7FFFFFFF80000000, dtype=np.uint64)
+            return np.full(size, words, dtype=np.uint64)
 
     monkeypatch.setattr(np.random, "SFC64", ExtremeWords)
     z = StandardNormal(seeded()).fill_(torch.empty(2**16))
-    bound = torch.special.erfinv(torch.tensor(1 - 2**-24)) * 2**0.5
-    assert_close(z.view(-1, 2), torch.stack([-bound, bound]).expand(2**15, 2))
+    assert_close(z.view(2, -1), torch.tensor([[first], [second]]).expand(2, 2**15))
 
 
 @pytest.mark.parametrize("n", [100, 10**5])
