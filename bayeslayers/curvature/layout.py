@@ -29,18 +29,18 @@ class Layout(NamedTuple):
         """Return whether a tensor has room for that many examples."""
         return x.dim() > self.dim and x.shape[self.dim] == self.before * examples * self.after
 
-    def fitted(self, x: Tensor, examples: int) -> Layout | None:
+    def fitted(self, shape: torch.Size, examples: int) -> Layout | None:
         """Return the layout for a batch of other sizes, as a last one with fewer examples; None if there is none.
 
         Of two folded dimensions beside the examples, the sizes are those of the first batch.
 
         Args:
-            x: Tensor with the examples in the same place.
+            shape: That of a tensor with the examples in the same place.
             examples: How many there are.
         """
-        if x.dim() <= self.dim or x.shape[self.dim] % examples:
+        if len(shape) <= self.dim or shape[self.dim] % examples:
             return None
-        folded = x.shape[self.dim] // examples
+        folded = shape[self.dim] // examples
         if self.before == self.after == 1:
             return self if folded == 1 else None
         if self.after == 1:

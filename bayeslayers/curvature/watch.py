@@ -286,7 +286,7 @@ def _layout_of(known: list[Layout | None] | None, index: int, x: Tensor, example
     if not known:
         return None
     layout = known[index] if index < len(known) else known[-1] if len(set(known)) == 1 else None
-    return layout if layout is None or layout == CONSTANT else layout.fitted(x, examples)
+    return layout if layout is None or layout == CONSTANT else layout.fitted(x.shape, examples)
 
 
 def _at_the_end(function: Callable[[], None]) -> None:

@@ -251,7 +251,7 @@ class VariationalOptimizer(SharedStep):
         if key not in self._bundled:
             moving = bundles([p for p in group["params"] if p.grad is not None], lambda p: p, self._kind)
             statistics = self._averages.statistics
-            self._bundled[key] = [Bundle(own, self._sites, statistics, self.state) for own in moving]
+            self._bundled[key] = [Bundle(own, self._sites, statistics, self.state, self._scratch) for own in moving]
         return self._bundled[key]
 
     def _pieces(self, group: Mapping[str, Any]) -> list[Bundle]:

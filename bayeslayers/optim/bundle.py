@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bayeslayers.optim.averages import corrected_weight
 from bayeslayers.sampling import Site
-from bayeslayers.sampling.flat import filled, gather, scatter
+from bayeslayers.sampling.flat import Scratch, filled, gather
 
 _PIECE = 2**16  # values: with the operands of a step they stay in a cache
 
@@ -24,6 +24,7 @@ class Bundle:
         sites: Their sites.
         statistics: Statistics of the step by parameter.
         state: What the optimiser keeps of each parameter.
+        scratch: Memory for what moves.
         piece: Entries of a lone contiguous parameter, flat; None for all.
     """
 
@@ -33,6 +34,7 @@ class Bundle:
         sites: Mapping[Any, Site],
         statistics: Mapping[Any, Tensor],
         state: Mapping[Any, dict[str, Any]],
+        scratch: Scratch,
         piece: slice | None = None,
     ) -> None:
         self.parameters = parameters
@@ -40,6 +42,7 @@ class Bundle:
         self.sites = [sites[p] for p in parameters]
         self._statistics = statistics
         self._state = state
+        self._scratch = scratch
 
     def gathered(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return tensors of the parameters' shapes, one for each, as the bundle has its own."""
@@ -47,11 +50,11 @@ class Bundle:
 
     @functools.cached_property
     def mean(self) -> Tensor:
-        return self.gathered(self.parameters)
+        return self._moving("mean", self.parameters)
 
     @functools.cached_property
     def precision(self) -> Tensor:
-        return self.gathered([site.precision for site in self.sites])
+        return self._moving("precision", [site.precision for site in self.sites])
 
     @functools.cached_property
     def prior_mean(self) -> Tensor:
@@ -73,7 +76,7 @@ class Bundle:
     def momenta(self) -> list[Tensor]:
         """What the gradients have been averaged to: one tensor, or those that are there if some parameter has none."""
         averages = [own["momentum"] for p in self.parameters if "momentum" in (own := self._state.get(p, {}))]
-        return [self.gathered(averages)] if len(averages) == len(self.parameters) else averages
+        return [self._moving("momentum", averages)] if len(averages) == len(self.parameters) else averages
 
     def average(self, beta1: float) -> Tensor:
         """Count a step of the parameters, and return the averages of their gradients; see `adam.momentum_average`."""
@@ -89,7 +92,7 @@ class Bundle:
                 self.__dict__.pop("momenta", None)
         (average,) = self.momenta
         average.lerp_(self.grad, corrected_weight(1 - beta1, states[0]["step"]))
-        scatter(average, [state["momentum"] for state in states])
+        self._write("momentum", [state["momentum"] for state in states])
         return average
 
     def _filled(self, values: Sequence[Tensor]) -> Tensor:
@@ -98,8 +101,18 @@ class Bundle:
 
     def write(self) -> None:
         """Write back the mean and the precision, which have been changed in place."""
-        scatter(self.mean, self.parameters)
-        scatter(self.precision, [site.precision for site in self.sites])
+        self._write("mean", self.parameters)
+        self._write("precision", [site.precision for site in self.sites])
+
+    def _moving(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
+        """Return `gathered` tensors that an op will change in place."""
+        if self.piece is not None:
+            return self.gathered(tensors)
+        return self._scratch.gather((name, self.parameters[0]), tensors)
+
+    def _write(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Write back what `_moving` returned."""
+        self._scratch.scatter((name, self.parameters[0]), tensors)
 
     def pieces(self) -> list[Bundle]:
         """Return the pieces of a large parameter whose tensors lie in memory in one order, else the bundle itself."""
@@ -112,4 +125,4 @@ class Bundle:
         if not all(x.numel() in (1, size) and x.is_contiguous() for x in tensors if isinstance(x, Tensor)):
             return [self]
         sites, places = {parameter: site}, [slice(i, i + _PIECE) for i in range(0, size, _PIECE)]
-        return [Bundle(self.parameters, sites, self._statistics, self._state, place) for place in places]
+        return [Bundle(self.parameters, sites, self._statistics, self._state, self._scratch, place) for place in places]

@@ -225,12 +225,13 @@ class AveragedDraws(PosteriorGroups):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients; inside a scope those of this draw alone, outside one those of every draw."""
-        super().zero_grad(set_to_none)
-        if self._inside:
-            self._losses.clear()
-            self._clear_record()
-        else:
-            self._forget()
+        with torch._C.DisableTorchFunction():  # the open scope looks at functions, and would at each of these tensors
+            super().zero_grad(set_to_none)
+            if self._inside:
+                self._losses.clear()
+                self._clear_record()
+            else:
+                self._forget()
 
     def _run(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
         """Run the closure under all draws; return the means of loss and output.

@@ -17,6 +17,7 @@ from bayeslayers.layers import BayesianLayer
 from bayeslayers.optim.options import Options
 from bayeslayers.optim.ranks import refuse_replicas, refuse_sharded_parameters
 from bayeslayers.sampling import Sampler, Site, posterior, sites_of
+from bayeslayers.sampling.flat import Scratch
 
 Rules = Mapping[str, Callable[[str, Any], Any]]  # per hyperparameter the check that returns its value
 
@@ -107,6 +108,7 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
         self._sampler = Sampler(sites, self._generator, keeps_noise=self._keeps_noise)
         self._prior_versions = [getattr(site.module, "prior_version", 0) for site in sites]
+        self._scratch = Scratch()
 
     def _all_groups(self, groups: Sequence[Mapping[str, Any]], deterministic_lr: float | None) -> list[dict[str, Any]]:
         """Return the given groups, and behind them the rest of the parameters in groups of each kind."""

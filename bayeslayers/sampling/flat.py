@@ -1,7 +1,7 @@
 """Many small tensors as few large ones: what a tensor costs whatever its size is then paid once.
 
-Small tensors are copied into a flat one, and back where they move. Nothing of it stays: parameters, buffers and state
-keep memory of their own, whatever moves, loads or copies them between two steps. A large tensor stands for itself.
+Small tensors are copied into a flat one, and back where they move. Parameters, buffers and state keep memory of their
+own, whatever moves, loads or copies them between two steps. A large tensor stands for itself.
 """
 
 from __future__ import annotations
@@ -63,15 +63,39 @@ def gather(tensors: Sequence[Tensor]) -> Tensor:
     return torch._C._nn.flatten_dense_tensors(list(tensors))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def scatter(flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Write back what `gather` returned, and an op has changed in place.
+class Scratch:
+    """Memory in which the same small tensors are gathered in each step; views of its parts take longer than a copy."""
 
-    Args:
-        flat: The flat tensor.
-        tensors: Those that it was gathered from.
-    """
-    if len(tensors) > 1:
-        torch._foreach_copy_(list(tensors), spread(flat, tensors))  # pyright: ignore[reportPrivateImportUsage]
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[Tensor, list[Tensor]]] = {}
+
+    def gather(self, key: Hashable, tensors: Sequence[Tensor]) -> Tensor:
+        """Return one tensor itself, several copied into a flat one, which the next call with this key overwrites.
+
+        Args:
+            key: What the tensors are.
+            tensors: The tensors.
+        """
+        if len(tensors) == 1:
+            return tensors[0]
+        flat, parts = self._kept.get(key, (tensors[0], []))
+        kind = (tensors[0].dtype, tensors[0].device, [x.shape for x in tensors])
+        if (flat.dtype, flat.device, [part.shape for part in parts]) == kind:
+            torch._foreach_copy_(parts, list(tensors))  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            flat = gather(tensors)
+            self._kept[key] = flat, spread(flat, tensors)
+        return flat
+
+    def scatter(self, key: Hashable, tensors: Sequence[Tensor]) -> None:
+        """Write back what `gather` returned, and an op has changed in place.
+
+        Args:
+            key: What the tensors are.
+            tensors: Those that were gathered last with this key.
+        """
+        if len(tensors) > 1:
+            torch._foreach_copy_(list(tensors), self._kept[key][1])  # pyright: ignore[reportPrivateImportUsage]
 
 
 def spread(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

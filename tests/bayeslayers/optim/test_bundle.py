@@ -75,7 +75,9 @@ def test_only_what_lies_in_one_order_is_moved_in_pieces(monkeypatch):
     (weight, *_), statistics = posterior(net), {net.weight: torch.zeros(3, 4)}
 
     def pieces(state):
-        return bundle.Bundle([net.weight], {net.weight: weight}, statistics, {net.weight: state}).pieces()
+        return bundle.Bundle(
+            [net.weight], {net.weight: weight}, statistics, {net.weight: state}, flat.Scratch()
+        ).pieces()
 
     net.weight.grad = torch.zeros(3, 4)
     state = {"step": 3, "momentum": torch.zeros(3, 4)}
@@ -103,11 +105,22 @@ def test_tensors_of_other_types_and_shapes_are_gathered_apart():
     found = flat.joined(tensors)
     assert [(len(x), x.dtype) for x in found[1:]] == [(7, torch.float32), (2, torch.float64)]
     assert found[0] is tensors[3]
-    whole = flat.gather(tensors[:1] + tensors[2:3])
-    whole.mul_(2)
-    flat.scatter(whole, [tensors[0], tensors[2]])
-    assert tensors[0].unique().tolist() == [2.0] and tensors[2].item() == 2.0
     assert flat.filled([torch.tensor(1.0), torch.tensor(5.0)], [torch.ones(2), torch.ones(1, 1)]).tolist() == [1, 1, 5]
+
+
+def test_scratch_follows_what_is_gathered():
+    scratch, some = flat.Scratch(), [torch.ones(2, 3), torch.ones(())]
+    for step in (1, 2):
+        whole = scratch.gather("mean", some)
+        whole.mul_(2)
+        scratch.scatter("mean", some)
+        assert some[0].unique().tolist() == [2.0**step] and some[1].item() == 2.0**step
+    assert scratch.gather("mean", some) is whole
+    assert scratch.gather("precision", some) is not whole
+    others = [x.double() for x in some]
+    assert scratch.gather("mean", others).dtype == torch.float64
+    assert scratch.gather("mean", [torch.ones(3), torch.zeros(2)]).tolist() == [1, 1, 1, 0, 0]
+    assert scratch.gather("mean", some[:1]) is some[0]
 
 
 @pytest.mark.parametrize(("kind", "most"), [(bl.VOGN, 9), (bl.IVON, 5)])
