@@ -45,9 +45,7 @@ class VariationalOptimizer(SharedStep):
     _step_supports_amp_scaling = True  # see `amp.LossScale`
     _statistic: ClassVar[str] = "curvature"  # what messages call the statistics
     _loss_power: int = 2  # the power of the loss they are proportional to
-    _moves_bundles: ClassVar[bool] = (
-        False  # has a statistic of each tensor, in its shape, and moves small ones together
-    )
+    _moves_bundles: ClassVar[bool] = False  # each tensor has a statistic in its shape; small ones move together
 
     @abc.abstractmethod
     def _update(self, group: dict[str, Any]) -> None:

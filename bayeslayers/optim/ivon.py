@@ -233,7 +233,7 @@ class IVON(VariationalOptimizer):
         if shared:
             values = torch._foreach_mul([grads[p] for p in shared], list(shared.values()))  # pyright: ignore
             found.update(zip(shared, values, strict=True))
-        return found
+        return {parameter: found[parameter] for parameter in grads}  # in one order on all ranks
 
     def _forget(self) -> None:
         super()._forget()

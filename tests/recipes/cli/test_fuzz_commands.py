@@ -1,6 +1,6 @@
 """Hostile configurations and command lines: each ends in a result or in one sentence, and none of them runs anything.
 
-BAYESLAYERS_FUZZ sets how many of each are tried.
+BAYESLAYERS_FUZZ sets how many of each are tried, BAYESLAYERS_FUZZ_SEED which, so that processes can share the work.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from recipes.cli.parser import _parser
 from recipes.cli.train import CONFIGS
 from recipes.training.plain_yaml import read_yaml
 
-ROUNDS = int(os.environ.get("BAYESLAYERS_FUZZ", "200"))
+ROUNDS, SEED = int(os.environ.get("BAYESLAYERS_FUZZ", "200")), int(os.environ.get("BAYESLAYERS_FUZZ_SEED", "0"))
 CANARY = "bayeslayers_canary"
 FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.startfile")
 REACHED = "the command's own work is reached"
@@ -182,7 +182,7 @@ def test_hostile_configurations_run_nothing(watched, capsys, tmp_path, monkeypat
     monkeypatch.setattr(zoo, "create", create_on_paper)
     monkeypatch.setattr("recipes.tasks.toy2d.ToyExperiment.prepare", stop)
     trees = [read_yaml(path.read_text(), path.name) for path in sorted(CONFIGS.rglob("*.yaml"))]
-    rng, outcomes = random.Random(0), Counter()
+    rng, outcomes = random.Random(2 * SEED), Counter()
     for number in range(ROUNDS):
         tree = mutated_tree(rng, copy.deepcopy(rng.choice(trees)), tmp_path)
         text = mutated_text(rng, yaml.safe_dump(tree, allow_unicode=rng.random() < 0.5, sort_keys=False))
@@ -248,7 +248,7 @@ def test_hostile_command_lines_run_nothing(watched, capsys, tmp_path, folders, m
     work += ["recipes.tasks.images.load_split", *(f"recipes.reports.{name}" for name in reports.split())]
     for name in work:
         monkeypatch.setattr(name, stop)
-    rng, outcomes = random.Random(1), Counter()
+    rng, outcomes = random.Random(2 * SEED + 1), Counter()
     (added,) = (action for action in _parser(["train"])._actions if action.choices)
     options = {name: [a for a in own._actions if a.option_strings] for name, own in added.choices.items()}
     likely = {
