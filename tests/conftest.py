@@ -8,10 +8,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hub but those t
 
 import gc
 import struct
+import sys
 
 import numpy as np
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True)
+def _compiled_for_one_test():
+    """Forget what a test has compiled: torch gives up a function that many compile, as that of `nn.Sequential`."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters["frames"]:
+        dynamo.utils.counters.clear()
+        torch.compiler.reset()
 
 
 @pytest.fixture(scope="session")
