@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(train.unrecognized(unknown))
         if unknown:
             shown = (word if word.isprintable() else ascii(word) for word in unknown)
-            parser.error(f"unrecognized arguments: {' '.join(shown)}. See bayeslayers {words[0]} --help.")
+            command = next(word for word in words if word in COMMANDS)
+            parser.error(f"unrecognized arguments: {' '.join(shown)}. See bayeslayers {command} --help.")
         check_numbers(arguments)
         status = arguments.run(arguments)
         if sys.stdout is not None:

@@ -293,6 +293,7 @@ def test_demo_refuses_what_it_could_not_write_before_it_works(capsys, tmp_path):
         ("evaluate lenet5-mnist --limit 0", "limit must be an integer >= 1, got 0."),
         ("benchmark step --rounds 0", "rounds must be an integer >= 1, got 0."),
         ("search x y", "unrecognized arguments: y. See bayeslayers search --help."),
+        ("--tag\x1b[31m search x", "unrecognized arguments: '--tag\\x1b[31m'. See bayeslayers search --help."),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_heavy_is_imported(tmp_path, words, message):
