@@ -51,10 +51,10 @@ def one_writer(folder: Path, *, reads: bool = False) -> Iterator[None]:
         yield
         return
     handle = None
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_SH if reads else fcntl.LOCK_EX)
     try:
+        with suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_SH if reads else fcntl.LOCK_EX)
         yield
     finally:
         if handle is not None:

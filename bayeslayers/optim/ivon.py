@@ -221,19 +221,15 @@ class IVON(VariationalOptimizer):
         """Return g (w - m) sqrt(p), whose factor of noise is standard normal, or g^2, by parameter."""
         if self.estimator == "gradsq":
             return {parameter: grad.square() for parameter, grad in grads.items()}
-        found, shared = {}, {}
-        for parameter, grad in grads.items():
-            noise, factor, mine = self._sampler.take_noise(self._sites[parameter])
-            if mine:
-                found[parameter] = noise.mul_(grad).mul_(factor)
-            elif factor == 1:
-                shared[parameter] = noise
-            else:
-                found[parameter] = (noise * grad).mul_(factor)
+        alone, shared, factors = {}, {}, {}
+        for parameter in grads:
+            noise, factors[parameter], mine = self._sampler.take_noise(self._sites[parameter])
+            (alone if mine else shared)[parameter] = noise
+        found = {parameter: noise.mul_(grads[parameter]) for parameter, noise in alone.items()}
         if shared:
             values = torch._foreach_mul([grads[p] for p in shared], list(shared.values()))  # pyright: ignore
             found.update(zip(shared, values, strict=True))
-        return {parameter: found[parameter] for parameter in grads}  # in one order on all ranks
+        return {p: found[p] if factors[p] == 1 else found[p].mul_(factors[p]) for p in grads}
 
     def _forget(self) -> None:
         super()._forget()

@@ -21,6 +21,6 @@ def device_named(name: str) -> torch.device:
     try:
         torch.zeros(1, device=name).item()
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises any of them, by device
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(f"device must be one that torch reaches, got {name!r}: {reason}.") from None
