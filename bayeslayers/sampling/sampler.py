@@ -137,10 +137,13 @@ class Sampler:
         }
         together = [] if noise is not None or self.differentiable else self._small_sites(perturbations)
         parts = {name: part for small in together for name, part in small.noise_of.items()}
+        joint = {sites[key].name for layer, sites in self._layers.items() for key in layer.correlated_tensors()}
         values: dict[str, Tensor] = {}
         for site in self.sites:
             if (part := parts.get(site.name)) is not None:
                 self.noise[site.name] = part, normal.fill_unscaled_(part)
+            elif noise is None and site.name in joint and site.module not in perturbations:
+                self.noise[site.name] = self._noise_of(site, site.mean, normal)
             elif (value := self._draw_site(site, noise, normal, perturbations.get(site.module))) is not None:
                 values[site.name] = value
         for small in together:
@@ -206,8 +209,7 @@ class Sampler:
 
     def _draw_in_blocks(self, site: Site, normal: StandardNormal) -> Tensor:
         """Return the sample of a large site, whose noise is kept where somebody asks for it."""
-        correlated = isinstance(site.module, BayesianLayer) and bool(site.module.correlations)
-        noise = self._memory(site, site.mean) if self.keeps_noise or correlated else None
+        noise = self._memory(site, site.mean) if self.keeps_noise else None
         if noise is not None:
             self.noise[site.name] = noise, SCALE
         deviation = None if self._deviations is None else self._deviations[site.name]
