@@ -31,7 +31,8 @@ class VariationalOptimizer(BoundedStep):
     """Base of the optimisers of a posterior. A method says what a scope records and how a group moves.
 
     It must have `_scope`, `_record` and `_update`. It may extend `_prepare`, `_clear_record`, `_plan`,
-    `_update_deterministic`, `_reach` (or `_posterior_reach`), and `finalize`. `docs/extend_optimiser.md` shows how.
+    `_update_deterministic`, `_reach` (or `_posterior_reach`), `_posterior_bound`, and `finalize`.
+    `docs/extend_optimiser.md` shows how.
 
     Args:
         model: Model on its device already. One without any posterior becomes Bayesian in place.
