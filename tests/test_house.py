@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 # A room imports only those above it in its package. A new one takes its place here.
 ORDER = {
     "bayeslayers": """
-        checks files dtypes unwrap inputs outputs display batches distributed distributions likelihoods curvature
-        corruptions layers sampling convert storage method optim prediction laplace merge export continual metrics
-        recalibrate conformal evaluate diagnosis plots
+        checks files dtypes readings unwrap inputs outputs display batches distributed distributions likelihoods
+        curvature corruptions layers sampling convert storage method optim prediction laplace merge export continual
+        metrics recalibrate conformal evaluate diagnosis plots
     """.split(),
     "zoo": """
         images permutations normalise encoder_weights backbones registry cost networks transforms untrusted hub loading

@@ -12,7 +12,7 @@ for M (`counts.effective_number`), which is exact where all F_e are equal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bayeslayers.curvature.counts import LOSSES, Count, Number, Reduction, count
+from bayeslayers.readings import read
 
 _SEEN = frozenset({*LOSSES, Tensor.backward})
 _LARGEST_RATIO = 2.0  # of the numbers of elements of losses that one effective number may stand for
@@ -51,6 +52,69 @@ class _Term(NamedTuple):
     factor: Number
     backward: int
 
+    def known(self, values: Mapping[int, Any]) -> _Term:
+        """Return the term without tensors, whose values are given by their `id`."""
+        elements, examples = (values.get(id(x), x) for x in (self.count.elements, self.count.examples))
+        count = Count(elements, examples, self.count.rows)
+        return self._replace(count=count, factor=abs(values.get(id(self.factor), self.factor)))
+
+
+class _Root(NamedTuple):
+    """What went backward, where it is a mean or a sum as a whole.
+
+    Attributes:
+        elements: Elements that it is the mean or the sum of.
+        divisor: What the sum is divided by; None if by nothing.
+        before: Elements that each of them is a mean over.
+    """
+
+    elements: float
+    divisor: Number | None
+    before: float
+
+    @property
+    def number(self) -> float:
+        """Elements that it is a mean over: of a masked mean its divisor, of another sum 0, for it does not tell."""
+        return 0.0 if self.divisor is None or self.divisor > self.elements else float(self.divisor)
+
+
+class Seen(NamedTuple):
+    """The losses that went backward. Their numbers may still be on the device."""
+
+    terms: tuple[_Term, ...]
+    roots: tuple[_Root, ...]
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors whose values `elements` needs."""
+        numbers = [x for t in self.terms for x in (t.factor, t.count.elements, t.count.examples)]
+        numbers += [root.divisor for root in self.roots]
+        return list({id(x): x for x in numbers if isinstance(x, Tensor)}.values())
+
+    def elements(self, values: Sequence[float], examples: int, elements_per_example: float | None = None) -> Elements:
+        """Return what the losses average.
+
+        Args:
+            values: Those of `tensors()`.
+            examples: Examples that went backward.
+            elements_per_example: As the user names it; None for what was seen, 1 where nothing was.
+
+        Raises:
+            ValueError: If losses over very different numbers of elements were added.
+        """
+        known: dict[int, Any] = dict(zip(map(id, self.tensors()), values, strict=True))
+        terms = [term.known(known) for term in self.terms]
+        terms = [term for term in terms if term.factor > 0 and term.count.elements > 0]
+        labelled = _labelled(terms, examples)
+        kinds: set[Reduction] = {term.reduction for term in terms}
+        declared = kinds.pop() if len(kinds) == 1 else None, max((float(t.factor) for t in terms), default=1.0)
+        if elements_per_example is not None:
+            return Elements(elements_per_example * labelled, labelled, *declared)
+        if not terms:
+            roots = [root._replace(divisor=known.get(id(root.divisor), root.divisor)) for root in self.roots]
+            number = sum((root.number or examples / len(roots)) * root.before for root in roots)
+            return Elements(max(number, examples), examples)
+        return Elements(_together([_as_mean(term, labelled) for term in terms]), labelled, *declared)
+
 
 class LossFunctions(TorchFunctionMode):
     """Sees the loss functions of torch that are called inside, and which of them go backward.
@@ -71,7 +135,7 @@ class LossFunctions(TorchFunctionMode):
     def clear(self) -> None:
         """Forget the losses."""
         self._terms: list[_Term] = []
-        self._roots: list[tuple[float, float]] = []
+        self._roots: list[_Root] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # As short as can be: it runs for each function, and torch.compile traces it.
@@ -113,32 +177,26 @@ class LossFunctions(TorchFunctionMode):
             return
         sizes = _reduced_sizes(node) if self.batched else torch.Size(node._saved_self_sym_sizes)
         refuse_empty(sizes[0] if sizes else 1)
-        elements = float(sizes.numel())
-        if type(node).__name__ == total:  # over a number of elements, as a masked mean, or over examples
-            elements = 0.0 if divisor is None or float(divisor) > elements else float(divisor)
-        self._roots.append((elements, _averaged_before(_only_parent(node))))
+        elements: float = sizes.numel()
+        if type(node).__name__ == mean:
+            divisor = elements
+        elif divisor is not None:  # a number of elements, as in a masked mean, or of examples
+            divisor = divisor.detach().clone()  # which may be counted on in place
+        self._roots.append(_Root(elements, divisor, _averaged_before(_only_parent(node))))
+
+    def seen(self) -> Seen:
+        """Return the losses that went backward so far."""
+        return Seen(tuple(self._terms), tuple(self._roots))
 
     def elements(self, examples: int, elements_per_example: float | None = None) -> Elements:
-        """Return what the losses that went backward average.
+        """Return what the losses that went backward average; see `Seen.elements`.
 
         Args:
             examples: Examples that went backward.
-            elements_per_example: As the user names it; None for what was seen, 1 where nothing was.
-
-        Raises:
-            ValueError: If losses over very different numbers of elements were added.
+            elements_per_example: As the user names it.
         """
-        terms = [t._replace(factor=abs(float(t.factor))) for t in self._terms]
-        terms = [term for term in terms if term.factor > 0 and float(term.count.elements) > 0]
-        labelled = _labelled(terms, examples)
-        kinds: set[Reduction] = {term.reduction for term in terms}
-        declared = kinds.pop() if len(kinds) == 1 else None, max((float(t.factor) for t in terms), default=1.0)
-        if elements_per_example is not None:
-            return Elements(elements_per_example * labelled, labelled, *declared)
-        if not terms:
-            number = sum((elements or examples / len(self._roots)) * before for elements, before in self._roots)
-            return Elements(max(number, examples), examples)
-        return Elements(_together([_as_mean(term, labelled) for term in terms]), labelled, *declared)
+        seen = self.seen()
+        return seen.elements(read(seen.tensors()), examples, elements_per_example)
 
 
 def refuse_empty(rows: int) -> None:

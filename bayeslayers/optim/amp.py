@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from bayeslayers.readings import Readings
+
 
 class LossScale:
     """The factor that a scaler has multiplied the loss by since the last step.
@@ -27,12 +29,13 @@ class LossScale:
         self.value, self._unscaled = scaler.get_scale(), True
         return self.value
 
-    def handed_over(self, optimizer: Any, statistic: str) -> tuple[bool, float | None]:
+    def handed_over(self, optimizer: Any, statistic: str, readings: Readings) -> tuple[bool, float | None]:
         """Return whether the scaler leaves the step out, and the factor to take out of gradients and statistics.
 
         Args:
             optimizer: The optimizer in its step.
             statistic: What messages call its statistics.
+            readings: What the step reads from the device.
 
         Returns:
             Whether a gradient has overflown, so that the scaler lowers its factor; and the factor, None where there is
@@ -49,7 +52,8 @@ class LossScale:
             raise RuntimeError(
                 "sync must be off under a GradScaler, whose ranks would leave out different steps, got it on."
             )
-        if found_inf:
+        overflows, *scales = readings.later([torch.as_tensor(x) for x in (found_inf, scale) if x is not None])()
+        if overflows:
             return True, None
         if scale is None:
             if not self._unscaled:
@@ -58,5 +62,5 @@ class LossScale:
                     f"{statistic} would keep the scale."
                 )
             return False, None
-        self.value = float(scale)
+        self.value = scales[0]
         return False, self.value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -14,12 +14,12 @@ class Recorded(NamedTuple):
 
     Attributes:
         statistics: The method's own quantity by parameter, or by another key.
-        scale: Factor that makes the statistics means over examples.
+        scale: Factor that makes the statistics means over examples; or what will return it, once the device is read.
         grad_scale: Factor that makes the gradients means over examples.
     """
 
     statistics: Mapping[Any, Tensor]
-    scale: float = 1.0
+    scale: float | Callable[[], float] = 1.0
     grad_scale: float = 1.0
 
 
@@ -28,7 +28,6 @@ class Averages:
 
     Attributes:
         statistics: The means of what the scopes recorded, once multiplied by `scale`.
-        scale: Factor that makes them means over examples; that of the first draw.
         draws: Number of draws so far.
         total: Their weights in the means, added up.
         weight: What their losses are divided by, added up: of plain means their elements.
@@ -37,10 +36,21 @@ class Averages:
 
     def __init__(self) -> None:
         self.statistics: dict[Any, Tensor] = {}
-        self.scale = 1.0
+        self._scale: float | Callable[[], float] = 1.0
         self.draws = 0
         self.total = 0.0
         self.weight = self.square_weight = 0.0
+
+    @property
+    def scale(self) -> float:
+        """Factor that makes the statistics means over examples; that of the first draw. It may read the device."""
+        if not isinstance(self._scale, float):
+            self._scale = _number(self._scale)
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self._scale = scale
 
     def add_weight(self, elements: float, weight: float | None) -> None:
         """Count the loss of a draw.
@@ -65,7 +75,8 @@ class Averages:
         self.draws += 1
         self.total += weight
         if self.draws == 1:
-            self.scale = recorded.scale
+            self._scale = recorded.scale
+        scale = 1.0 if self.draws == 1 else _number(recorded.scale) / self.scale  # of a batch of another size
         for parameter, mean in earlier.items():
             grad = parameter.grad
             if grad is not None and recorded.grad_scale != 1:
@@ -73,8 +84,8 @@ class Averages:
             parameter.grad = self._mean(mean if self.draws > 1 else None, grad, weight / self.total)
         for key in {**self.statistics, **recorded.statistics}:
             new = recorded.statistics.get(key)
-            if new is not None and recorded.scale != self.scale:  # a draw on a batch of another size
-                new = new * (recorded.scale / self.scale)
+            if new is not None and scale != 1:
+                new = new * scale
             self.statistics[key] = self._mean(self.statistics.get(key), new, weight / self.total)
 
     def _mean(self, mean: Tensor | None, new: Tensor | None, share: float) -> Any:
@@ -90,6 +101,10 @@ class Averages:
         for key, mean in self.statistics.items():
             self.statistics[key] = mean * self.scale
         self.scale = 1.0
+
+
+def _number(value: float | Callable[[], float]) -> float:
+    return value() if callable(value) else value
 
 
 def kept_gradients(

@@ -9,7 +9,6 @@ finalize           writes the posterior, where the steps have not
 from __future__ import annotations
 
 import abc
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -21,18 +20,19 @@ from torch import Tensor, nn
 from bayeslayers.curvature.elements import refuse_other_reduction
 from bayeslayers.method import predict_by_samples
 from bayeslayers.optim.adam import adam_update
-from bayeslayers.optim.bundle import Bundle
-from bayeslayers.optim.guard import Snapshot, adam_ratio, all_finite, is_harmless, magnitudes, refuse_not_finite
-from bayeslayers.optim.shared_step import NO_DRAW, SharedStep
-from bayeslayers.sampling.flat import bundles, joined
+from bayeslayers.optim.bounded_step import BoundedStep
+from bayeslayers.optim.bounds import is_harmless
+from bayeslayers.optim.guard import Snapshot, all_finite, refuse_not_finite
+from bayeslayers.optim.shared_step import NO_DRAW
 from bayeslayers.sampling.sharing import in_use
 
 
-class VariationalOptimizer(SharedStep):
+class VariationalOptimizer(BoundedStep):
     """Base of the optimisers of a posterior. A method says what a scope records and how a group moves.
 
     It must have `_scope`, `_record` and `_update`. It may extend `_prepare`, `_clear_record`, `_plan`,
-    `_update_deterministic`, `_reach` (or `_posterior_reach`), and `finalize`. `docs/extend_optimiser.md` shows how.
+    `_update_deterministic`, `_reach` (or `_posterior_reach`), `_posterior_bound`, and `finalize`.
+    `docs/extend_optimiser.md` shows how.
 
     Args:
         model: Model on its device already. One without any posterior becomes Bayesian in place.
@@ -45,7 +45,6 @@ class VariationalOptimizer(SharedStep):
     _step_supports_amp_scaling = True  # see `amp.LossScale`
     _statistic: ClassVar[str] = "curvature"  # what messages call the statistics
     _loss_power: int = 2  # the power of the loss they are proportional to
-    _moves_bundles: ClassVar[bool] = False  # each tensor has a statistic in its shape; small ones move together
 
     @abc.abstractmethod
     def _update(self, group: dict[str, Any]) -> None:
@@ -61,19 +60,6 @@ class VariationalOptimizer(SharedStep):
         Raises:
             FloatingPointError: If the step must be refused.
         """
-
-    def _reach(self, group: dict[str, Any]) -> float:
-        """Return a bound on what the coming step makes of a group; infinite if none is at hand."""
-        parameters = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return 0.0
-        if group["kind"] == "bayesian":
-            return self._posterior_reach(group, parameters)
-        return magnitudes(parameters)[0] + group["lr"] * adam_ratio(group["beta1"], group["beta2"])
-
-    def _posterior_reach(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> float:
-        """Return the bound for uncertain parameters with gradients."""
-        return math.inf
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -91,8 +77,14 @@ class VariationalOptimizer(SharedStep):
         Raises:
             FloatingPointError: If loss, gradient or statistic is not finite. The posterior and the
                 optimizer's state are then as they were.
-            RuntimeError: If there was no draw since the last step, or the scope of one is open.
+            RuntimeError: If there was no draw since the last step, the scope of one is open, or a CUDA graph is being
+                captured.
         """
+        if next(iter(self._names)).is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step() must run outside of a CUDA graph, got the capture of one: a replay would repeat the learning "
+                "rate and bias corrections of this step. Capture forward and backward alone, and call step() after it."
+            )
         if self._inside:
             raise RuntimeError(
                 "step() must follow the scope `with optimizer.sampled():`, got it inside. Call it after the scope."
@@ -105,6 +97,10 @@ class VariationalOptimizer(SharedStep):
             loss, output = (None, None) if closure is None else self._run(closure)
             if self._is_left_out():
                 return None
+            if self._averages.draws == 0 and not self.sync:
+                raise RuntimeError(NO_DRAW)
+            if not self.sync:
+                self._foresee()
             self._refuse_other_use()
             if self.sync:  # a rank tells the others of its own numbers, before they are one
                 self._check_numbers()
@@ -118,14 +114,16 @@ class VariationalOptimizer(SharedStep):
             left: This rank has no data any more, and takes part in the others' steps.
         """
         if self.sync:
-            self._bundled.clear()  # of this rank's own numbers
+            self._drop_bundles()  # of this rank's own numbers
             if not self._average_over_ranks(left):
                 return False
         try:
             with self._failing_together():
-                self._check_numbers()
-                self._plan()
-                harmless = all(is_harmless(self._reach(group), group["params"]) for group in self.param_groups)
+                harmless = self._is_foreseen_harmless()
+                if not harmless:
+                    self._check_numbers()
+                    self._plan()
+                    harmless = all(is_harmless(self._reach(group), group["params"]) for group in self.param_groups)
             self._move(self._all_agree(harmless))
         except FloatingPointError:
             self._forget()
@@ -180,10 +178,11 @@ class VariationalOptimizer(SharedStep):
 
     def _is_left_out(self) -> bool:
         """Take the factor of a gradient scaler out, and return whether the scaler leaves the step out."""
-        overflows, scale = self._loss_scale.handed_over(self, self._statistic)
+        overflows, scale = self._loss_scale.handed_over(self, self._statistic, self._readings)
         if overflows:
             self._forget()
         if scale is not None:
+            self._drop_bundles()
             for parameter in self._names:
                 if parameter.grad is not None:
                     parameter.grad /= scale
@@ -195,27 +194,16 @@ class VariationalOptimizer(SharedStep):
         self._averages.scale /= loss_scale**self._loss_power
 
     def _refuse_other_use(self) -> None:
-        """Raise if no draw was made, or the loss is another kind of mean than the optimizer was told."""
-        if self._averages.draws == 0 and not self.sync:
-            raise RuntimeError(NO_DRAW)
+        """Raise if the loss is another kind of mean than the optimizer was told."""
         if self._seen is not None:
-            refuse_other_reduction(self._seen, self.loss_reduction, self._loss_scale.value)
+            refuse_other_reduction(self._seen(), self.loss_reduction, self._loss_scale.value)
 
     def _refuse_bad_numbers(self) -> None:
         """Raise if a gradient or statistic is not finite."""
         grads = {p: p.grad for p in self._names if p.grad is not None}
-        # What the step adds to the precision is this much larger, and must be finite too.
-        ess = max(self._ess(group) for group in self.param_groups) * max(1.0, self._averages.scale)
+        ess = self._factor()
         if not all_finite(self._numbers(grads), ess):
             refuse_not_finite({"gradient": grads, self._statistic: self._averages.statistics}, self._names, ess)
-
-    def _numbers(self, grads: Mapping[nn.Parameter, Tensor]) -> list[Tensor]:
-        """Return tensors with the entries of all gradients and statistics: those that the step gathers, if it does."""
-        if not self._moves_bundles:
-            return joined([*grads.values(), *self._averages.statistics.values()])
-        bundles = [each for group in self.param_groups if group["kind"] == "bayesian" for each in self._bundles(group)]
-        others = [grad for parameter, grad in grads.items() if parameter not in self._sites]
-        return [*(x for each in bundles for x in (each.grad, each.statistic)), *joined(others)]
 
     def _move(self, harmless: bool) -> None:
         """Move all groups, or none if one would leave the range of its floating-point numbers.
@@ -242,28 +230,6 @@ class VariationalOptimizer(SharedStep):
     def _update_groups(self) -> None:
         for group in self.param_groups:
             self._update(group) if group["kind"] == "bayesian" else self._update_deterministic(group)
-
-    def _bundles(self, group: Mapping[str, Any]) -> list[Bundle]:
-        """Return the uncertain parameters of a group that move in the step: small ones together, large ones alone."""
-        key = id(group["params"])
-        if key not in self._bundled:
-            moving = bundles([p for p in group["params"] if p.grad is not None], lambda p: p, self._kind)
-            statistics = self._averages.statistics
-            self._bundled[key] = [Bundle(own, self._sites, statistics, self.state, self._scratch) for own in moving]
-        return self._bundled[key]
-
-    def _pieces(self, group: Mapping[str, Any]) -> list[Bundle]:
-        """Return the bundles of a group, the large tensors in pieces."""
-        return [piece for bundle in self._bundles(group) for piece in bundle.pieces()]
-
-    def _kind(self, parameter: nn.Parameter) -> tuple[Any, ...]:
-        """Return what the uncertain parameters of a bundle have in common."""
-        site, step = self._sites[parameter], self.state.get(parameter, {}).get("step", 0)
-        return parameter.dtype, parameter.device, step, site.prior_mean.dim(), site.prior_precision.dim()
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._bundled: dict[int, list[Bundle]] = {}  # by group, of the step that is being made
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state, that of its generator included."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -15,10 +15,11 @@ from bayeslayers.layers.perturbation import Estimator
 from bayeslayers.optim.adam import ADAM_STATE, adam_direction
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
+from bayeslayers.optim.bounds import adam_ratio, magnitudes, smallest
 from bayeslayers.optim.bundle import pieces
-from bayeslayers.optim.guard import adam_ratio, magnitudes
 from bayeslayers.optim.options import Options
 from bayeslayers.optim.ranks import Sync
+from bayeslayers.readings import Readings
 from bayeslayers.sampling import Sampler
 
 LOG_SIGMA = "log_sigma_"  # before the name of what the state keeps of the logarithm of sigma
@@ -78,6 +79,7 @@ class BBB(VariationalOptimizer):
 
     _statistic: ClassVar[str] = "gradient of log sigma"
     _loss_power: ClassVar[int] = 1
+    _reads_once: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -128,11 +130,28 @@ class BBB(VariationalOptimizer):
                 raise self._without_its_layer(site)
         return Recorded(gradients)
 
+    def _posterior_bound(self, group: dict[str, Any], readings: Readings) -> Callable[[], float]:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        reach, statistics = self._reach_of(group, readings, parameters), self._averages.statistics
+        numbers = magnitudes(readings, [x for p in parameters for x in (p.grad, statistics[p]) if x is not None])
+        return lambda: reach() + self._factor() * numbers()[0]
+
     def _posterior_reach(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> float:
+        return self._reach_of(group, Readings(), parameters)()
+
+    def _reach_of(
+        self, group: dict[str, Any], readings: Readings, parameters: list[nn.Parameter]
+    ) -> Callable[[], float]:
+        """Return what will bound means and precisions after the step."""
         precisions = [self._sites[p].precision for p in parameters]
-        mean, largest, smallest = magnitudes(parameters, precisions, [1 / p.amin() for p in precisions])
+        found, least = magnitudes(readings, parameters, precisions), smallest(readings, precisions)
         step = group["lr"] * adam_ratio(group["beta1"], group["beta2"])
-        return mean + step + max(largest, smallest) * math.exp(min(2 * step, 700.0))
+
+        def reach() -> float:
+            (mean, precision), variance = found(), 1 / least() if least() > 0 else math.inf
+            return mean + step + max(precision, variance) * math.exp(min(2 * step, 700.0))
+
+        return reach
 
     def _update(self, group: dict[str, Any]) -> None:
         for parameter in group["params"]:

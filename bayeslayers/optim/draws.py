@@ -1,9 +1,10 @@
-"""The recording half of an optimiser's life: scopes and closures, and the means over what they leave behind."""
+"""The recording half of an optimiser's life: scopes, and the means over what they leave behind."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from bayeslayers.checks import network
 from bayeslayers.curvature.counts import Reduction
 from bayeslayers.curvature.elements import Elements, LossFunctions
-from bayeslayers.distributed.messages import is_distributed, shares
+from bayeslayers.distributed.messages import is_distributed
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.optim.amp import LossScale
 from bayeslayers.optim.averages import Averages, Recorded, kept_gradients, set_gradients
@@ -31,6 +32,7 @@ from bayeslayers.optim.ranks import (
     spans_ranks,
     wire_dtype,
 )
+from bayeslayers.readings import Readings
 from bayeslayers.sampling import Site
 from bayeslayers.sampling.sharing import in_use
 
@@ -215,13 +217,26 @@ class AveragedDraws(PosteriorGroups):
         """Drop the draws since the last step."""
         self._averages = Averages()
         self._group_generators = []
-        self._seen: Elements | None = None
+        self._seen: Callable[[], Elements] | None = None
         self._loss_scale = LossScale()
+        self._readings = Readings()
 
     def _elements(self, examples: int) -> Elements:
         """Return what the losses of the last scope are means over."""
-        self._seen = self._losses.elements(examples, self.elements_per_example)
-        return self._seen
+        return self._elements_later(examples)()
+
+    def _elements_later(self, examples: int) -> Callable[[], Elements]:
+        """Return what will return what the losses of the last scope are means over.
+
+        Several losses are read now, for those that do not go together end the scope with an error.
+        """
+        seen = self._losses.seen()
+        values = self._readings.later(seen.tensors())
+        found = functools.cache(lambda: seen.elements(values(), examples, self.elements_per_example))
+        if len(seen.terms) > 1:
+            found()
+        self._seen = found
+        return found
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients; inside a scope those of this draw alone, outside one those of every draw."""
@@ -232,68 +247,3 @@ class AveragedDraws(PosteriorGroups):
                 self._clear_record()
             else:
                 self._forget()
-
-    def _run(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
-        """Run the closure under all draws; return the means of loss and output.
-
-        A closure that does nothing and returns None, as Lightning passes one in manual optimisation,
-        stands for no closure.
-        """
-        earlier, averages = kept_gradients(self._names, self._spent), self._averages
-        self._forget()
-        try:
-            loss, output = self._run_groups(closure)
-        except BaseException:
-            set_gradients(earlier)
-            self._averages = averages
-            raise
-        if loss is None:
-            set_gradients(earlier)
-            self._averages = averages
-        return loss, output
-
-    def _run_groups(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
-        """Run the draws of this rank's sample groups; return the mean loss, and the outputs of all their parts."""
-        results, weights = [], []
-        try:
-            for group in self._groups:
-                self._group = group
-                results.append(self._run_draws(closure))
-                weights.append(float(self._part_weight))
-        finally:
-            self._group = self._groups[0]
-        if len(results) == 1 or results[0][0] is None:
-            return results[0]
-        outputs = [output for _, output in results]
-        whole = torch.cat(outputs) if isinstance(outputs[0], Tensor) else outputs[-1]
-        losses = [loss * share for (loss, _), share in zip(results, shares(weights), strict=True)]
-        return torch.stack(losses).sum(), whole
-
-    def _run_draws(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
-        """Run the closure in `num_samples` scopes, one after the other; return the means of loss and output."""
-        results = [first := self._run_once(closure)]
-        if first[0] is None:
-            return first
-        results += [self._run_once(closure) for _ in range(self.num_samples - 1)]
-        losses, outputs = [loss for loss, _ in results], [output for _, output in results]
-        averages = isinstance(outputs[0], Tensor) and len(outputs) > 1
-        return torch.stack(losses).mean(), torch.stack(outputs).mean(0) if averages else outputs[-1]
-
-    def _run_once(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
-        with torch.enable_grad(), self.sampled():
-            result = closure()
-            if result is None and all(p.grad is None for p in self._names):
-                return None, None
-            loss, output = result if isinstance(result, tuple) else (result, None)
-            if loss is None:
-                raise TypeError("closure must return the loss, or (loss, output), got None.")
-            loss = torch.as_tensor(loss).detach()
-            self._refuse_bad_loss(loss)
-        return loss, output.detach() if isinstance(output, Tensor) else output
-
-    def _refuse_bad_loss(self, loss: Tensor) -> None:
-        if not loss.isfinite().all():
-            raise FloatingPointError(
-                f"the loss must be finite, got {loss.tolist()}. The step is rejected, and the posterior is unchanged. "
-                "Lower lr, or look at the batch."
-            )

@@ -17,9 +17,10 @@ from bayeslayers.curvature.counts import Reduction
 from bayeslayers.distributions.gaussian import natural_gradient_step_
 from bayeslayers.optim.averages import Recorded, corrected_weight
 from bayeslayers.optim.base import VariationalOptimizer
+from bayeslayers.optim.bounds import NaturalBounds
 from bayeslayers.optim.groups import Rules
-from bayeslayers.optim.guard import natural_reach
 from bayeslayers.optim.options import Options
+from bayeslayers.readings import Readings
 from bayeslayers.sampling import Tracker, layers_with_curvature
 from bayeslayers.sampling.placement import placed
 
@@ -35,7 +36,7 @@ RULES: Rules = {
 class GaussNewton(VariationalOptimizer):
     """The step that VOGN and OGN share."""
 
-    _of_squares = _moves_bundles = True
+    _of_squares = _moves_bundles = _reads_once = True
 
     def __init__(
         self,
@@ -87,11 +88,12 @@ class GaussNewton(VariationalOptimizer):
             elif parameter.grad is not None:
                 raise self._without_its_layer(site)
         # What makes sums over examples and draws, in the units of the loss, means over them.
-        seen = self._elements(examples)
+        seen = self._elements_later(examples)
         if self.loss_reduction == "sum":
-            mean = 1 / (seen.examples * self._at_once)
-            return Recorded(squares, mean * seen.number / seen.examples, mean)
-        return Recorded(squares, seen.number / self._at_once, 1 / self._at_once)
+            mean = 1 / (seen().examples * self._at_once)
+            return Recorded(squares, mean * seen().number / seen().examples, mean)
+        draws = self._at_once
+        return Recorded(squares, lambda: seen().number / draws, 1 / draws)
 
     def _run_draws(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
         if not self.vectorise or self.num_samples == 1:
@@ -123,15 +125,27 @@ class GaussNewton(VariationalOptimizer):
                 draws.append([site.value for site in sites])
         stacked = [torch.stack(values) for values in zip(*draws, strict=True)]
         losses, *outputs = torch.func.vmap(run, randomness="different")(*stacked)
-        self._refuse_bad_loss(losses)
+        self._note_loss(losses.detach())
         losses.sum().backward()
         return losses.detach(), outputs[0] if outputs else None
 
-    def _posterior_reach(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> float:
+    def _bounds(self, group: Mapping[str, Any], readings: Readings) -> NaturalBounds:
         moving = self._bundles(group)
         # The new precision is a mean of the old one and of the prior's, and more.
         least = [precision for each in moving for precision in (each.precision, each.prior_precision)]
-        return natural_reach(moving, least, self._ess(group), group["lr"])
+        return NaturalBounds(readings, moving, least, [each.statistic for each in moving])
+
+    def _posterior_bound(self, group: dict[str, Any], readings: Readings) -> Callable[[], float]:
+        bounds = self._bounds(group, readings)
+
+        def bound() -> float:
+            numbers = self._factor() * (bounds.gradient() + bounds.others()[0])
+            return numbers + bounds.reach(self._ess(group), group["lr"])
+
+        return bound
+
+    def _posterior_reach(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> float:
+        return self._bounds(group, Readings()).reach(self._ess(group), group["lr"])
 
     def _update(self, group: dict[str, Any]) -> None:
         for bundle in self._pieces(group):

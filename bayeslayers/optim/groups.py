@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from bayeslayers.checks import did_you_mean, network, positive, size
 from bayeslayers.convert.conversion import to_bayesian
 from bayeslayers.convert.in_place import unchanged_on_error, warn_of_deterministic
 from bayeslayers.convert.report import ConversionReport, report_of
-from bayeslayers.layers import BayesianLayer
+from bayeslayers.layers import BayesianLayer, attach_posterior
 from bayeslayers.optim.options import Options
 from bayeslayers.optim.ranks import refuse_replicas, refuse_sharded_parameters
 from bayeslayers.sampling import Sampler, Site, posterior, sites_of
@@ -169,3 +169,21 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
 def listed(params: Any) -> list[Any]:
     """Return the parameters of a group, which may be one tensor."""
     return [params] if isinstance(params, Tensor) else list(params)
+
+
+def attach_missing(model: nn.Module, parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
+    """Give those parameters a posterior that require a gradient and have none, and return them.
+
+    Args:
+        model: The model that they belong to.
+        parameters: Some of its parameters.
+    """
+    missing = {p for p in parameters if p.requires_grad} - {site.mean for site in posterior(model)}
+    found: set[nn.Parameter] = set()
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter in missing:
+                attach_posterior(module, 1.0, 1.0, [key])
+                missing.remove(parameter)
+                found.add(parameter)
+    return found

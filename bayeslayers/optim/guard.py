@@ -1,12 +1,11 @@
-"""Steps that would leave the range of floating-point numbers: they are seen coming, or undone.
+"""Steps that would leave the range of floating-point numbers: they are refused, or undone.
 
-A bound on what a step can reach costs a reduction or two for each tensor. Where it does not show the
-step to be harmless, the step is made from a snapshot, looked at, and undone.
+Where the `bounds` do not show a step to be harmless, its numbers are checked, and it is made from a snapshot, looked
+at, and undone.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -17,60 +16,7 @@ from torch import Tensor, nn
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.optim.bundle import Bundle
 from bayeslayers.sampling import Site
-from bayeslayers.sampling.flat import joined, spread
-
-_HEADROOM = 1e3  # between the bound and the largest number
-
-
-def magnitudes(*lists: Sequence[Tensor]) -> list[float]:
-    """Return for each list of tensors a bound on the absolute values in it, 0 for an empty list.
-
-    It is the largest Euclidean norm: on a CPU it takes a twentieth of the time of the largest value.
-    """
-    norms: list[Any] = [torch._foreach_norm(joined(tensors)) if tensors else () for tensors in lists]  # pyright: ignore
-    like = next(norm for own in norms for norm in own)
-    largest = [torch.stack([n.float() for n in own]).amax() if own else like.new_zeros(()).float() for own in norms]
-    return torch.stack(largest).tolist()
-
-
-def natural_reach(bundles: Sequence[Bundle], precisions: Sequence[Tensor], ess: float, lr: float) -> float:
-    """Return a bound on the means after m - lr (ess g + p0 (m - m0)) / p.
-
-    Args:
-        bundles: Uncertain tensors that move, with their gradients g and what these are averaged with.
-        precisions: Bounds below p.
-        ess: Effective sample size.
-        lr: Step size.
-    """
-    least = [precision.amin() for precision in precisions if precision.numel()]
-    mean, center, prior, gradient, variance = magnitudes(
-        [each.mean for each in bundles],
-        [each.prior_mean for each in bundles],
-        [each.prior_precision for each in bundles],
-        [x for each in bundles for x in (each.grad, *each.momenta)],
-        [torch.stack(least).amin().reciprocal()] if least else [],
-    )
-    return mean + lr * (ess * gradient + prior * (mean + center)) * variance
-
-
-def adam_ratio(beta1: float, beta2: float) -> float:
-    """Return a bound on Adam's m / sqrt(v), which does not depend on the gradients (Cauchy-Schwarz).
-
-    m_t^2 <= v_t (1 - beta1)^2 / ((1 - beta2) (1 - beta1^2 / beta2)),  before the correction of both
-    """
-    rest = (1 - beta2) * (1 - beta1**2 / beta2) if beta2 > 0 else 0.0
-    return 1 / math.sqrt(rest) if rest > 0 else math.inf
-
-
-def is_harmless(reach: float, parameters: Iterable[Tensor]) -> bool:
-    """Return whether a bound is so far below the largest number that nothing can overflow.
-
-    Args:
-        reach: The bound.
-        parameters: What it bounds.
-    """
-    dtypes = {p.dtype for p in parameters} | {torch.float32}
-    return reach < min(torch.finfo(dtype).max for dtype in dtypes) / _HEADROOM
+from bayeslayers.sampling.flat import spread
 
 
 def all_finite(tensors: Sequence[Tensor], factor: float) -> bool:

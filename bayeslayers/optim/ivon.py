@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from bayeslayers.checks import fraction, non_negative, positive, radius
 from bayeslayers.distributed.messages import Row
 from bayeslayers.distributions.gaussian import retracted_precision
-from bayeslayers.layers import attach_posterior
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
+from bayeslayers.optim.bounds import NaturalBounds, retracted_bound
 from bayeslayers.optim.bundle import Bundle
 from bayeslayers.optim.defaults import chosen_for_ivon, prior_hessian, with_plain_steps
-from bayeslayers.optim.groups import listed
-from bayeslayers.optim.guard import natural_reach, refuse_new_precisions
+from bayeslayers.optim.groups import attach_missing, listed
+from bayeslayers.optim.guard import refuse_new_precisions
 from bayeslayers.optim.options import Options
 from bayeslayers.optim.ranks import Sync, statistics_of_norms, weighted_sum
 from bayeslayers.optim.shared_step import group_of
+from bayeslayers.readings import Readings
 from bayeslayers.sampling import posterior
 
 Estimator = Literal["price", "gradsq"]
@@ -107,7 +108,7 @@ class IVON(VariationalOptimizer):
         torch.Size([8, 3])
     """
 
-    _keeps_noise = _moves_bundles = True
+    _keeps_noise = _moves_bundles = _reads_once = True
 
     def __init__(
         self,
@@ -157,20 +158,10 @@ class IVON(VariationalOptimizer):
 
     def _prepare(self) -> None:
         if not self._sites:
-            self._attach(self.model.parameters())
-        if not any(True for _ in posterior(self.model)):
+            self._new |= attach_missing(self.model, self.model.parameters())
+        if next(posterior(self.model), None) is None:
             raise ValueError("model must have a parameter that requires a gradient, got none. Unfreeze what to train.")
         super()._prepare()
-
-    def _attach(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give those parameters a posterior that require a gradient and have none; their group will set it."""
-        missing = {p for p in parameters if p.requires_grad} - {site.mean for site in posterior(self.model)}
-        for module in self.model.modules():
-            for key, parameter in module._parameters.items():
-                if parameter is not None and parameter in missing:
-                    attach_posterior(module, 1.0, 1.0, [key])
-                    missing.remove(parameter)
-                    self._new.add(parameter)
 
     def _all_groups(self, groups: Sequence[Mapping[str, Any]], deterministic_lr: float | None) -> list[dict[str, Any]]:
         everything = super()._all_groups(groups, deterministic_lr)
@@ -187,7 +178,7 @@ class IVON(VariationalOptimizer):
             ValueError: If a value breaks its rule, a parameter is not the model's, or is in a group already.
         """
         parameters = listed(param_group["params"])
-        self._attach(parameters)
+        self._new |= attach_missing(self.model, parameters)
         self._prepare()
         before = len(self.param_groups)
         super().add_param_group({**param_group, "params": parameters})
@@ -207,7 +198,7 @@ class IVON(VariationalOptimizer):
         return self._sampler.draw(noise)
 
     def _record(self) -> Recorded | None:
-        grads = {parameter: parameter.grad for parameter in self._names if parameter.grad is not None}
+        grads = {p: p.grad for p in self._names if p.grad is not None}
         if unknown := [self._names[parameter] for parameter in grads if parameter not in self._sites]:
             raise RuntimeError(
                 f"parameter '{unknown[0]}' must have a posterior, got it unfrozen since. Pass it to add_param_group."
@@ -233,6 +224,7 @@ class IVON(VariationalOptimizer):
 
     def _forget(self) -> None:
         super()._forget()
+        self._planned = False  # the statistics have become the new precisions
         self._gradients: list[dict[nn.Parameter, Tensor]] = []  # of each draw, where ranks share it
 
     def _reduce(self, rows: Sequence[Row]) -> None:
@@ -258,13 +250,11 @@ class IVON(VariationalOptimizer):
 
     def _plan(self) -> None:
         """Compute the new precisions, which must be finite in all groups."""
-        sums = []
-        for group in self.param_groups:
-            for bundle in self._pieces(group):  # the new precision takes the statistic's place
-                sums.append(self._new_precision(bundle, group).sum())
-        if not sums or torch.stack(sums).isfinite().all():
-            return
-        refuse_new_precisions((each for group in self.param_groups for each in self._bundles(group)), self._names)
+        self._planned = True
+        pieces = [(piece, group) for group in self.param_groups for piece in self._pieces(group)]
+        sums = [self._new_precision(piece, group).sum() for piece, group in pieces]  # in the statistic's place
+        if sums and not torch.stack(sums).isfinite().all():
+            refuse_new_precisions((each for group in self.param_groups for each in self._bundles(group)), self._names)
 
     def _new_precision(self, bundle: Bundle, group: Mapping[str, Any]) -> Tensor:
         ess, scale, precision, target = self._ess(group), self._averages.scale, bundle.precision, bundle.statistic
@@ -274,10 +264,24 @@ class IVON(VariationalOptimizer):
             torch.add(bundle.prior_precision, target, alpha=ess**2 * scale, out=target)
         return retracted_precision(precision, target, 1 - group["beta2"])
 
-    def _posterior_reach(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> float:
+    def _posterior_bound(self, group: dict[str, Any], readings: Readings) -> Callable[[], float]:
         moving = self._bundles(group)
-        least = [each.statistic for each in moving]  # the new precisions
-        return natural_reach(moving, least, self._ess(group), self._lr(group))
+        precisions, statistics = [each.precision for each in moving], [each.statistic for each in moving]
+        bounds = NaturalBounds(readings, moving, precisions, precisions, statistics)
+
+        def bound() -> float:
+            (precision, statistic), least, ess = bounds.others(), bounds.least(), self._ess(group)
+            factor = ess * self._averages.scale * (math.sqrt(precision) if self.estimator == "price" else ess)
+            target = bounds.prior() + max(1.0, factor) * statistic
+            moved = bounds.reach(ess, self._lr(group), least / 2)  # the new precision is at least p / 2
+            moved += retracted_bound(precision, least, target, 1 - group["beta2"])
+            return moved + self._factor() * (bounds.gradient() + statistic)
+
+        return bound
+
+    def _posterior_reach(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> float:
+        new_precisions = [each.statistic for each in self._bundles(group)]
+        return NaturalBounds(Readings(), self._bundles(group), new_precisions).reach(self._ess(group), self._lr(group))
 
     def _lr(self, group: Mapping[str, Any]) -> float:
         return group["lr"] * (group["hess_init"] + group["weight_decay"] if self.rescale_lr else 1.0)
@@ -285,6 +289,8 @@ class IVON(VariationalOptimizer):
     def _update(self, group: dict[str, Any]) -> None:
         for bundle in self._pieces(group):
             grad = bundle.average(group["beta1"])
+            if not self._planned:
+                self._new_precision(bundle, group)
             bundle.precision.copy_(bundle.statistic)
             step = (bundle.mean - bundle.prior_mean).mul_(bundle.prior_precision).add_(grad, alpha=self._ess(group))
             step.div_(bundle.precision)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,11 +16,12 @@ from bayeslayers.dtypes import at_least_float32
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.optim.adam import momentum_average
 from bayeslayers.optim.averages import corrected_weight
+from bayeslayers.optim.bounds import magnitudes, smallest
 from bayeslayers.optim.dense import DenseBlock
 from bayeslayers.optim.factors import FACTORS, averaged, inverse_in, inverses, starting_share
 from bayeslayers.optim.fisher import INPUT, OUTPUT, FisherOptimizer, interval
-from bayeslayers.optim.guard import magnitudes
 from bayeslayers.optim.matrix_prior import MatrixPrior
+from bayeslayers.readings import Readings
 from bayeslayers.sampling import Site
 
 
@@ -28,10 +29,15 @@ class KroneckerFactored(FisherOptimizer):
     """The step that K-FAC and Noisy K-FAC share."""
 
     _keeps_roots: ClassVar[bool] = True
+    _reads_once: ClassVar[bool] = True
 
     def _prepare(self) -> None:
         super()._prepare()
         self._priors: dict[BayesianLayer, MatrixPrior | None] = {}
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._curvatures: dict[Any, dict[str, Any]] = {}  # what the step that is being made changes of layers' states
 
     def _plan(self) -> None:
         """Compute inverses and roots of all layers: a factor may have none."""
@@ -129,7 +135,7 @@ class KroneckerFactored(FisherOptimizer):
         """Move a layer's matrix by its gradient, the prior's in it, between the inverse factors."""
         layer: Any = site.module
         state = self.state[site.mean]
-        new = self._curvatures.pop(site.mean)
+        new = self._curvatures.pop(site.mean, {})
         roots = new.pop("roots", None)
         state.update(new)
         if "input_inverse" not in state:  # the layer's first statistics are still to come
@@ -150,7 +156,7 @@ class KroneckerFactored(FisherOptimizer):
     def _update_block(self, block: DenseBlock, group: dict[str, Any]) -> None:
         """Move all entries of a layer by their gradient, the prior's in it, times the inverse of the curvature."""
         state = self.state[block.sites[0].mean]
-        new = self._curvatures.pop(block.sites[0].mean)
+        new = self._curvatures.pop(block.sites[0].mean, {})
         root = new.pop("root", None)
         state.update(new)
         if "inverse" not in state:  # the layer's first statistics are still to come
@@ -180,32 +186,54 @@ class KroneckerFactored(FisherOptimizer):
             torch.addcmul(gradient, difference, at_least_float32(site.prior_precision), value=1 / ess, out=out)
         return matrix
 
-    def _posterior_reach(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> float:
-        moves_precisions = any(not {"roots", "root"}.isdisjoint(new) for new in self._curvatures.values())
-        if moves_precisions or self._averages.statistics or any(self._priors.values()):
-            return math.inf
-        ess, sites = self._ess(group), [self._sites[parameter] for parameter in parameters]
-        states = [self.state[site.mean] for site in sites]
+    def _posterior_bound(self, group: dict[str, Any], readings: Readings) -> Callable[[], float]:
+        sites = [self._sites[parameter] for parameter in group["params"] if parameter.grad is not None]
+        states = [self.state.get(site.mean, {}) for site in sites]
+        if self._moves_curvature(sites):
+            return lambda: math.inf
+        # Gradients of the prior are in the bound of the step; a bound on an inverse is its norm, and 1/p of a diagonal.
         pairs = [[inverse_in(state, name) for state in states if f"{name}_inverse" in state] for name in FACTORS]
-        alone = [s.precision.amin() for s in sites if not self._has_factors(s) and s.mean not in self._blocks]
-        mean, center, prior, gradient, *found = magnitudes(
-            parameters,
+        found = magnitudes(
+            readings,
+            [site.mean for site in sites],
             [site.prior_mean for site in sites],
             [site.prior_precision for site in sites],
             [
                 x
-                for site, state in zip(sites, states, strict=True)
-                for x in (site.mean.grad, state.get("momentum"))
+                for s, state in zip(sites, states, strict=True)
+                for x in (s.mean.grad, state.get("momentum"))
                 if x is not None
             ],
             *([each.matrix for each in own if not each.rest] for own in pairs),
             [state["inverse"] for state in states if "inverse" in state],
-            [torch.stack(alone).amin().reciprocal()] if alone else [],
         )
-        inputs, outputs = (max([norm, *(each.rest for each in own)]) for norm, own in zip(found, pairs, strict=False))
-        return mean + group["lr"] * (gradient + prior / ess * (mean + center)) * max(
-            inputs * outputs, found[2], ess * found[3]
-        )
+        diagonal = [s.precision for s in sites if not self._has_factors(s) and s.mean not in self._blocks]
+        least, rests = smallest(readings, diagonal), [max((each.rest for each in own), default=0.0) for own in pairs]
+
+        def bound() -> float:
+            (mean, center, prior, gradient, inputs, outputs, dense), ess = found(), self._ess(group)
+            inverse = max(
+                max(inputs, rests[0]) * max(outputs, rests[1]), dense, ess / least() if least() > 0 else math.inf
+            )
+            return self._factor() * gradient + mean + group["lr"] * (gradient + prior / ess * (mean + center)) * inverse
+
+        return bound
+
+    def _moves_curvature(self, sites: Sequence[Site]) -> bool:
+        """Whether a step moves more than means and momenta, or needs an inverse that is not there."""
+        if self._averages.statistics or any(self._priors.values()):
+            return True
+        for site in sites:
+            block = self._blocks.get(site.mean)
+            state = self.state.get(site.mean if block is None else block.sites[0].mean, {})
+            key, inverse = ("input", "input_inverse") if block is None else ("block", "inverse")
+            if block is None and not self._has_factors(site):
+                if "updates" not in state:
+                    return True
+            elif site.key == "weight" or block is not None:
+                if key not in state or self._is_due(state, inverse, state[key]):
+                    return True
+        return False
 
     def _update_diagonal(self, site: Site, group: dict[str, Any]) -> None:
         """Move a tensor without factors as VOGN does, its curvature averaged as factors are.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bayeslayers.distributed.lost import RankError
 from bayeslayers.distributed.messages import Kind, Row, agree, exchange, is_distributed, telling_failures
-from bayeslayers.optim.draws import AveragedDraws
+from bayeslayers.optim.closure import ClosureDraws
 from bayeslayers.optim.groups import Rules
 from bayeslayers.optim.options import Options
 from bayeslayers.optim.ranks import (
@@ -33,7 +33,7 @@ NO_DRAW = (
 )
 
 
-class SharedStep(AveragedDraws):
+class SharedStep(ClosureDraws):
     """Base of optimisers whose steps average over ranks.
 
     Each rank has its part of a batch. A step sends one row of numbers (`distributed.messages`), by which ranks know of

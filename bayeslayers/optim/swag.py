@@ -15,9 +15,10 @@ from bayeslayers.dtypes import at_least_float32
 from bayeslayers.optim.adam import momentum_average
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
-from bayeslayers.optim.guard import magnitudes, natural_reach
+from bayeslayers.optim.bounds import NaturalBounds, magnitudes
 from bayeslayers.optim.options import Options
 from bayeslayers.optim.ranks import Sync
+from bayeslayers.readings import Readings
 from bayeslayers.sampling.sharing import in_use
 
 _RULES = {"lr": non_negative, "beta1": fraction, "temperature": positive}
@@ -125,10 +126,11 @@ class SWAG(VariationalOptimizer):
             return 0.0
         if group["kind"] == "deterministic":
             averages = [self.state[p]["momentum"] for p in parameters if "momentum" in self.state.get(p, ())]
-            mean, gradient = magnitudes(parameters, [*(p.grad for p in parameters if p.grad is not None), *averages])
+            grads = [p.grad for p in parameters if p.grad is not None]
+            mean, gradient = magnitudes(Readings(), parameters, [*grads, *averages])()
             return mean + group["lr"] * gradient
-        ess, moving = self._ess(group), self._bundles(group)
-        return natural_reach(moving, [moving[0].precision.new_tensor(ess)], ess, group["lr"])
+        ess = self._ess(group)
+        return NaturalBounds(Readings(), self._bundles(group), ()).reach(ess, group["lr"], ess)
 
     def _update(self, group: dict[str, Any]) -> None:
         for parameter in group["params"]:

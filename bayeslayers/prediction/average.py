@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from bayeslayers.dtypes import at_least_float32
 from bayeslayers.likelihoods import Categorical, Gaussian, Likelihood
 from bayeslayers.outputs import NonFiniteOutputError
 from bayeslayers.prediction.result import Prediction
+from bayeslayers.readings import Readings
 
 _WAITING_DRAWS, _WAITING_VALUES = 16, 2**16  # samples and values that may wait in memory before they are averaged
 
@@ -88,24 +90,35 @@ class Average:
         groups = self.count // self.group
         return (self.group_squares / (groups - 1) / groups).sqrt() if groups > 1 else self.mean * math.nan
 
-    def result(self, batch: int = 0) -> Prediction:
-        """Return the prediction for one batch; messages name its number."""
+    def result(self, readings: Readings, batch: int = 0) -> tuple[Prediction, Callable[[], None]]:
+        """Return the prediction for one batch, and what raises if it is not finite.
+
+        Args:
+            readings: What is read from the device with that.
+            batch: Number of the batch in messages.
+        """
         error = self.error()
         total, epistemic = self.likelihood.split(self.mean, self.squares / self.count, self.aleatoric)
-        self._check_finite(total, batch)
+        check = self._finite_check(total, readings, batch)
         log_prob = None if self.target is None else self.log_density - math.log(self.count)
-        return Prediction(
+        found = Prediction(
             self.mean, total, self.aleatoric, epistemic, error, self.count, self.likelihood, (self.count,), log_prob
         )
+        return found, check
 
-    def _check_finite(self, total: Tensor, batch: int) -> None:
+    def _finite_check(self, total: Tensor, readings: Readings, batch: int) -> Callable[[], None]:
         values = [(~part.isfinite()).reshape(len(part), -1).sum(1) for part in (self.mean, total)]
         bad = values[0] + values[1] + self.infinite
-        if not bad.any():
-            return
-        examples = bad.nonzero().flatten()
-        raise NonFiniteOutputError(
-            f"prediction must be finite, got {int(bad.sum())} NaN or infinite values of mean and uncertainty, in "
-            f"{len(examples)} of {len(bad)} examples of batch {batch}, the first of them {int(examples[0])}. "
-            "Check the weights and the scale of the inputs."
-        )
+        number = readings.later([bad.sum()])
+
+        def check() -> None:
+            if not (values := int(number()[0])):
+                return
+            examples = bad.nonzero().flatten()
+            raise NonFiniteOutputError(
+                f"prediction must be finite, got {values} NaN or infinite values of mean and uncertainty, in "
+                f"{len(examples)} of {len(bad)} examples of batch {batch}, the first of them {int(examples[0])}. "
+                "Check the weights and the scale of the inputs."
+            )
+
+        return check

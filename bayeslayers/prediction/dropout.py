@@ -143,7 +143,7 @@ def _check_changes(model: nn.Module, trial: nn.Module, shape: object, expected: 
         )
     before = dict(model.named_buffers())
     for name, buffer in trial.named_buffers():
-        if not torch.equal(buffer, before[name]):
+        if buffer is not before[name] and not torch.equal(buffer, before[name]):
             raise ValueError(
                 f"method 'dropout' must leave buffer '{name}' unchanged, got another value with the modules that drop "
                 "something in training mode. Move dropout to modules of its own."

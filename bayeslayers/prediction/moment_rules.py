@@ -168,7 +168,9 @@ def _max_pool(pool: _MaxPoolNd, x: Moments) -> Moments:
         raise no_rule(f"{type(pool).__name__} with ceil_mode or return_indices")
     dimensions = x.mean.dim() - 2
     sizes = [_tuple(value, dimensions) for value in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
-    never = float((x.mean - 40 * x.variance.sqrt()).amin()) - 1  # below all elements: never the maximum
+    padded = any(padding for _, _, padding, _ in zip(*sizes, strict=True))
+    # Below all elements: never the maximum.
+    never = float((x.mean - 40 * x.variance.sqrt()).amin()) - 1 if padded else 0.0
     for index, (kernel, stride, padding, dilation) in enumerate(zip(*sizes, strict=True)):
         dim = index + 2
         sides = [0, 0] * (x.mean.dim() - dim - 1) + [padding, padding]

@@ -69,19 +69,34 @@ class OncePerExample:
     def __init__(self, variances: Mapping[str, Tensor], rows: int, keep: bool):
         self.variances, self._keep = variances, keep
         self.rows: int | None = rows
-        self._kept: tuple[Tensor, Moments] | None = None
+        self._kept: tuple[Tensor, int, Moments] | None = None  # an input, its version, its moments
 
     def moments(self, op: Op, input: Tensor, weight: Tensor, bias: Tensor | None) -> Moments:
         if not self._keep or is_batchedtensor(input):
             return self._moments(op, input, weight, bias)
-        if self._kept is None or not torch.equal(self._kept[0], input):
-            self._kept = input, self._moments(op, input, weight, bias)
-        return self._kept[1]
+        if self._kept is None or not _is_same(*self._kept[:2], input):
+            self._kept = input, _version(input), self._moments(op, input, weight, bias)
+        return self._kept[2]
 
     def _moments(self, op: Op, input: Tensor, weight: Tensor, bias: Tensor | None) -> Moments:
         with full_precision(input.device.type):
             square = op(at_least_float32(input).square(), self.variances["weight"], self.variances.get("bias"))
         return op(input, weight, bias), square.sqrt()
+
+
+def _version(x: Tensor) -> int:
+    """Return what grows when a tensor is changed in place; -1 where nobody counts."""
+    return -1 if x.is_inference() else x._version
+
+
+def _is_same(old: Tensor, version: int, new: Tensor) -> bool:
+    """Return whether a tensor still has the values of a version of another; where both share memory, by no read."""
+    if _version(old) != version:
+        return False
+    if type(old) is type(new) is Tensor and old.data_ptr() == new.data_ptr() != 0:
+        if (old.shape, old.stride(), old.dtype, old.device) == (new.shape, new.stride(), new.dtype, new.device):
+            return True
+    return torch.equal(old, new)
 
 
 class DrawnOutput(Perturbation):

@@ -29,6 +29,7 @@ from bayeslayers.prediction.dropout import dropout_draws
 from bayeslayers.prediction.moments import moment_points
 from bayeslayers.prediction.output_draws import NotOncePerExampleError
 from bayeslayers.prediction.result import Prediction, joined
+from bayeslayers.readings import Readings
 from bayeslayers.sampling import evaluation_mode, posterior
 from bayeslayers.sampling.placement import at_means
 from bayeslayers.sampling.sharing import in_use
@@ -166,7 +167,11 @@ def predict(
             averages = filled(METHODS[name] if name != "auto" else partial(automatic_draws, batch=batches[0]))
         except NotOncePerExampleError:  # under "auto", what a forward calls depends on the sample
             averages = filled(weight_draws)
-        part = joined([average.result(next(number)) for average in averages])
+        readings = Readings()
+        found = [average.result(readings, next(number)) for average in averages]
+        for _, check in found:
+            check()
+        part = joined([prediction for prediction, _ in found])
         return part if result_device is None else part.to(result_device)
 
     with torch.no_grad(), in_use(model, trains=False), evaluation_mode(model), at_means(model):

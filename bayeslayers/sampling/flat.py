@@ -6,6 +6,7 @@ own, whatever moves, loads or copies them between two steps. A large tensor stan
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
@@ -122,8 +123,15 @@ def filled(values: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
     flat = gather(values)
     if values[0].dim() > 0:
         return flat
-    sizes = torch.tensor([x.numel() for x in like], device=flat.device)
-    return flat.repeat_interleave(sizes, output_size=sum(x.numel() for x in like))
+    sizes = tuple(x.numel() for x in like)
+    return flat.repeat_interleave(_on_device(sizes, flat.device), output_size=sum(sizes))
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return sizes as a tensor: each copy to a GPU would wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(sizes, device=device)
 
 
 class _Moved(torch.autograd.Function):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.sync import reads_of_device
 from torch import nn
 from torch.testing import assert_close
 
@@ -121,25 +120,3 @@ def test_scratch_follows_what_is_gathered():
     assert scratch.gather("mean", others).dtype == torch.float64
     assert scratch.gather("mean", [torch.ones(3), torch.zeros(2)]).tolist() == [1, 1, 1, 0, 0]
     assert scratch.gather("mean", some[:1]) is some[0]
-
-
-@pytest.mark.parametrize(("kind", "most"), [(bl.VOGN, 9), (bl.IVON, 5)])
-def test_a_step_reads_the_device_as_often_for_many_layers_as_for_few(kind, most):
-    counts = []
-    for depth in (2, 6):
-        net = nn.Sequential(*[bl.BayesLinear(3, 3) for _ in range(depth)])
-        optimizer = kind(net, 20, lr=1e-3)
-        x, y = torch.randn(4, 3), torch.arange(4) % 3
-
-        def closure(net=net, optimizer=optimizer, x=x, y=y):
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(net(x), y)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)  # finds where the examples are
-        with reads_of_device() as reads:
-            optimizer.step(closure)
-        counts.append(len(reads))
-    assert counts[0] == counts[1]
-    assert 0 < counts[0] <= most
