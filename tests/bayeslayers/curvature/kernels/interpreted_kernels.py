@@ -110,7 +110,7 @@ def linear_use(shape, outputs, bias=True, dtype=torch.float32, needs=(True,) * 5
     return use, torch.randn(*shape[:-1], outputs).to(dtype)
 
 
-@pytest.mark.parametrize("programs", [1, 512], ids=["whole", "parts"])
+@pytest.mark.parametrize("programs", [1, 2, 512], ids=["whole", "unequal parts", "parts"])
 @pytest.mark.parametrize(("shape", "outputs"), LINEAR, ids=str)
 def test_squares_of_linear_layers(shape, outputs, programs, monkeypatch, launches):
     monkeypatch.setattr(triton_squares, "_PROGRAMS", programs)
@@ -184,7 +184,7 @@ def convolution_use(case, transposed=False, dtype=torch.float32):
     return Use((x,), (layer.weight.detach(), layer.bias), settings, needs), torch.randn_like(layer(x))
 
 
-@pytest.mark.parametrize("programs", [1, 512], ids=["whole", "parts"])
+@pytest.mark.parametrize("programs", [1, 2, 512], ids=["whole", "unequal parts", "parts"])
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 def test_squares_of_convolutions(case, programs, monkeypatch, launches):
     monkeypatch.setattr(triton_squares, "_PROGRAMS", programs)
