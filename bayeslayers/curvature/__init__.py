@@ -15,7 +15,12 @@ number of examples than its neighbours, is found out instead of giving a wrong n
 from bayeslayers.curvature.affine import AFFINE
 from bayeslayers.curvature.conv import CONVOLUTION
 from bayeslayers.curvature.embedding import EMBEDDING
+from bayeslayers.curvature.kernels import register_kernel
+from bayeslayers.curvature.kernels.squares import convolution_squares, linear_squares
 from bayeslayers.curvature.linear import LINEAR
 from bayeslayers.curvature.rule import CurvatureRule, FactoredRule, Use
+
+register_kernel(LINEAR, "cuda", linear_squares)
+register_kernel(CONVOLUTION, "cuda", convolution_squares)
 
 __all__ = ["AFFINE", "CONVOLUTION", "EMBEDDING", "LINEAR", "CurvatureRule", "FactoredRule", "Use"]

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayeslayers.curvature.accumulate import chunks, sum_of_squares
-from bayeslayers.curvature.conv_routes import ROUTES, in_groups
+from bayeslayers.curvature.conv_routes import ROUTES, Route, in_groups
 from bayeslayers.curvature.costs import convolution_costs, fastest
 from bayeslayers.curvature.kronecker import column_products
+from bayeslayers.curvature.moments import Moments
 from bayeslayers.curvature.rule import FactoredRule, Use
 from bayeslayers.curvature.settings import Settings
 from bayeslayers.dtypes import at_least_float32, full_precision
@@ -33,6 +34,16 @@ class _Convolution(FactoredRule):
         return inputs[0].dim() == tensors[0].dim()
 
     def squares(self, use: Use, g: Tensor) -> Sequence[Tensor | None]:
+        return self.squares_by(by_fastest_route, use, g)
+
+    def squares_by(self, route: Route, use: Use, g: Tensor) -> Sequence[Tensor | None]:
+        """Return what `squares` does, where a route of any number of groups sums the weight's gradients.
+
+        Args:
+            route: The route.
+            use: The use of the op.
+            g: Gradient of the output.
+        """
         (x,), weight, part, settings = use.inputs, cast(Tensor, use.tensors[0]), use.part, use.settings
         need_x, need_weight, need_bias, need_weight_squares, need_bias_squares = use.needs
         squares_weight = grad_bias = squares_bias = None
@@ -43,10 +54,10 @@ class _Convolution(FactoredRule):
                 g, x, weight, None, *settings, [need_x, plain_weight, False]
             )
             if need_weight_squares and part is None:
-                grad_weight, squares_weight = weight_gradients(x, g, weight, settings, with_grad=need_weight)
+                grad_weight, squares_weight = weight_gradients(x, g, weight, settings, need_weight, route)
             elif need_weight_squares and part is not None:
                 factor, (part_x, part_g) = part.select(x, g)
-                squares_weight = weight_gradients(part_x, part_g, weight, settings, with_grad=False)[1] * factor
+                squares_weight = weight_gradients(part_x, part_g, weight, settings, False, route)[1] * factor
             if need_bias or need_bias_squares:
                 per_example = g.flatten(2).sum(2)
                 grad_bias, squares_bias = per_example.sum(0), sum_of_squares(per_example)
@@ -74,8 +85,27 @@ class _Convolution(FactoredRule):
 CONVOLUTION = _Convolution()
 
 
+def by_fastest_route(x: Tensor, g: Tensor, weight: Tensor, settings: Settings, with_grad: bool) -> Moments:
+    """Sum by the route of torch ops that costs least; any number of groups.
+
+    Args:
+        x: Input.
+        g: Gradient of the output.
+        weight: The weight.
+        settings: Of the convolution.
+        with_grad: Whether to sum the gradients, not only their squares.
+    """
+    route = ROUTES[fastest(convolution_costs(x, g, weight.shape, settings))]
+    return in_groups(route, x, g, weight, settings, with_grad)
+
+
 def weight_gradients(
-    x: Tensor, g: Tensor, weight: Tensor, settings: Settings, with_grad: bool = True
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    settings: Settings,
+    with_grad: bool = True,
+    route: Route = by_fastest_route,
 ) -> tuple[Tensor | None, Tensor]:
     """Return the weight's gradient and the sum over examples of its squared per-example gradients.
 
@@ -88,6 +118,7 @@ def weight_gradients(
         weight: The weight.
         settings: Of the convolution.
         with_grad: Whether the gradient is asked for.
+        route: How they are summed.
     """
     if settings.transposed:
         x, g = g, x
@@ -95,8 +126,7 @@ def weight_gradients(
         sides = zip(settings.padding, settings.output_padding, strict=True)
         x = F.pad(x, [side for pad, extra in reversed([*sides]) for side in (pad, pad - extra)])
         settings = settings._replace(padding=(0,) * len(settings.padding))
-    route = ROUTES[fastest(convolution_costs(x, g, weight.shape, settings))]
-    sums = in_groups(route, x, g, weight, settings, with_grad)
+    sums = route(x, g, weight, settings, with_grad)
     return None if sums.grad is None else sums.grad.to(weight.dtype), sums.squares
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +18,8 @@ from bayeslayers.dtypes import at_least_float32, full_precision
 
 if TYPE_CHECKING:
     from torch import nn
+
+Sums: TypeAlias = Callable[[Tensor, Tensor, bool], tuple[Tensor | None, Tensor]]
 
 
 class _Linear(FactoredRule):
@@ -44,6 +46,16 @@ class _Linear(FactoredRule):
         return g.mT @ x, None if use.tensors[1] is None else g.sum(1)
 
     def squares(self, use: Use, g: Tensor) -> Sequence[Tensor | None]:
+        return self.squares_by(weight_gradients, use, g)
+
+    def squares_by(self, sums: Sums, use: Use, g: Tensor) -> Sequence[Tensor | None]:
+        """Return what `squares` does, where a function computes what `weight_gradients` does.
+
+        Args:
+            sums: The function.
+            use: The use of the op.
+            g: Gradient of the output.
+        """
         (x,), weight, part = use.inputs, cast(Tensor, use.tensors[0]), use.part
         grad_x = grad_weight = grad_bias = squares_weight = squares_bias = None
         need_x, need_weight, need_bias, need_weight_squares, need_bias_squares = use.needs
@@ -51,10 +63,10 @@ class _Linear(FactoredRule):
             if need_x:
                 grad_x = g @ weight
             if need_weight_squares and part is None:
-                grad_weight, squares_weight = weight_gradients(g, x, with_grad=need_weight)
+                grad_weight, squares_weight = sums(g, x, need_weight)
             elif need_weight_squares and part is not None:
                 factor, (part_g, part_x) = part.select(g, x)
-                squares_weight = weight_gradients(part_g, part_x, with_grad=False)[1] * factor
+                squares_weight = sums(part_g, part_x, False)[1] * factor
             if need_weight and grad_weight is None:
                 grad_weight = g.flatten(0, -2).t() @ x.flatten(0, -2)
             if need_bias or need_bias_squares:

@@ -57,7 +57,8 @@ class _LinearRows(CurvatureRule):
 
     def squares(self, use: Use, g: Tensor) -> Sequence[Tensor | None]:
         (full, full_bias), rows = use.tensors, use.settings
-        x, weight, bias, squares, bias_squares = LINEAR.squares(use._replace(tensors=_rows(use.tensors, rows)), g)
+        of_rows = use._replace(tensors=_rows(use.tensors, rows))
+        x, weight, bias, squares, bias_squares = LINEAR.kernel_for(g.device.type)(of_rows, g)
         return (
             x,
             _padded(weight, rows.weight, full, 1),

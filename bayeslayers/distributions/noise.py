@@ -30,6 +30,8 @@ class StandardNormal:
 
     def __init__(self, generator: torch.Generator | None = None):
         self.generator = generator
+        self._seed: Tensor | None = None
+        self._counters = 0
 
     @functools.cached_property
     def _words(self) -> np.random.SFC64:
@@ -47,6 +49,20 @@ class StandardNormal:
         for block in out.view(-1).split(BLOCK):
             self.fill_block_(block)
         return SCALE
+
+    def counters(self, count: int, device: torch.device) -> tuple[Tensor, int]:
+        """Return a seed, and the first of the next counters that a kernel makes noise from on a GPU.
+
+        The seed is drawn on the device and stays there: one word of the generator for all counters of this stream.
+
+        Args:
+            count: Number of counters.
+            device: Of the kernel.
+        """
+        if self._seed is None or self._seed.device != device:
+            self._seed = torch.empty((), dtype=torch.int64, device=device).random_(generator=self.generator)
+        first, self._counters = self._counters, self._counters + count
+        return self._seed, first
 
     def fill_block_(self, block: Tensor) -> None:
         """Fill a flat block of up to `BLOCK` values with the next ones divided by `SCALE`.

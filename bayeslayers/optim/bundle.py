@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bayeslayers.curvature.kernels.step import Moving, step_
 from bayeslayers.optim.averages import corrected_weight
 from bayeslayers.sampling import Site
 from bayeslayers.sampling.flat import Scratch, filled, gather
@@ -78,22 +79,50 @@ class Bundle:
         averages = [own["momentum"] for p in self.parameters if "momentum" in (own := self._state.get(p, {}))]
         return [self._moving("momentum", averages)] if len(averages) == len(self.parameters) else averages
 
-    def average(self, beta1: float) -> Tensor:
-        """Count a step of the parameters, and return the averages of their gradients; see `adam.momentum_average`."""
+    def count(self, beta1: float) -> tuple[Tensor | None, float]:
+        """Count a step; return the averages of the gradients before it, None without momentum, and the newest's weight.
+
+        Args:
+            beta1: Momentum.
+        """
         states = [self._state[p] for p in self.parameters]
         if self.piece is None or self.piece.start == 0:
             for state in states:
                 state["step"] = state.get("step", 0) + 1
         if beta1 == 0:
-            return self.grad
+            return None, 1.0
         for state, parameter in zip(states, self.parameters, strict=True):
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(parameter)
                 self.__dict__.pop("momenta", None)
         (average,) = self.momenta
-        average.lerp_(self.grad, corrected_weight(1 - beta1, states[0]["step"]))
-        self._write("momentum", [state["momentum"] for state in states])
-        return average
+        return average, corrected_weight(1 - beta1, states[0]["step"])
+
+    def average(self, before: Tensor | None, newest: float) -> Tensor:
+        """Return the averages of the gradients with those of this step, see `adam.momentum_average`.
+
+        Args:
+            before: What `count` returned, which becomes them.
+            newest: The weight that it returned.
+        """
+        if before is None:
+            return self.grad
+        before.lerp_(self.grad, newest)
+        self._write("momentum", [self._state[p]["momentum"] for p in self.parameters])
+        return before
+
+    def step_by_kernel(self, before: Tensor | None, newest: float, **numbers: Any) -> bool:
+        """Move mean, precision and momentum of a lone parameter by a kernel; return False where none can run.
+
+        Args:
+            before: As for `average`.
+            newest: Likewise.
+            **numbers: As for `kernels.step.step_`.
+        """
+        if len(self.parameters) > 1 or self.piece is not None:
+            return False
+        tensors = self.grad, self.statistic, self.prior_mean, self.prior_precision
+        return step_(Moving(self.mean, self.precision, before, *tensors), newest=newest, **numbers)
 
     def _filled(self, values: Sequence[Tensor]) -> Tensor:
         """Return values that broadcast against the parameters, as they broadcast against `mean`."""
@@ -115,10 +144,13 @@ class Bundle:
         self._scratch.scatter((name, self.parameters[0]), tensors)
 
     def pieces(self) -> list[Bundle]:
-        """Return the pieces of a large parameter whose tensors lie in memory in one order, else the bundle itself."""
+        """Return the pieces of a large parameter whose tensors lie in memory in one order, else the bundle itself.
+
+        On a GPU there are none: it has no cache for them, and each piece would be a launch of every op.
+        """
         (parameter, *others), (site, *_) = self.parameters, self.sites
         size = parameter.numel()
-        if others or size <= _PIECE:
+        if others or size <= _PIECE or parameter.device.type != "cpu":
             return [self]
         tensors = [parameter, parameter.grad, self._statistics.get(parameter), site.precision]
         tensors += [site.prior_mean, site.prior_precision, *self._state.get(parameter, {}).values()]

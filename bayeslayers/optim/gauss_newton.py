@@ -149,21 +149,26 @@ class GaussNewton(VariationalOptimizer):
 
     def _update(self, group: dict[str, Any]) -> None:
         for bundle in self._pieces(group):
-            momentum, precision_lr = bundle.average(group["beta1"]), group["precision_lr"]
+            momentum, precision_lr = bundle.count(group["beta1"]), group["precision_lr"]
             if self._from_curvature:
                 precision_lr = corrected_weight(precision_lr, self.state[bundle.parameters[0]]["step"])
+            numbers = {
+                "ess": self._ess(group),
+                "lr": group["lr"],
+                "precision_lr": precision_lr,
+                "damping": group["damping"],
+                "curvature_scale": self._averages.scale,
+                "clip_radius": group.get("clip_radius", math.inf),
+            }
+            if bundle.step_by_kernel(*momentum, **numbers):
+                continue
             natural_gradient_step_(
                 bundle.mean,
                 bundle.precision,
-                momentum,
+                bundle.average(*momentum),
                 bundle.statistic,
                 prior_mean=bundle.prior_mean,
                 prior_precision=bundle.prior_precision,
-                ess=self._ess(group),
-                lr=group["lr"],
-                precision_lr=precision_lr,
-                damping=group["damping"],
-                curvature_scale=self._averages.scale,
-                clip_radius=group.get("clip_radius", math.inf),
+                **numbers,
             )
             bundle.write()

@@ -288,13 +288,16 @@ class IVON(VariationalOptimizer):
 
     def _update(self, group: dict[str, Any]) -> None:
         for bundle in self._pieces(group):
-            grad = bundle.average(group["beta1"])
+            momentum, ess, lr = bundle.count(group["beta1"]), self._ess(group), self._lr(group)
             if not self._planned:
                 self._new_precision(bundle, group)
+            if bundle.step_by_kernel(*momentum, ess=ess, lr=lr, clip_radius=group["clip_radius"]):
+                continue
+            grad = bundle.average(*momentum)
             bundle.precision.copy_(bundle.statistic)
-            step = (bundle.mean - bundle.prior_mean).mul_(bundle.prior_precision).add_(grad, alpha=self._ess(group))
+            step = (bundle.mean - bundle.prior_mean).mul_(bundle.prior_precision).add_(grad, alpha=ess)
             step.div_(bundle.precision)
             if group["clip_radius"] < math.inf:
                 step.clamp_(-group["clip_radius"], group["clip_radius"])
-            bundle.mean.add_(step, alpha=-self._lr(group))
+            bundle.mean.add_(step, alpha=-lr)
             bundle.write()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from bayeslayers.curvature.kernels.draw import fill_unscaled_
 from bayeslayers.distributions.noise import StandardNormal
 from bayeslayers.inputs import Batch
 from bayeslayers.layers.perturbation import Perturbation
@@ -95,7 +96,7 @@ class Networks:
         factors = [1.0] * len(self._stacks)
         for index in range(0, count, 2 if self.antithetic else 1):
             normal = StandardNormal(self.generator)
-            factors = [normal.fill_unscaled_(stack[index]) for stack in self._stacks]
+            factors = [fill_unscaled_(normal, stack[index]) for stack in self._stacks]
         for site, stack in zip(self._sites, self._stacks, strict=True):
             if site.padding_row is not None:
                 stack[:, site.padding_row] = 0

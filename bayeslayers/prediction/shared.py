@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bayeslayers.curvature.kernels.draw import fill_unscaled_
 from bayeslayers.distributed import gather_text
 from bayeslayers.distributed.messages import Kind, broadcast, exchange
 from bayeslayers.distributions.noise import StandardNormal
@@ -39,7 +40,7 @@ def skip_samples(
     for _ in range(batches * num_samples):
         normal = StandardNormal(generator)
         for site in sites:
-            normal.fill_unscaled_(torch.empty_like(site.mean))
+            fill_unscaled_(normal, torch.empty_like(site.mean))
 
 
 def shared_predictions(

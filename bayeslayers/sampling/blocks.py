@@ -1,4 +1,4 @@
-"""A large tensor sampled block by block, so that noise, deviation and sum stay in the cache of a core."""
+"""A large tensor sampled in one pass: on a CPU in blocks that stay in the cache of a core, on a GPU by a kernel."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayeslayers.curvature.kernels import draw
 from bayeslayers.curvature.op import is_eager
 from bayeslayers.distributions.noise import BLOCK, SCALE, StandardNormal, in_blocks
 
 
 def fits_blocks(mean: Tensor, precision: Tensor) -> bool:
-    """Return whether `drawn` can sample a tensor: a large one on a CPU, where neither vmap nor a compiler looks on."""
-    return in_blocks(mean) and precision.dtype == mean.dtype and precision.is_contiguous() and is_eager()
+    """Return whether `drawn` can sample a tensor: a large one, where neither vmap nor a compiler looks on."""
+    if not in_blocks(mean):
+        return draw.fits(mean, precision)
+    return precision.dtype == mean.dtype and precision.is_contiguous() and is_eager()
+
+
+def noise_scale(mean: Tensor) -> float:
+    """Return what `drawn` divides the noise of a tensor by."""
+    return SCALE if in_blocks(mean) else 1.0
 
 
 def drawn(
@@ -26,11 +34,14 @@ def drawn(
         mean: Mean for which `fits_blocks` holds.
         precision: Its precision.
         deviation: Its standard deviation, if known.
-        noise: Memory that keeps the noise divided by `SCALE`; None if it is not needed.
+        noise: Memory that keeps the noise divided by `noise_scale`; None if it is not needed.
         normal: Source of the noise.
     """
 
     def fill(out: Tensor) -> None:
+        if not in_blocks(out):
+            draw.sample_(out, mean.detach(), precision, deviation, noise, normal)
+            return
         memory = out.new_empty(2, BLOCK)
         known = precision if deviation is None else deviation
         parts = [x.detach().view(-1).split(BLOCK) for x in (out, mean, known, out if noise is None else noise)]

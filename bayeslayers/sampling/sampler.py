@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.distributions.noise import SCALE, StandardNormal
+from bayeslayers.curvature.kernels import draw
+from bayeslayers.distributions.noise import StandardNormal
 from bayeslayers.layers import BayesianLayer, can_draw_output
 from bayeslayers.layers.perturbation import PERTURBATIONS, Estimator, Perturbation
-from bayeslayers.sampling.blocks import drawn, fits_blocks
+from bayeslayers.sampling.blocks import drawn, fits_blocks, noise_scale
 from bayeslayers.sampling.flat import SMALL, bundles, gather, moved, spread
 from bayeslayers.sampling.placement import placed
 from bayeslayers.sampling.sites import Site, posterior
@@ -211,7 +212,7 @@ class Sampler:
         """Return the sample of a large site, whose noise is kept where somebody asks for it."""
         noise = self._memory(site, site.mean) if self.keeps_noise else None
         if noise is not None:
-            self.noise[site.name] = noise, SCALE
+            self.noise[site.name] = noise, noise_scale(site.mean)
         deviation = None if self._deviations is None else self._deviations[site.name]
         return drawn(site.mean, site.precision, deviation, noise, normal)
 
@@ -230,7 +231,7 @@ class Sampler:
     def _noise_of(self, site: Site, mean: Tensor, normal: StandardNormal) -> tuple[Tensor, float]:
         """Return values for one site, in reused memory, and the factor that makes them standard normal."""
         noise = self._memory(site, mean)
-        factor = normal.fill_unscaled_(noise)
+        factor = draw.fill_unscaled_(normal, noise)
         if site.padding_row is not None:
             noise[site.padding_row] = 0
         return noise, factor

@@ -2,13 +2,20 @@
 
 A kernel has the signature of `CurvatureRule.squares` and must give its values. `register_kernel` makes the rule use it;
 all layers of the rule follow.
+
+On a GPU, Triton's kernels compute the squares of linear layers and convolutions (`squares`), sample large tensors
+(`draw`) and make the natural-gradient step (`step`). `use_triton(False)` turns them off. Only the modules `triton_*`
+import Triton, when a kernel first runs.
 """
 
 from __future__ import annotations
 
 import torch
 
+from bayeslayers.curvature.kernels.launch import use_triton
 from bayeslayers.curvature.rule import Backward, CurvatureRule
+
+__all__ = ["register_kernel", "use_triton"]
 
 
 def register_kernel(rule: CurvatureRule, device: str, kernel: Backward) -> None:
