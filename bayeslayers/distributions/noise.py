@@ -35,7 +35,8 @@ class StandardNormal:
 
     @functools.cached_property
     def _words(self) -> np.random.SFC64:
-        return np.random.SFC64(_Seed(torch.empty(3, dtype=torch.int64).random_(generator=self.generator)))
+        seed = _Seed(torch.empty(3, dtype=torch.int64).random_(generator=self.generator))
+        return np.random.SFC64(seed)  # pyright: ignore[reportArgumentType]
 
     def fill_(self, out: Tensor) -> Tensor:
         """Fill a tensor with the next values."""

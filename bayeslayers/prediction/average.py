@@ -86,17 +86,18 @@ class Average:
         outputs = at_least_float32(self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting))
         self._waiting = []
         self._add_density(outputs)
-        # A sigmoid would turn infinity into certainty. A logit of minus infinity legitimately excludes a class.
-        extreme = outputs if isinstance(self.likelihood, Categorical) else outputs.abs()
-        self.infinite = self.infinite | extreme.reshape(*outputs.shape[:2], -1).amax(2).isposinf().any(0)
         dim = 1 if outputs.dim() < 4 else 3
-        parts = outputs.split(max(1, _PART * outputs.shape[dim] // outputs[0].numel()), dim)
+        extent = max(1, _PART * outputs.shape[dim] // max(1, outputs[0].numel()))
+        parts = outputs.split(extent, dim) if outputs.device.type == "cpu" else [outputs]
         self._parts = self._parts or [Moments(self.group) for _ in parts]
+        self._dim = 0 if dim == 1 else 3 - outputs.dim()  # from the end: uncertainties may have no classes
         for moments, part in zip(self._parts, parts, strict=True):
             found = self.likelihood.per_draw(part.flatten(0, 1))
             moments.add(*(value.unflatten(0, part.shape[:2]) for value in found))
+        # A sigmoid would turn infinity into certainty. A logit of minus infinity legitimately excludes a class.
+        extreme = outputs if isinstance(self.likelihood, Categorical) else outputs.abs()
+        self.infinite = self.infinite | extreme.reshape(*outputs.shape[:2], -1).amax(2).isposinf().any(0)
         self.count = self.draws
-        self._dim = 0 if dim == 1 else 3 - outputs.dim()  # from the end: uncertainties may have no classes
 
     def _whole(self, name: str) -> Tensor:
         """Return a moment of all parts."""

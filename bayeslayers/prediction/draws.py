@@ -7,7 +7,7 @@ those samples, in pieces `(s, n, *)`. All batches pass through one function befo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from bayeslayers.distributions.noise import BLOCK, SCALE, StandardNormal, in_blocks
+from bayeslayers.distributions.noise import StandardNormal
 from bayeslayers.inputs import Batch
 from bayeslayers.layers.perturbation import Perturbation
 from bayeslayers.prediction.chunks import AtOnce, Plan, Run
 from bayeslayers.prediction.linearised import linearised_outputs
 from bayeslayers.prediction.output_draws import DrawnOutput, EachWeight, Outputs, layers_that_draw, local_outputs
-from bayeslayers.sampling import Sampler, Site, posterior
-from bayeslayers.sampling.flat import gather
+from bayeslayers.prediction.stack import Stack
+from bayeslayers.sampling import Sampler, posterior
 from bayeslayers.sampling.placement import placed
 from bayeslayers.sampling.sampler import sites_together
 from bayeslayers.sampling.sharing import Shared
@@ -91,7 +91,9 @@ class Networks:
         """Sample the next networks, in the memory of the last ones."""
         for stack in self._stacks:
             stack.hold(count)
-        for index in range(0, count, 2 if self.antithetic else 1):
+        # Beside sampled outputs, samples that run at once have other noise than alone in any case.
+        at_once = self._drawn_outputs and count > 1
+        for index in [slice(0, count)] if at_once else range(0, count, 2 if self.antithetic else 1):
             normal = StandardNormal(self.generator)
             for stack in self._stacks:
                 stack.fill(index, normal, self.antithetic, noise=self._sampler is not None)
@@ -134,68 +136,6 @@ def _without_warnings() -> Iterator[None]:
 
 
 _NO_WARNINGS = Shared(_without_warnings)
-
-
-class Stack:
-    """Samples of some sites, of one that is large or of many small ones in a flat tensor.
-
-    Args:
-        sites: The sites.
-
-    Attributes:
-        mean: Their mean, `(*)`.
-        values: By site, its noise or, later, its samples `(s, *)`.
-        factor: What makes the noise standard normal.
-    """
-
-    def __init__(self, sites: Sequence[Site]):
-        self.sites, self.factor, self.padding = sites, 1.0, sites[0].padding_row
-        self.mean = gather([site.mean.detach() for site in sites])
-        self._deviation = gather([site.deviation for site in sites])
-        self._memory = self.mean.new_empty(0)
-        self.values: dict[Site, Tensor] = {}
-        self._blocks: list[tuple[Tensor, ...]] = []  # of mean and deviation, if a sample is made block by block
-        if in_blocks(self.mean) and self.padding is None:
-            self._blocks = [*zip(*(x.reshape(-1).split(BLOCK) for x in (self.mean, self._deviation)), strict=True)]
-
-    def hold(self, count: int) -> None:
-        """Provide memory for so many samples, that of earlier ones if it suffices."""
-        if len(self._memory) >= count:
-            return
-        self._memory, self.values = self.mean.new_empty(0), {}
-        one = torch.empty_like(self.mean)  # the order of noise depends on the layout
-        self._memory = one.new_empty(count * one.numel()).as_strided((count, *one.shape), (one.numel(), *one.stride()))
-        self.values = {self.sites[0]: self._memory}
-        if len(self.sites) > 1:
-            parts = self._memory.split([site.mean.numel() for site in self.sites], 1)
-            self.values = {
-                site: part.view(count, *site.mean.shape) for site, part in zip(self.sites, parts, strict=True)
-            }
-
-    def fill(self, index: int, normal: StandardNormal, antithetic: bool, noise: bool) -> None:
-        """Write a sample.
-
-        Args:
-            index: Its number.
-            normal: Source of the noise.
-            antithetic: Write a second one, with the opposite noise.
-            noise: Write noise alone, divided by `factor`.
-        """
-        row = self._memory[index]
-        if self._blocks and not (antithetic or noise):
-            for block, (mean, deviation) in zip(row.view(-1).split(BLOCK), self._blocks, strict=True):
-                normal.fill_block_(block)  # scaled at once, while it is in the cache
-                torch.addcmul(mean, block, deviation, value=SCALE, out=block)
-            return
-        self.factor = normal.fill_unscaled_(row)
-        if self.padding is not None:
-            row[self.padding] = 0
-        for sign in (-1, 1)[not antithetic :]:
-            out = self._memory[index + (sign < 0)]
-            if noise:
-                torch.mul(row, sign, out=out)
-            else:
-                torch.addcmul(self.mean, row, self._deviation, value=sign * self.factor, out=out)
 
 
 def linearised_draws(model: nn.Module, plan: Plan) -> Iterator[Run]:
