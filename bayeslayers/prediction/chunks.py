@@ -20,12 +20,12 @@ from bayeslayers.unwrap import holds_compiled
 
 Run: TypeAlias = Callable[[Batch], Iterator[Tensor]]
 
-# Measured on 2 CPU cores with LeNet-5, ResNet-20 and an MLP at batches of 1 to 512: several samples at
-# once save up to two thirds of the time until the largest layer output outgrows the cache, and cost time beyond it. Two
-# or three at once cost up to twice as much as one after the other. Long networks gain least, for a call costs little
-# beside their arithmetic.
-_CACHE_BYTES = 2**20  # of one core
-_TOTAL_BYTES = 2**26  # of the outputs of all layers
+# Measured on 2 CPU cores with LeNet-5, ResNet-20 and an MLP at batches of 1 to 512: several samples at once save up to
+# two thirds of the time until the largest layer output outgrows the first limit, and cost time beyond it. Two or three
+# at once cost up to twice as much as one after the other. Long networks gain least, for a call costs little beside
+# their arithmetic.
+_CACHE_BYTES = 3 * 2**20
+_TOTAL_BYTES = 5 * 2**23  # of the outputs of all layers
 _DEVICE_FACTOR = 64  # elsewhere, where a launch costs more; not measured
 _LANES = 4  # channels of several samples side by side fill vector registers best in multiples of 8 or 16
 _WEIGHT_BYTES = 2**26
@@ -146,7 +146,7 @@ class AtOnce:
             outputs = self._factor * min(_CACHE_BYTES / self._largest, _TOTAL_BYTES / self._total)
             wanted = _LANES * round(min(outputs, _MOST) / _LANES) if outputs >= _LANES - 1 else 1
             self.size = max(1, min(self._most, _WEIGHT_BYTES // weights, wanted))
-            self.drawn = max(self.size, min(self._most, _AHEAD_BYTES // weights))
+            self.drawn = self.size * max(1, min(self._most, _AHEAD_BYTES // weights) // self.size)
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
