@@ -38,9 +38,9 @@ class Device(NamedTuple):
     narrow: float
 
 
-# Of one core of an AMD EPYC with AVX2 that others use too, fitted to the grid; only the ratios decide. No GPU has been
-# measured: its numbers are guesses from data sheets.
-DEVICES = {"cpu": Device(5e-11, 4.9e-11, 1.5e-9, 2.3e-9, 3.3e-6, 8, 33)}
+# Of one core of an AMD EPYC with AVX-512, fitted to the grid; only the ratios decide. No GPU has been measured: its
+# numbers are guesses from data sheets.
+DEVICES = {"cpu": Device(2.8e-11, 2.6e-11, 4e-10, 3.5e-10, 3.3e-6, 8, 33)}
 OTHER_DEVICE = Device(1e-13, 2e-13, 6e-12, 3e-12, 1e-5, 16, 16)
 
 
@@ -91,18 +91,19 @@ def convolution_costs(x: Tensor, g: Tensor, weight_shape: Sequence[int], setting
     """
     device, n, positions, groups = device_of(g), len(x), math.prod(g.shape[2:]), settings.groups
     i, kernel = weight_shape[1], weight_shape[2:]
-    o, size, across = weight_shape[0] // groups, math.prod(kernel), math.prod(kernel[1:])
+    o, size = weight_shape[0] // groups, math.prod(kernel)
     values, budget = n * o * i * size, tile_elements(g)
-    moved = x.numel() + g.numel()
-    # Channels that fill no vector go the way of a matmul on the unfolded input.
-    unfolded = groups * n * positions * i * size if i % device.vector or o % device.vector else 0
     by_groups = groups * (n * positions * size * o * i * device.convolution + 2 * values * device.value)
-    by_groups += (unfolded + moved) * device.copy + 5 * device.call * math.ceil(groups * values / budget)
-    rows = _products(device, n, positions, o, i * across, budget)
-    columns = x.numel() * across / math.prod(settings.stride[1:])
-    by_rows = groups * (kernel[0] * rows + 10 * device.call) + (columns + moved) * device.copy
-    pairs = _pairs(device, n, positions, o, i * size) + n * positions * i * size * device.copy + size * device.call
-    return {"pairs": groups * pairs, "groups": by_groups, "rows": by_rows}
+    if (i % device.vector or o % device.vector) and i * o > 1:  # channels that fill no vector take a slower kernel
+        by_groups += 6 * groups * n * positions * i * size * device.copy
+    by_groups += (x.numel() + g.numel()) * device.copy + 5 * device.call * math.ceil(groups * values / budget)
+    entries = n * positions * i * size  # of the unfolded input, which is copied in runs
+    copies = entries * (1 / 4 + 8 / g.shape[-1]) * device.copy
+    matmul = entries * o * (1 + device.vector / o) * (1 + device.vector / (i * size)) * device.product
+    calls = n + 5 * math.ceil(entries / budget) + 4 * math.ceil(values / budget)
+    products = matmul + copies + values * device.value + calls * device.call
+    pairs = _pairs(device, n, positions, o, i * size) + copies
+    return {"pairs": groups * pairs, "groups": by_groups, "products": groups * products}
 
 
 def _products(device: Device, n: int, p: int, o: int, i: int, budget: int) -> float:
@@ -116,7 +117,7 @@ def _pairs(device: Device, n: int, p: int, o: int, i: int) -> float:
     """Return the seconds of `Moments.add_pairs`."""
     pairs = p * (p + 1) // 2
     products = n * (p + pairs) * _matmul(device, o, i) * device.product
-    return products + 3 * n * pairs * (o + i) * device.copy + 10 * device.call
+    return products + 3 * n * pairs * (o + i) * device.copy + 30 * device.call
 
 
 def _matmul(device: Device, o: int, i: int) -> float:

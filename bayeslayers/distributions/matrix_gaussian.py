@@ -45,14 +45,26 @@ def damp(input_factor: Tensor, output_factor: Tensor, damping: float) -> tuple[T
         output_factor: G, `(o, o)`, likewise.
         damping: > 0.
     """
-    mean_in, mean_out = float(input_factor.diagonal().mean()), float(output_factor.diagonal().mean())
-    if mean_in == 0 or mean_out == 0:
+    if not (input_factor.diagonal().any() and output_factor.diagonal().any()):
         return _scaled_identity(input_factor, math.sqrt(damping)), _scaled_identity(output_factor, math.sqrt(damping))
-    pi = math.sqrt(mean_in / mean_out)
+    shares = damping_shares(input_factor, output_factor, damping)
     return (
-        input_factor + _scaled_identity(input_factor, pi * math.sqrt(damping)),
-        output_factor + _scaled_identity(output_factor, math.sqrt(damping) / pi),
+        input_factor + _scaled_identity(input_factor, shares[0]),
+        output_factor + _scaled_identity(output_factor, shares[1]),
     )
+
+
+def damping_shares(input_factor: Tensor, output_factor: Tensor, damping: float) -> tuple[float, float]:
+    """Return what `damp` adds to the diagonals of both factors, pi sqrt(damping) and sqrt(damping) / pi.
+
+    Args:
+        input_factor: As for `damp`.
+        output_factor: Likewise.
+        damping: Likewise.
+    """
+    mean_in, mean_out = float(input_factor.diagonal().mean()), float(output_factor.diagonal().mean())
+    pi = math.sqrt(mean_in / mean_out) if mean_in > 0 and mean_out > 0 else 1.0
+    return pi * math.sqrt(damping), math.sqrt(damping) / pi
 
 
 def inverse(matrix: Tensor) -> Tensor:

@@ -101,6 +101,15 @@ class Correlated(nn.Module, abc.ABC):
         """Return the layer's parameters by name, in the order in which a dense root has their entries."""
         return {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
 
+    def correlated_tensors(self) -> tuple[str, ...]:
+        """Return the names of the tensors between which the posterior has correlations; none where it is diagonal."""
+        if self.dense_root is not None:
+            return tuple(self.own_tensors())
+        if (roots := self.roots) is None:
+            return ()
+        joint = self._parameters.get("bias") is not None and len(roots[0]) > self.get_parameter("weight")[0].numel()
+        return ("weight", "bias") if joint else ("weight",)
+
     def change(self, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what a sample with correlations adds to the means, by name, given standard normal values by name.
 
@@ -114,12 +123,11 @@ class Correlated(nn.Module, abc.ABC):
             return {name: part.view(tensor.shape).to(tensor.dtype) for (name, tensor), part in pairs}
         if (roots := self.roots) is None:
             return {}
-        weight, bias = self.get_parameter("weight"), self._parameters.get("bias")
-        columns = weight.shape[1:].numel()
-        joint = bias is not None and len(roots[0]) > columns
-        found = correlated(as_matrix(noise["weight"], noise["bias"] if joint else None), *roots, self.root_scale)
+        joint = [noise[name] for name in self.correlated_tensors()]
+        weight, columns = self.get_parameter("weight"), joint[0][0].numel()
+        found = correlated(as_matrix(*joint), *roots, self.root_scale)
         changes = {"weight": found[:, :columns].reshape(weight.shape).to(weight.dtype)}
-        return changes | ({"bias": found[:, columns].to(bias.dtype)} if joint and bias is not None else {})
+        return changes | ({"bias": found[:, columns].to(joint[1].dtype)} if len(joint) > 1 else {})
 
     def structure_shapes(self, prior: bool = False) -> list[Shapes]:
         """Return the sets of buffers, with their shapes, that the posterior's correlations may have, or the prior's."""

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from bayeslayers.optim.averages import corrected_weight
 
+ADAM_STATE = ("momentum", "second_moment")
+
 
 def momentum_average(state: dict[str, Any], grad: Tensor, beta1: float, key: str = "momentum") -> Tensor:
     """Return the bias-corrected exponential average of gradients, kept in `state[key]`.
@@ -31,7 +33,8 @@ def adam_direction(state: dict[str, Any], grad: Tensor, group: dict[str, Any], p
         state[key] = torch.zeros_like(grad)
     second = state[key].lerp_(grad.square(), 1 - group["beta2"])
     scale = (second / (1 - group["beta2"] ** state["step"])).sqrt_().add_(1e-8)
-    return momentum_average(state, grad, group["beta1"], f"{prefix}momentum") / scale
+    average = momentum_average(state, grad, group["beta1"], f"{prefix}momentum")
+    return torch.div(average, scale, out=scale)
 
 
 def adam_update(parameters: Iterable[nn.Parameter], group: dict[str, Any], state: dict[Any, Any]) -> None:

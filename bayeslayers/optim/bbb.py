@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from bayeslayers.checks import fraction, non_negative, positive
 from bayeslayers.layers.perturbation import Estimator
-from bayeslayers.optim.adam import adam_direction
+from bayeslayers.optim.adam import ADAM_STATE, adam_direction
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
+from bayeslayers.optim.bundle import pieces
 from bayeslayers.optim.guard import adam_ratio, magnitudes
 from bayeslayers.optim.options import Options
 from bayeslayers.optim.ranks import Sync
 from bayeslayers.sampling import Sampler
 
+LOG_SIGMA = "log_sigma_"  # before the name of what the state keeps of the logarithm of sigma
 _RULES = {"lr": non_negative, "beta1": fraction, "beta2": fraction, "temperature": positive}
 
 
@@ -138,10 +140,28 @@ class BBB(VariationalOptimizer):
                 continue
             site, state, ess = self._sites[parameter], self.state[parameter], self._ess(group)
             state["step"] = state.get("step", 0) + 1
-            prior_precision = site.prior_precision
-            grad = parameter.grad + prior_precision * (site.mean - site.prior_mean) / ess
-            log_sigma_grad = self._averages.statistics[parameter] * self._averages.scale
-            log_sigma_grad += (prior_precision / site.precision - 1) / ess
-            site.mean.add_(adam_direction(state, grad, group), alpha=-group["lr"])
-            step = adam_direction(state, log_sigma_grad, group, "log_sigma_")
-            site.precision.mul_(step.mul_(2 * group["lr"]).exp_())
+            names = ADAM_STATE if group["beta1"] else ADAM_STATE[1:]
+            for name in (*names, *(LOG_SIGMA + name for name in names)):
+                if name not in state:
+                    state[name] = torch.zeros_like(parameter)
+            moving = {
+                "mean": parameter,
+                "grad": parameter.grad,
+                "precision": site.precision,
+                "log_sigma_grad": self._averages.statistics[parameter],
+                "prior_mean": site.prior_mean,
+                "prior_precision": site.prior_precision,
+            } | {name: value for name, value in state.items() if isinstance(value, Tensor)}
+            for piece in pieces(moving):
+                _move(piece, group, state["step"], ess, self._averages.scale)
+
+
+def _move(piece: dict[str, Any], group: dict[str, Any], step: int, ess: float, scale: float) -> None:
+    """Move a piece of a tensor's mean and precision by Adam, in the mean and in the logarithm of sigma."""
+    state = {**piece, "step": step}
+    prior_precision, difference = piece["prior_precision"], piece["mean"] - piece["prior_mean"]
+    grad = torch.addcmul(piece["grad"], prior_precision, difference, value=1 / ess)
+    log_sigma_grad = (prior_precision / piece["precision"]).sub_(1).div_(ess).add_(piece["log_sigma_grad"], alpha=scale)
+    piece["mean"].add_(adam_direction(state, grad, group), alpha=-group["lr"])
+    move = adam_direction(state, log_sigma_grad, group, LOG_SIGMA)
+    piece["precision"].mul_(move.mul_(2 * group["lr"]).exp_())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -126,3 +126,19 @@ class Bundle:
             return [self]
         sites, places = {parameter: site}, [slice(i, i + _PIECE) for i in range(0, size, _PIECE)]
         return [Bundle(self.parameters, sites, self._statistics, self._state, self._scratch, place) for place in places]
+
+
+def pieces(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Yield parts of tensors that stay in a cache together: of large ones on a CPU that lie in memory in one order.
+
+    Args:
+        tensors: Tensors of one shape, and single numbers.
+    """
+    size = max(x.numel() for x in tensors.values())
+    in_order = all(x.numel() in (1, size) and x.is_contiguous() and x.device.type == "cpu" for x in tensors.values())
+    if size <= _PIECE or not in_order:
+        yield dict(tensors)
+        return
+    flat = {name: x.detach().view(-1) for name, x in tensors.items()}
+    for start in range(0, size, _PIECE):
+        yield {name: x[start : start + _PIECE] if len(x) > 1 else x[0] for name, x in flat.items()}

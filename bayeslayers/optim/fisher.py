@@ -48,6 +48,7 @@ class FisherOptimizer(VariationalOptimizer):
         *,
         update_every: int,
         inverse_every: int | Schedule,
+        inverse_tolerance: float,
         fisher: Fisher,
         likelihood: Likelihood | None,
         dense: Selectors | None,
@@ -58,6 +59,7 @@ class FisherOptimizer(VariationalOptimizer):
         if not callable(inverse_every):
             at_least_one("inverse_every", inverse_every)
         self.inverse_every = inverse_every
+        self.inverse_tolerance = fraction("inverse_tolerance", inverse_tolerance)
         network("model", model)
         self.fisher, self.likelihood = fisher, likelihood or likelihood_of(model)
         if fisher == "sampled":
@@ -112,7 +114,8 @@ class FisherOptimizer(VariationalOptimizer):
 
     def _is_update(self) -> bool:
         """Whether the coming step moves the factors."""
-        return max((state.get("step", 0) for state in self.state.values()), default=0) % self.update_every == 0
+        step = max((state.get("step", 0) for state in self.state.values()), default=0)
+        return step % interval(self.update_every, step) == 0
 
     def _needs_place(self) -> bool:
         return self.fisher == "sampled" and self._is_update()
@@ -186,3 +189,11 @@ class FisherOptimizer(VariationalOptimizer):
             for name, value in statistics.items():
                 if not name.endswith(INPUT):
                     statistics[name] = value / loss_scale**self._loss_power
+
+
+def interval(every: int, step: int) -> int:
+    """Return the steps from one computation to the next: `every`, a tenth of the steps so far at most.
+
+    The first factors are those of few examples: held for long, their inverse makes the steps diverge.
+    """
+    return min(every, max(step // 10, 1))

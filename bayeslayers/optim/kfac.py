@@ -52,9 +52,11 @@ class NoisyKFAC(KroneckerFactored):
             a multiple of I for a matrix, and fades by 1 - factor_lr with each update. "curvature" leaves it
             out; the first draws of a network that has learned nothing can then be far from its mean.
         temperature: T of the tempered posterior; the likelihood counts N/T times. T < 1 sharpens.
-        update_every: Steps from one update of the factors to the next.
-        inverse_every: Steps from one computation of inverses and roots to the next, but one in the
-            first so many steps; or a function of the number of the step that returns them.
+        update_every: Steps from one update of the factors to the next, but a tenth of the steps so far at most.
+        inverse_every: Steps from one computation of inverses and roots to the next, likewise; or a function of the
+            number of the step that returns them.
+        inverse_tolerance: Largest relative error of an eigenvalue of the step's inverses, which leave out what damping
+            hides where that is cheaper (`distributions.low_rank`); 0 computes them whole. Roots are always whole.
         fisher: "sampled" takes the factors at labels that the model's own likelihood draws, by a second
             backward pass: the Fisher proper, which is the loss's Gauss-Newton curvature. "empirical"
             takes them at the data's labels, from the user's backward pass.
@@ -105,6 +107,7 @@ class NoisyKFAC(KroneckerFactored):
         temperature: float = 1.0,
         update_every: int = 1,
         inverse_every: int | Schedule = 10,
+        inverse_tolerance: float = 0.1,
         fisher: Fisher = "sampled",
         likelihood: Likelihood | None = None,
         num_samples: int = 1,
@@ -124,6 +127,7 @@ class NoisyKFAC(KroneckerFactored):
             Options.among(arguments),
             update_every=update_every,
             inverse_every=inverse_every,
+            inverse_tolerance=inverse_tolerance,
             fisher=fisher,
             likelihood=likelihood,
             dense=dense,
@@ -153,6 +157,7 @@ class KFAC(KroneckerFactored):
         temperature: T of the tempered posterior.
         update_every: Steps between updates of the factors.
         inverse_every: Steps between inverses, or a function of the number of the step.
+        inverse_tolerance: Largest relative error of the step's inverses.
         fisher: "sampled" or "empirical".
         likelihood: What draws the labels.
         generator: Source of the labels.
@@ -181,6 +186,7 @@ class KFAC(KroneckerFactored):
         temperature: float = 1.0,
         update_every: int = 1,
         inverse_every: int | Schedule = 10,
+        inverse_tolerance: float = 0.1,
         fisher: Fisher = "sampled",
         likelihood: Likelihood | None = None,
         generator: torch.Generator | None = None,
@@ -198,6 +204,7 @@ class KFAC(KroneckerFactored):
             Options.among(arguments, init_precision="curvature"),
             update_every=update_every,
             inverse_every=inverse_every,
+            inverse_tolerance=inverse_tolerance,
             fisher=fisher,
             likelihood=likelihood,
             dense=dense,

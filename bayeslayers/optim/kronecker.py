@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -10,20 +11,15 @@ from torch import Tensor, nn
 
 from bayeslayers.checks import at_least_one
 from bayeslayers.distributions.gaussian import natural_gradient_step_
-from bayeslayers.distributions.matrix_gaussian import (
-    as_matrix,
-    damp,
-    inverse,
-    inverse_root,
-    leading_root,
-    marginal_precision,
-)
+from bayeslayers.distributions.matrix_gaussian import as_matrix, leading_root, marginal_precision
 from bayeslayers.dtypes import at_least_float32
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.optim.adam import momentum_average
 from bayeslayers.optim.averages import corrected_weight
 from bayeslayers.optim.dense import DenseBlock
-from bayeslayers.optim.fisher import INPUT, OUTPUT, FisherOptimizer
+from bayeslayers.optim.factors import FACTORS, averaged, inverse_in, inverses, starting_share
+from bayeslayers.optim.fisher import INPUT, OUTPUT, FisherOptimizer, interval
+from bayeslayers.optim.guard import magnitudes
 from bayeslayers.optim.matrix_prior import MatrixPrior
 from bayeslayers.sampling import Site
 
@@ -75,15 +71,20 @@ class KroneckerFactored(FisherOptimizer):
 
         Nothing is changed yet: a factor without an inverse refuses the step of all layers.
         """
+        layer: Any = site.module
         state = self.state.get(site.mean, {})
         new: dict[str, Any] = {key: state[key] for key in ("updates", "input", "output", "start") if key in state}
         statistics = self._averages.statistics
         if site.name + INPUT in statistics:
-            new = self._averaged(new, site, group, statistics[site.name + INPUT], statistics[site.name + OUTPUT])
+            found = statistics[site.name + INPUT], statistics[site.name + OUTPUT]
+            if is_new := "input" not in new or new["input"].shape != found[0].shape:
+                new["start"] = 0.0 if self._from_curvature else starting_share(site, found[0], self._ess(group))
+            new = averaged({"start": new["start"]} if is_new else new, found, group["factor_lr"])
         if "input" in new and self._is_due(state, "input_inverse", new["input"]):
             rest = new["start"] * (1 - group["factor_lr"]) ** new["updates"]
             factors = new["input"], new["output"] + rest * torch.eye(len(new["output"])).to(new["output"])
-            new |= self._inverses(site, factors, self._ess(group), group["damping"])
+            prior = self._matrix_prior(layer, len(new["input"]))
+            new |= inverses(site, factors, prior, self._ess(group), group["damping"], self.inverse_tolerance)
             new["inverse_step"] = state.get("step", 0) + 1
         return new
 
@@ -98,61 +99,18 @@ class KroneckerFactored(FisherOptimizer):
             new["inverse_step"] = state.get("step", 0) + 1
         return new
 
-    def _inverses(self, site: Site, factors: tuple[Tensor, Tensor], ess: float, damping: float) -> dict[str, Any]:
-        """Return the inverses that a step multiplies by, and the roots of the posterior."""
-        layer: Any = site.module
-        inputs = len(factors[0])
-        if (prior := self._matrix_prior(layer, inputs)) is None:
-            precision = _mean_over_matrix(layer, "prior_precision", inputs) / ess
-        else:
-            factors, precision, damping = prior.whitened(*factors), 1 / ess, prior.damping(damping)
-        of_posterior, of_step = damp(*factors, precision), damp(*factors, precision + damping)
-        roots = inverse_root(of_posterior[0]), inverse_root(of_posterior[1]) * ess**-0.5
-        inverses = inverse(of_step[0]), inverse(of_step[1])
-        if prior is not None:
-            roots = prior.restored(*roots)
-            inverses = (
-                prior.input_root @ inverses[0] @ prior.input_root.mT,
-                prior.output_root @ inverses[1] @ (prior.output_root.mT),
-            )
-        return {"input_inverse": inverses[0], "output_inverse": inverses[1], "roots": roots}
-
     def _matrix_prior(self, layer: BayesianLayer, inputs: int) -> MatrixPrior | None:
         """Return a layer's matrix-variate prior, which is inverted once."""
         self._priors[layer] = MatrixPrior.of(layer, inputs, self._priors.get(layer))
         return self._priors[layer]
 
-    def _averaged(self, old: dict[str, Any], site: Site, group: Mapping[str, Any], *found: Tensor) -> dict[str, Any]:
-        """Return the averages with new factors in them, begun again where a frozen or freed bias changes their size."""
-        if "input" not in old or old["input"].shape != found[0].shape:
-            start = 0.0 if self._from_curvature else self._start(site, found[0], self._ess(group))
-            return {"updates": 1, "input": found[0], "output": found[1], "start": start}
-        weight = corrected_weight(group["factor_lr"], old["updates"] + 1)
-        averages = {
-            key: at_least_float32(old[key]).lerp(new, weight)
-            for key, new in zip(("input", "output"), found, strict=True)
-        }
-        return {**old, **averages, "updates": old["updates"] + 1}
-
-    @staticmethod
-    def _start(site: Site, input_factor: Tensor, ess: float) -> float:
-        """Return the multiple of I that makes up a layer's precision as G, in the mean over the diagonal of A."""
-        inputs, mean_input = len(input_factor), float(input_factor.diagonal().mean())
-        precision, prior = (_mean_over_matrix(site.module, name, inputs) for name in ("precision", "prior_precision"))
-        return (precision - prior) / ess / mean_input if precision > prior and mean_input > 0 else 0.0
-
     def _is_due(self, state: Mapping[str, Any], inverse: str, curvature: Tensor) -> bool:
         """Whether inverses are to be computed in the coming step of a layer, of which the state holds one so named."""
-        if "inverse_step" not in state or state[inverse].shape != curvature.shape:
+        if "inverse_step" not in state or len(state[inverse]) != len(curvature):
             return True
-        step = state["step"] + 1
-        return step - state["inverse_step"] >= at_least_one(f"inverse_every({step})", self._interval(step))
-
-    def _interval(self, step: int) -> int:
-        if callable(self.inverse_every):
-            return self.inverse_every(step)
-        # The first factors are those of few examples: held for long, their inverse makes the steps diverge.
-        return 1 if step <= self.inverse_every else self.inverse_every
+        step, every = state["step"] + 1, self.inverse_every
+        due = every(step) if callable(every) else interval(every, step)
+        return step - state["inverse_step"] >= at_least_one(f"inverse_every({step})", due)
 
     def _update(self, group: dict[str, Any]) -> None:
         for parameter in group["params"]:
@@ -178,14 +136,14 @@ class KroneckerFactored(FisherOptimizer):
             return
         columns = site.mean.shape[1:].numel()
         sites = [site, self._sites[layer.bias]] if len(state["input"]) > columns else [site]
-        matrix = as_matrix(*(at_least_float32(self._gradient(each, group)) for each in sites))
-        matrix = matrix + self._pull(sites, len(state["input"])) / self._ess(group)
-        step = at_least_float32(state["output_inverse"]) @ matrix @ at_least_float32(state["input_inverse"])
+        parts = (slice(columns), slice(columns, None))
+        inputs, outputs = (inverse_in(state, name) for name in FACTORS)
+        step = outputs @ self._gradient_matrix(sites, parts, group) @ inputs
         precision = None if roots is None else marginal_precision(*roots)
-        for each, part in zip(sites, (slice(columns), slice(columns, None)), strict=False):
-            each.mean.sub_(step[:, part].reshape(each.mean.shape), alpha=group["lr"])
+        for each, part in zip(sites, parts, strict=False):
+            each.mean.sub_(step[:, part].view(each.mean.shape), alpha=group["lr"])
             if precision is not None:
-                each.precision.copy_(precision[:, part].reshape(each.mean.shape))
+                each.precision.copy_(precision[:, part].view(each.mean.shape))
         if roots is not None:
             layer.set_roots(*(root.to(site.mean.dtype) for root in roots))
 
@@ -208,13 +166,46 @@ class KroneckerFactored(FisherOptimizer):
         grad = torch.zeros_like(site.mean) if site.mean.grad is None else site.mean.grad
         return momentum_average(state, grad, group["beta1"])
 
-    def _pull(self, sites: Sequence[Site], inputs: int) -> Tensor:
-        """Return the gradient of the prior's minus log density in a layer's matrix."""
-        differences = [at_least_float32(site.mean - site.prior_mean) for site in sites]
+    def _gradient_matrix(self, sites: Sequence[Site], parts: Sequence[slice], group: dict[str, Any]) -> Tensor:
+        """Return the gradient of a layer's matrix, over ess that of the prior's minus log density in it."""
         layer: Any = sites[0].module
+        ess, inputs = self._ess(group), sum(site.mean[0].numel() for site in sites)
+        gradients = [at_least_float32(self._gradient(site, group)) for site in sites]
+        differences = [at_least_float32(site.mean - site.prior_mean) for site in sites]
         if (prior := self._matrix_prior(layer, inputs)) is not None:
-            return prior.pull(as_matrix(*differences))
-        return as_matrix(*(site.prior_precision * each for site, each in zip(sites, differences, strict=True)))
+            return as_matrix(*gradients) + prior.pull(as_matrix(*differences)) / ess
+        matrix = gradients[0].new_empty(len(gradients[0]), inputs)
+        for site, part, gradient, difference in zip(sites, parts, gradients, differences, strict=False):
+            out = matrix[:, part].view(gradient.shape)
+            torch.addcmul(gradient, difference, at_least_float32(site.prior_precision), value=1 / ess, out=out)
+        return matrix
+
+    def _posterior_reach(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> float:
+        moves_precisions = any(not {"roots", "root"}.isdisjoint(new) for new in self._curvatures.values())
+        if moves_precisions or self._averages.statistics or any(self._priors.values()):
+            return math.inf
+        ess, sites = self._ess(group), [self._sites[parameter] for parameter in parameters]
+        states = [self.state[site.mean] for site in sites]
+        pairs = [[inverse_in(state, name) for state in states if f"{name}_inverse" in state] for name in FACTORS]
+        alone = [s.precision.amin() for s in sites if not self._has_factors(s) and s.mean not in self._blocks]
+        mean, center, prior, gradient, *found = magnitudes(
+            parameters,
+            [site.prior_mean for site in sites],
+            [site.prior_precision for site in sites],
+            [
+                x
+                for site, state in zip(sites, states, strict=True)
+                for x in (site.mean.grad, state.get("momentum"))
+                if x is not None
+            ],
+            *([each.matrix for each in own if not each.rest] for own in pairs),
+            [state["inverse"] for state in states if "inverse" in state],
+            [torch.stack(alone).amin().reciprocal()] if alone else [],
+        )
+        inputs, outputs = (max([norm, *(each.rest for each in own)]) for norm, own in zip(found, pairs, strict=False))
+        return mean + group["lr"] * (gradient + prior / ess * (mean + center)) * max(
+            inputs * outputs, found[2], ess * found[3]
+        )
 
     def _update_diagonal(self, site: Site, group: dict[str, Any]) -> None:
         """Move a tensor without factors as VOGN does, its curvature averaged as factors are.
@@ -251,12 +242,3 @@ class KroneckerFactored(FisherOptimizer):
             precision_lr=0.0,  # it has moved
             damping=group["damping"],
         )
-
-
-def _mean_over_matrix(layer: Any, name: str, inputs: int) -> float:
-    """Return the mean of a buffer over a layer's matrix of so many columns: factors have room for one number."""
-    columns = layer.weight.shape[1:].numel()
-    total = float(getattr(layer, f"weight_{name}").mean()) * columns
-    if inputs > columns:
-        total += float(getattr(layer, f"bias_{name}").mean())
-    return total / inputs

@@ -152,10 +152,13 @@ class Sampler:
             layer: PERTURBATIONS[self.estimator](self.estimator, self.generator) for layer in self._perturbed
         }
         together = [] if noise is not None or self.differentiable else self._small_sites(perturbations)
+        joint = {sites[key].name for layer, sites in self._layers.items() for key in layer.correlated_tensors()}
         values: dict[str, Tensor] = {}
         for small in together or self.sites:
             if isinstance(small, Small):
                 values |= self._draw_together(small, normal)
+            elif noise is None and small.name in joint and small.module not in perturbations:
+                self.noise[small.name] = self._noise_of(small, small.mean, normal)
             elif (value := self._draw_site(small, noise, normal, perturbations.get(small.module))) is not None:
                 values[small.name] = value
         for layer in self._layers:
@@ -218,8 +221,7 @@ class Sampler:
 
     def _draw_in_blocks(self, site: Site, normal: StandardNormal) -> Tensor:
         """Return the sample of a large site, whose noise is kept where somebody asks for it."""
-        correlated = isinstance(site.module, BayesianLayer) and bool(site.module.correlations)
-        noise = self._memory(site, site.mean) if self.keeps_noise or correlated else None
+        noise = self._memory(site, site.mean) if self.keeps_noise else None
         if noise is not None:
             self.noise[site.name] = noise, SCALE
         deviation = None if self._deviations is None else self._deviations[site.name]

@@ -122,10 +122,9 @@ def kl_divergence(model: nn.Module) -> Tensor:
         by_module.setdefault(site.module, {})[site.key] = site
     terms = []
     for module, sites in by_module.items():
-        joint: dict[str, Site] = {}
-        if isinstance(module, BayesianLayer) and module.correlations:
-            joint = {key: sites[key] for key in module.change({k: torch.zeros_like(s.mean) for k, s in sites.items()})}
-            terms.append(_kl_of_joint(module, list(joint.values())))
+        joint: tuple[str, ...] = ()
+        if isinstance(module, BayesianLayer) and (joint := module.correlated_tensors()):
+            terms.append(_kl_of_joint(module, [sites[key] for key in joint]))
         terms += [
             gaussian.kl_divergence(s.mean, s.precision, s.prior_mean, s.prior_precision)
             for key, s in sites.items()

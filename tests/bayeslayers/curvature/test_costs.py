@@ -22,7 +22,8 @@ def of_convolution(n: int, c_in: int, c_out: int, size: int, groups: int = 1) ->
     [
         ((32, 256, 256, 1), "pairs"),
         ((64, 16, 16, 32), "groups"),
-        ((32, 512, 512, 4), "rows"),
+        ((32, 512, 512, 4), "products"),
+        ((64, 3, 16, 32), "products"),
         ((32, 64, 64, 16, 64), "groups"),
     ],
 )

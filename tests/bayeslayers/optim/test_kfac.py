@@ -92,7 +92,7 @@ def reference_kfac(net, batches, noises, *, dataset_size, lr, beta1, factor_lr, 
     linear = [i for i, m in enumerate(net) if isinstance(m, nn.Linear)]
     mean = {i: torch.cat([net[i].weight, net[i].bias[:, None]], 1).detach() for i in linear}
     momentum = {i: torch.zeros_like(mean[i]) for i in linear}
-    factors, inverses, roots = {}, {}, {}
+    factors, inverses, roots, updates, inverted = {}, {}, {}, 0, 0
     for t, ((x, y), noise) in enumerate(zip(batches, noises, strict=True), start=1):
         w = {}
         for i in linear:
@@ -115,12 +115,13 @@ def reference_kfac(net, batches, noises, *, dataset_size, lr, beta1, factor_lr, 
                 new[i][0] += torch.outer(a, a) / len(x)
                 new[i][1] += torch.outer(g, g) / len(x)
         for i in linear:
-            if (t - 1) % update_every == 0:
-                updates = (t - 1) // update_every + 1
+            if (t - 1) % min(update_every, max((t - 1) // 10, 1)) == 0:
+                updates += i == linear[0]
                 weight = factor_lr / (1 - (1 - factor_lr) ** updates)
                 old = factors.get(i, [0.0, 0.0])
                 factors[i] = [(1 - weight) * o + weight * f for o, f in zip(old, new[i], strict=True)]
-            if t <= inverse_every or t % inverse_every == 0:
+            if t - inverted >= min(inverse_every, max(t // 10, 1)):
+                inverted = t if i == linear[-1] else inverted
                 a, g = factors[i]
                 pi = torch.sqrt((a.trace() / len(a)) / (g.trace() / len(g)))
                 for target, gamma in ((inverses, prior_precision / ess + damping), (roots, prior_precision / ess)):
@@ -393,10 +394,21 @@ def test_statistics_are_left_alone_between_updates():
     (x, y), net = make_batch(), make_net()
     optimizer = make_optimizer(net, update_every=3)
     inputs = []
-    for _ in range(5):
+    for _ in range(40):
         optimizer.step(closure_for(optimizer, net, x, y))
         inputs.append(optimizer.state[net[2].weight]["input"].clone())
-    assert [torch.equal(a, b) for a, b in itertools.pairwise(inputs)] == [True, True, False, True]
+    updates = [t for t, (a, b) in enumerate(itertools.pairwise(inputs), start=1) if not torch.equal(a, b)]
+    assert updates == [*range(1, 20), 20, 22, 24, 26, 28, 30, 33, 36, 39]  # at most a tenth of the steps so far apart
+
+
+def test_inverses_are_at_most_a_tenth_of_the_steps_so_far_apart():
+    (x, y), net = make_batch(), make_net()
+    optimizer = make_optimizer(net, inverse_every=3)
+    steps = set()
+    for _ in range(40):
+        optimizer.step(closure_for(optimizer, net, x, y))
+        steps.add(optimizer.state[net[2].weight]["inverse_step"])
+    assert sorted(steps) == [*range(1, 20), 21, 23, 25, 27, 29, 32, 35, 38]
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
