@@ -63,8 +63,37 @@ def natural_gradient_step_(
         clip_radius: Bound on each entry of the mean's step before `lr`.
     """
     precision.lerp_(prior_precision, precision_lr).add_(curvature, alpha=precision_lr * ess * curvature_scale)
-    direction = torch.sub(mean, prior_mean, out=curvature).mul_(prior_precision).add_(grad, alpha=ess)
     scale = precision + ess * damping if damping else precision
+    prior = {"prior_mean": prior_mean, "prior_precision": prior_precision}
+    mean_step_(mean, scale, grad, curvature, **prior, ess=ess, lr=lr, clip_radius=clip_radius)
+
+
+def mean_step_(
+    mean: Tensor,
+    scale: Tensor,
+    grad: Tensor,
+    scratch: Tensor,
+    *,
+    prior_mean: Tensor,
+    prior_precision: Tensor,
+    ess: float,
+    lr: float,
+    clip_radius: float = math.inf,
+) -> None:
+    """Move the mean, in place, by its part of `natural_gradient_step_`.
+
+    Args:
+        mean: Mean of the posterior; changed.
+        scale: What the gradient is divided by.
+        grad: This and the following as for `natural_gradient_step_`.
+        scratch: Memory of the shape of `mean`; overwritten.
+        prior_mean: See there.
+        prior_precision: See there.
+        ess: See there.
+        lr: See there.
+        clip_radius: See there.
+    """
+    direction = torch.sub(mean, prior_mean, out=scratch).mul_(prior_precision).add_(grad, alpha=ess)
     if clip_radius == math.inf:
         mean.addcdiv_(direction, scale, value=-lr)
     else:

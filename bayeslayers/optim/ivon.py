@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bayeslayers.checks import fraction, non_negative, positive, radius
 from bayeslayers.distributed.messages import Row
-from bayeslayers.distributions.gaussian import retracted_precision
+from bayeslayers.distributions.gaussian import mean_step_, retracted_precision
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.bounds import NaturalBounds, retracted_bound
@@ -288,16 +288,13 @@ class IVON(VariationalOptimizer):
 
     def _update(self, group: dict[str, Any]) -> None:
         for bundle in self._pieces(group):
-            momentum, ess, lr = bundle.count(group["beta1"]), self._ess(group), self._lr(group)
+            momentum = bundle.count(group["beta1"])
             if not self._planned:
                 self._new_precision(bundle, group)
-            if bundle.step_by_kernel(*momentum, ess=ess, lr=lr, clip_radius=group["clip_radius"]):
+            numbers = {"ess": self._ess(group), "lr": self._lr(group), "clip_radius": group["clip_radius"]}
+            if bundle.step_by_kernel(*momentum, **numbers):
                 continue
-            grad = bundle.average(*momentum)
             bundle.precision.copy_(bundle.statistic)
-            step = (bundle.mean - bundle.prior_mean).mul_(bundle.prior_precision).add_(grad, alpha=ess)
-            step.div_(bundle.precision)
-            if group["clip_radius"] < math.inf:
-                step.clamp_(-group["clip_radius"], group["clip_radius"])
-            bundle.mean.add_(step, alpha=-lr)
+            prior = {"prior_mean": bundle.prior_mean, "prior_precision": bundle.prior_precision}
+            mean_step_(bundle.mean, bundle.precision, bundle.average(*momentum), bundle.statistic, **prior, **numbers)
             bundle.write()

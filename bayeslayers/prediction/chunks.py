@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,14 +20,16 @@ from bayeslayers.unwrap import holds_compiled
 
 Run: TypeAlias = Callable[[Batch], Iterator[Tensor]]
 
-# Measured on 2 CPU cores with LeNet-5, ResNet-20 and an MLP at batches of 1 to 512: several samples at
-# once save up to half the time until the largest layer output outgrows the cache, and cost time beyond it. Long
-# networks gain least, for a call costs little beside their arithmetic.
-_CACHE_BYTES = 2**20  # of one core
-_TOTAL_BYTES = 2**25  # of the outputs of all layers
+# Measured on 2 CPU cores with LeNet-5, ResNet-20 and an MLP at batches of 1 to 512: several samples at once save up to
+# two thirds of the time until the largest layer output outgrows the first limit, and cost time beyond it. Two or three
+# at once cost up to twice as much as one after the other. Long networks gain least, for a call costs little beside
+# their arithmetic.
+_CACHE_BYTES = 3 * 2**20
+_TOTAL_BYTES = 5 * 2**23  # of the outputs of all layers
 _DEVICE_FACTOR = 64  # elsewhere, where a launch costs more; not measured
 _LANES = 4  # channels of several samples side by side fill vector registers best in multiples of 8 or 16
 _WEIGHT_BYTES = 2**26
+_AHEAD_BYTES = 2**20  # of weights sampled together that run one after the other: alone, LeNet-5's take twice as long
 _MOST = 32
 
 
@@ -51,12 +54,14 @@ class Plan:
     output: Output | None = None
 
     def counts(self, at_once: AtOnce) -> Iterator[int]:
-        """Yield the sizes of the next chunks, until there are `num_samples` samples."""
+        """Yield the sizes of the next chunks, about equal, until there are `num_samples` samples."""
         done, pair = 0, 2 if self.antithetic else 1
         while done < self.num_samples:
-            count = min(-(-at_once.size // pair) * pair, self.num_samples - done)
+            left = self.num_samples - done
             if self.checkpoint:
-                count = min(count, self.checkpoint - done % self.checkpoint)
+                left = min(left, self.checkpoint - done % self.checkpoint)
+            chunks = math.ceil(left / pair / math.ceil(at_once.drawn / pair))
+            count = pair * math.ceil(left / pair / chunks)
             yield count
             done += count
 
@@ -72,12 +77,14 @@ class AtOnce:
         plan: Its `chunk` is the size; with None, the first chunk is one sample, and `settle` chooses the size.
 
     Attributes:
+        size: The number.
+        drawn: The number of samples whose weights are drawn together, `size` or more.
         inspected: Whether `inspecting` has measured the network, so that `settle` may come before the first sample.
     """
 
     def __init__(self, model: nn.Module, plan: Plan):
         self.model, self.chosen, self._warned = model, plan.chunk is None, False
-        self.size = plan.chunk or 1
+        self.size = self.drawn = plan.chunk or 1
         self._most = _MOST
         self._measured = not self.chosen or holds_compiled(model)
         self.inspected = False
@@ -112,7 +119,7 @@ class AtOnce:
                     # The first sample ran alone, so this module fails on several at once.
                     if size == 1 or not self.chosen:
                         raise
-                    self._most = self.size = 1
+                    self._most = self.size = self.drawn = 1
                     continue
                 if piece is None:  # outside the handler, which would keep the memory alive
                     self.halve(size)
@@ -122,7 +129,7 @@ class AtOnce:
 
     def halve(self, size: int) -> None:
         """Continue with half as many samples at once as did not fit, and warn once."""
-        self.size = self._most = max(1, size // 2)
+        self.size = self.drawn = self._most = max(1, size // 2)
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -135,10 +142,11 @@ class AtOnce:
         """Choose `size` after the first sample; a sample's weights take `draw_bytes` bytes."""
         if not self._measured:
             self._measured = True
-            weights = _WEIGHT_BYTES // max(1, draw_bytes)
+            weights = max(1, draw_bytes)
             outputs = self._factor * min(_CACHE_BYTES / self._largest, _TOTAL_BYTES / self._total)
-            wanted = int(outputs) if outputs < _LANES - 1 else _LANES * round(min(outputs, _MOST) / _LANES)
-            self.size = max(1, min(self._most, weights, wanted))
+            wanted = _LANES * round(min(outputs, _MOST) / _LANES) if outputs >= _LANES - 1 else 1
+            self.size = max(1, min(self._most, _WEIGHT_BYTES // weights, wanted))
+            self.drawn = self.size * max(1, min(self._most, _AHEAD_BYTES // weights) // self.size)
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:

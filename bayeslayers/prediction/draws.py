@@ -7,7 +7,7 @@ those samples, in pieces `(s, n, *)`. All batches pass through one function befo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from bayeslayers.curvature.kernels.draw import fill_unscaled_
 from bayeslayers.distributions.noise import StandardNormal
 from bayeslayers.inputs import Batch
 from bayeslayers.layers.perturbation import Perturbation
 from bayeslayers.prediction.chunks import AtOnce, Plan, Run
 from bayeslayers.prediction.linearised import linearised_outputs
 from bayeslayers.prediction.output_draws import DrawnOutput, EachWeight, Outputs, layers_that_draw, local_outputs
+from bayeslayers.prediction.stack import Stack
 from bayeslayers.sampling import Sampler, posterior
 from bayeslayers.sampling.placement import placed
+from bayeslayers.sampling.sampler import sites_together
 from bayeslayers.sampling.sharing import Shared
 
 
@@ -80,46 +81,36 @@ class Networks:
         layers = layers_that_draw(sites)
         self._convolutions = [m for m in layers if m not in self._drawn_outputs and not isinstance(m, nn.Linear)]
         self._sites = [site for site in sites if site.module not in self._drawn_outputs]  # whose weights are sampled
-        self._means = [site.mean.detach() for site in self._sites]
-        self._deviations = [site.deviation for site in self._sites]
-        self._stacks: list[Tensor] = []
+        self._stacks = [Stack([site for _, site in bundle]) for bundle in sites_together(self._sites)]
         self._device = sites[0].mean.device
         correlated = any(getattr(site.module, "correlations", None) for site in self._sites)
         self._sampler = Sampler(self._sites, frozen=True) if correlated else None
-        self.bytes = sum(mean.numel() * mean.element_size() for mean in self._means)
+        self.bytes = sum(stack.mean.numel() * stack.mean.element_size() for stack in self._stacks)
 
     def draw(self, count: int) -> None:
         """Sample the next networks, in the memory of the last ones."""
-        if not self._stacks or len(self._stacks[0]) != count:
-            self._stacks = []
-            self._stacks = [_stack_like(mean, count) for mean in self._means]
-        factors = [1.0] * len(self._stacks)
-        for index in range(0, count, 2 if self.antithetic else 1):
+        for stack in self._stacks:
+            stack.hold(count)
+        # Beside sampled outputs, samples that run at once have other noise than alone in any case.
+        at_once = self._drawn_outputs and count > 1
+        for index in [slice(0, count)] if at_once else range(0, count, 2 if self.antithetic else 1):
             normal = StandardNormal(self.generator)
-            factors = [fill_unscaled_(normal, stack[index]) for stack in self._stacks]
-        for site, stack in zip(self._sites, self._stacks, strict=True):
-            if site.padding_row is not None:
-                stack[:, site.padding_row] = 0
-        if self.antithetic:
             for stack in self._stacks:
-                torch.neg(stack[::2], out=stack[1::2])
+                stack.fill(index, normal, self.antithetic, noise=self._sampler is not None)
         if self._sampler is not None:
-            self._correlate(self._sampler, factors)
-            return
-        for mean, deviation, stack, factor in zip(self._means, self._deviations, self._stacks, factors, strict=True):
-            torch.addcmul(mean, stack, deviation, value=factor, out=stack)
+            self._correlate(self._sampler, count)
 
-    def _correlate(self, sampler: Sampler, factors: Sequence[float]) -> None:
+    def _correlate(self, sampler: Sampler, count: int) -> None:
         """Turn noise into weights for matrix-variate posteriors."""
-        columns = list(zip(self._sites, self._stacks, factors, strict=True))
-        for index in range(len(self._stacks[0])):
-            with sampler.draw({site.name: stack[index] * factor for site, stack, factor in columns}):
-                for site, stack, _ in columns:
-                    stack[index] = site.value
+        columns = [(site, stack.factor, values) for stack in self._stacks for site, values in stack.values.items()]
+        for index in range(count):
+            with sampler.draw({site.name: values[index] * factor for site, factor, values in columns}):
+                for site, _, values in columns:
+                    values[index] = site.value
 
     def outputs(self, draws: slice, batch: Batch) -> Tensor:
         """Return the outputs of some of the sampled networks, `(s, n, *)`."""
-        stacks = [stack[draws] for stack in self._stacks]
+        stacks = [values[draws] for stack in self._stacks for values in stack.values.values()]
         if (size := draws.stop - draws.start) == 1:
             return self._forward(batch, None, *(stack[0] for stack in stacks)).unsqueeze(0)
         with _NO_WARNINGS.held():  # torch warns of ops without a batching rule, which are only slower
@@ -131,7 +122,8 @@ class Networks:
         }
         if draw is not None:
             perturbations |= dict.fromkeys(self._convolutions, EachWeight())
-        values = {site.name: weight for site, weight in zip(self._sites, weights, strict=True)}
+        sites = (site for stack in self._stacks for site in stack.sites)
+        values = {site.name: weight for site, weight in zip(sites, weights, strict=True)}
         with placed(self._all_sites, values, perturbations):
             return self.model(batch)
 
@@ -144,12 +136,6 @@ def _without_warnings() -> Iterator[None]:
 
 
 _NO_WARNINGS = Shared(_without_warnings)
-
-
-def _stack_like(mean: Tensor, count: int) -> Tensor:
-    """Return memory for tensors laid out as `empty_like(mean)`: the order of their noise depends on the layout."""
-    one = torch.empty_like(mean)
-    return torch.empty_strided((count, *one.shape), (one.numel(), *one.stride()), dtype=one.dtype, device=one.device)
 
 
 def linearised_draws(model: nn.Module, plan: Plan) -> Iterator[Run]:

@@ -18,6 +18,8 @@ from bayeslayers.distributions.noise import StandardNormal
 from bayeslayers.likelihoods import Likelihood
 from bayeslayers.prediction.result import Prediction
 from bayeslayers.sampling import posterior
+from bayeslayers.sampling.flat import gather
+from bayeslayers.sampling.sampler import sites_together
 
 
 def skip_samples(
@@ -36,11 +38,12 @@ def skip_samples(
     """
     if options.get("method", "sample") != "sample":
         return
-    sites = list(posterior(model))
+    found = sites_together(list(posterior(model)))
+    memory = [torch.empty_like(gather([site.mean for _, site in bundle])) for bundle in found]
     for _ in range(batches * num_samples):
         normal = StandardNormal(generator)
-        for site in sites:
-            fill_unscaled_(normal, torch.empty_like(site.mean))
+        for noise in memory:
+            fill_unscaled_(normal, noise)
 
 
 def shared_predictions(

@@ -22,19 +22,22 @@ _FEW, _RUN = 8, 64  # tensors that share a node of autograd's graph, at least an
 T = TypeVar("T")
 
 
-def bundles(items: Iterable[T], tensor: Callable[[T], Tensor], kind: Callable[[T], Hashable]) -> list[list[T]]:
+def bundles(
+    items: Iterable[T], tensor: Callable[[T], Tensor], kind: Callable[[T], Hashable], small: int = SMALL
+) -> list[list[T]]:
     """Return items in bundles: of small tensors of one kind many, of large ones each by itself.
 
     Args:
         items: What has a tensor each.
         tensor: Returns an item's tensor.
         kind: Returns what must be the same in a bundle.
+        small: Elements up to which a tensor is small.
     """
     found: list[list[T]] = []
     open_: dict[Hashable, tuple[int, list[T]]] = {}
     for item in items:
         size = tensor(item).numel()
-        if size > SMALL:
+        if size > small:
             found.append([item])
             continue
         key = kind(item)

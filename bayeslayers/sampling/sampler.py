@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.curvature.kernels import draw
-from bayeslayers.distributions.noise import StandardNormal
+from bayeslayers.distributions.noise import BLOCK, StandardNormal
 from bayeslayers.layers import BayesianLayer, can_draw_output
 from bayeslayers.layers.perturbation import PERTURBATIONS, Estimator, Perturbation
 from bayeslayers.sampling.blocks import drawn, fits_blocks, noise_scale
@@ -45,6 +45,22 @@ class Small:
         means = [site.mean for site in sites]
         noise = torch.empty_like(gather(means))
         return cls(sites, places, noise, {s.name: x for s, x in zip(sites, spread(noise, means), strict=True)})
+
+
+def sites_together(sites: Sequence[Site], alone: Container[nn.Module] = ()) -> list[list[tuple[int, Site]]]:
+    """Return bundles of sites, each with its place; a bundle gets its noise at once, and bundles in this order.
+
+    Args:
+        sites: The sites.
+        alone: Modules whose sites stand for themselves, as those with a padding row do.
+    """
+
+    def kind(item: tuple[int, Site]) -> Hashable:
+        place, site = item
+        apart = site.padding_row is not None or site.module in alone
+        return site.mean.dtype, site.mean.device, place if apart else None
+
+    return bundles(enumerate(sites), lambda item: item[1].mean, kind, BLOCK)  # noise comes in blocks
 
 
 def sampled(
@@ -121,7 +137,7 @@ class Sampler:
         # Memory is kept from sample to sample: on a CPU its allocation costs as much as the arithmetic.
         self._noise: dict[str, Tensor] = {}
         self._deviations = {site.name: site.deviation for site in sites} if frozen else None
-        self._small: list[Small] = []  # small sites that are sampled together
+        self._small: list[Small | Site] = []  # the sites, small ones that are sampled together as one
         self._small_kinds: list[Any] = []  # of the means, when they were found
 
     @contextmanager
@@ -137,48 +153,44 @@ class Sampler:
             layer: PERTURBATIONS[self.estimator](self.estimator, self.generator) for layer in self._perturbed
         }
         together = [] if noise is not None or self.differentiable else self._small_sites(perturbations)
-        parts = {name: part for small in together for name, part in small.noise_of.items()}
         joint = {sites[key].name for layer, sites in self._layers.items() for key in layer.correlated_tensors()}
         values: dict[str, Tensor] = {}
-        for site in self.sites:
-            if (part := parts.get(site.name)) is not None:
-                self.noise[site.name] = part, normal.fill_unscaled_(part)
-            elif noise is None and site.name in joint and site.module not in perturbations:
-                self.noise[site.name] = self._noise_of(site, site.mean, normal)
-            elif (value := self._draw_site(site, noise, normal, perturbations.get(site.module))) is not None:
-                values[site.name] = value
-        for small in together:
-            values |= self._draw_together(small)
+        for small in together or self.sites:
+            if isinstance(small, Small):
+                values |= self._draw_together(small, normal)
+            elif noise is None and small.name in joint and small.module not in perturbations:
+                self.noise[small.name] = self._noise_of(small, small.mean, normal)
+            elif (value := self._draw_site(small, noise, normal, perturbations.get(small.module))) is not None:
+                values[small.name] = value
         for layer in self._layers:
             if layer not in perturbations and layer.correlations:
                 values |= self._correlated(layer)
         with placed(self.sites, values, perturbations):
             yield
 
-    def _small_sites(self, perturbations: Mapping[nn.Module, Perturbation]) -> list[Small]:
-        """Return the small sites that are sampled together: those of the last draw, while the means are of one kind."""
+    def _small_sites(self, perturbations: Mapping[nn.Module, Perturbation]) -> list[Small | Site]:
+        """Return the sites, small ones together: those of the last draw, while the means are of one kind."""
         means = [site.mean for site in self.sites]
         kinds = [(mean.dtype, mean.device) for mean in means]
         if kinds != self._small_kinds:
-            plain = [
-                (i, site)
-                for i, site in enumerate(self.sites)
-                if site.module not in perturbations and site.padding_row is None
-            ]
-            found = bundles(plain, lambda s: means[s[0]], lambda s: kinds[s[0]])
-            self._small = [Small.of(bundle) for bundle in found if len(bundle) > 1]
+            found = sites_together(self.sites, perturbations)
+            self._small = [Small.of(bundle) if len(bundle) > 1 else bundle[0][1] for bundle in found]
             self._small_kinds = kinds
         return self._small
 
-    def _draw_together(self, small: Small) -> dict[str, Tensor]:
-        """Return the samples of small sites, whose noise has been drawn."""
+    def _draw_together(self, small: Small, normal: StandardNormal) -> dict[str, Tensor]:
+        """Return the samples of small sites."""
+        factor = normal.fill_unscaled_(small.noise)
+        self.noise |= {name: (part, factor) for name, part in small.noise_of.items()}
         means = [site.mean for site in small.sites]
         deviation = small.deviation
         if self._deviations is None:
             deviation = gather([site.precision for site in small.sites]).rsqrt_().to(means[0].dtype)
         elif deviation is None:
             deviation = small.deviation = gather([self._deviations[site.name] for site in small.sites])
-        return dict(zip(small.noise_of, moved(means, small.noise * deviation, small.places), strict=True))
+        change = small.noise * deviation
+        change = change if factor == 1 else change.mul_(factor)
+        return dict(zip(small.noise_of, moved(means, change, small.places), strict=True))
 
     def _draw_site(
         self,

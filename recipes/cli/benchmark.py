@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "what",
         choices=["step", "load", "predict", "defaults", "convert", "scaling", "routes", "memory", "growth"],
         help="step: a training step of VOGN beside one of Adam; load: a posterior loaded to predict one image, beside "
-        "plain torch; predict: 32 samples beside one forward pass; defaults: what VOGN and IVON reach when only "
+        "plain torch; predict: 32 samples beside 32 forward passes; defaults: what VOGN and IVON reach when only "
         "dataset_size is given, beside Adam; convert: networks of other libraries, converted, trained by a step, "
         "saved and loaded; scaling: steps of VOGN by several processes beside a model of their cost; routes: ways to "
         "the squares of a layer's gradients, and the one that is chosen; memory: the peak of a step beside Adam's; "
@@ -50,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu-time", action="store_true", help=text)
     text = "predict: examples of each (1 64 512)"
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64, 512], metavar="N", help=text)
-    text = "predict: bayesian-torch, torchbnn and blitz too, if installed"
+    text = "predict: bayesian-torch, torchbnn, blitz and torch-uncertainty too, if installed"
     parser.add_argument("--peers", action="store_true", help=text)
     parser.add_argument("--chart", type=typed_path, metavar="PATH", help="growth: file for a picture (none)")
     add_json(parser)

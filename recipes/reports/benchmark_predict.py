@@ -53,11 +53,10 @@ def benchmark_predict(
     cpu: bool = False,
     peers: bool = False,
 ) -> list[PredictRow]:
-    """Time `predict` beside one forward pass of the deterministic network in eval mode.
+    """Time `predict` beside as many forward passes of the deterministic network in eval mode.
 
     Args:
-        rounds: Interleaved runs of the forward pass, after a tenth as many to warm up. `predict` runs a twentieth as
-            often, once at least.
+        rounds: 20 times the runs of each, once at least, which take turns, after a tenth as many to warm up.
         seed: Of weights and data.
         models: Names of the zoo. Images of "unet_small" are 96 x 128 pixels.
         batches: Examples per batch.
@@ -78,13 +77,12 @@ def benchmark_predict(
                 method: partial(bl.predict, model, x, num_samples, **options) for method, options in METHODS.items()
             }
             actions |= {peer: partial(_average, net, x, num_samples) for peer, net in others.items() if net is not None}
-            passes = max(1, 20 // len(actions))
             medians = interleaved_medians(
-                {"forward": partial(_forwards, plain, x, passes)} | actions,
+                {"forward": partial(_forwards, plain, x, num_samples)} | actions,
                 max(1, rounds // 20),
                 time.process_time if cpu else time.perf_counter,
             )
-            forward = medians["forward"] / passes
+            forward = medians["forward"] / num_samples
             for method, action in actions.items():
                 ratio, peak = medians[method] / (num_samples * forward), peak_memory(action) / 2**20
                 times = (round(1e3 * medians[method], 3), round(1e3 * forward, 3))
@@ -154,6 +152,19 @@ def _blitz(net: nn.Module) -> nn.Module:
     return _replaced(net, linear, convolution)
 
 
+def _torch_uncertainty(net: nn.Module) -> nn.Module:
+    from torch_uncertainty.layers import bayesian  # pyright: ignore[reportMissingImports]
+
+    def linear(layer: nn.Linear) -> nn.Module:
+        return bayesian.BayesLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+
+    def convolution(layer: nn.Conv2d) -> nn.Module:
+        options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "bias": layer.bias is not None}
+        return bayesian.BayesConv2d(layer.in_channels, layer.out_channels, layer.kernel_size, **options)
+
+    return _replaced(net, linear, convolution)
+
+
 def _replaced(net: nn.Module, linear: Callable[[Any], nn.Module], convolution: Callable[[Any], nn.Module]) -> nn.Module:
     """Return the network with new layers in place of its linear ones and convolutions."""
     for module in list(net.modules()):
@@ -167,4 +178,5 @@ PEERS: Mapping[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {
     "bayesian-torch": ("bayesian_torch", _bayesian_torch),
     "torchbnn": ("torchbnn", _torchbnn),
     "blitz": ("blitz", _blitz),
+    "torch-uncertainty": ("torch_uncertainty", _torch_uncertainty),
 }

@@ -85,9 +85,36 @@ def test_large_weights_have_the_values_of_the_sampler(layout):
     net = nn.Sequential(bl.BayesConv2d(64, 130, 3, bias=False), nn.Flatten()).to(memory_format=layout)
     x = torch.rand(1, 64, 3, 3, generator=generator())
     with torch.no_grad(), bl.sampled(net, generator()):
-        expected = net(x).softmax(1)
-    found = bl.predict(net, x, 1, generator=generator())
-    assert torch.equal(found.probs, expected)
+        expected = net(x)
+    found = bl.predict(net, x, 1, generator=generator(), likelihood=bl.Gaussian(1.0))
+    assert torch.equal(found.mean, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"antithetic": True}, {"checkpoint": 16}])
+@pytest.mark.parametrize("size", [1, 3, 16, 100])
+def test_chunks_are_about_equal_and_add_up(options, size):
+    plan = Plan(42, size, **options)
+    counts = list(plan.counts(AtOnce(network(), plan)))
+    most = size + size % 2 if plan.antithetic else size
+    assert sum(counts) == 42 and max(counts) <= most
+    whole = counts[: -(-16 // min(16, most))] if plan.checkpoint else counts  # up to the first checkpoint
+    assert sum(whole) == (16 if plan.checkpoint else 42)
+    assert max(whole) - min(whole) <= 1 + plan.antithetic
+    assert not plan.antithetic or all(count % 2 == 0 for count in counts)
+
+
+def test_weights_are_sampled_ahead_of_networks_that_run_one_at_a_time(monkeypatch):
+    monkeypatch.setattr(chunks, "_CACHE_BYTES", 1)
+    net, x, drawn = network(), inputs(5, 4), []
+    monkeypatch.setattr(
+        draws.Networks, "draw", lambda self, count, draw=draws.Networks.draw: (drawn.append(count), draw(self, count))
+    )
+    bl.predict(net, x, 33, generator=generator())
+    assert drawn == [1, 32]
+    monkeypatch.setattr(chunks, "_AHEAD_BYTES", 4 * 8 * (40 + 27))
+    drawn.clear()
+    bl.predict(net, x, 33, generator=generator())
+    assert drawn == [1] + 8 * [4]
 
 
 class Stubborn(nn.Module):
@@ -113,7 +140,7 @@ def test_the_number_at_once_follows_the_largest_output(monkeypatch):
     assert at_once.size == 1 and at_once._largest == 5 * 8 * 8
     at_once.settle()
     assert at_once.size == chunks._MOST
-    sizes = [(3 * 320, 2**25, 4), (2 * 320, 2**25, 2), (319, 2**25, 1), (2**22, 5 * 765, 4), (2**22, 765, 1)]
+    sizes = [(3 * 320, 2**25, 4), (2 * 320, 2**25, 1), (319, 2**25, 1), (2**22, 5 * 765, 4), (2**22, 765, 1)]
     for largest, total, size in sizes:  # 5 x 8, again after tanh, and 5 x 3 numbers of 8 bytes are 760
         monkeypatch.setattr(chunks, "_CACHE_BYTES", largest)
         monkeypatch.setattr(chunks, "_TOTAL_BYTES", total)
@@ -144,14 +171,14 @@ def failing_beyond(limit, error):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
-@pytest.mark.parametrize("chunk", [16, "auto"])
-def test_a_chunk_that_does_not_fit_is_halved_and_says_so_once(monkeypatch, error, chunk):
+@pytest.mark.parametrize(("chunk", "num_samples"), [(16, 48), ("auto", 33)])
+def test_a_chunk_that_does_not_fit_is_halved_and_says_so_once(monkeypatch, error, chunk, num_samples):
     net, x = network(), inputs(5, 4)
-    expected = bl.predict(net, x, 41, generator=generator(), sample_chunk=1)
+    expected = bl.predict(net, x, num_samples, generator=generator(), sample_chunk=1)
     vmap, sizes = failing_beyond(5, error)
     monkeypatch.setattr(draws, "vmap", vmap)
     with pytest.warns(UserWarning, match="samples at once do not fit into memory: continuing with") as caught:
-        found = bl.predict(net, x, 41, generator=generator(), sample_chunk=chunk)
+        found = bl.predict(net, x, num_samples, generator=generator(), sample_chunk=chunk)
     assert len(caught) == 1
     assert_same(found, expected)
     assert sizes[:3] == ([16, 8, 4] if chunk == 16 else [32, 16, 8]) and max(sizes[3:]) <= 5

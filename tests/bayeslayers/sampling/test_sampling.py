@@ -68,23 +68,39 @@ def test_noise_fills_every_size(n):
 
 
 @pytest.mark.parametrize(
-    ("words", "first", "second"),
+    ("word", "radius"),
     [
-        (0x7FFFFFFF80000000, 0.0, 0.0),  # 32-bit words -2^31 and 2^31 - 1, in turn: the shortest radius
-        (0, (2 * 32 * math.log(2)) ** 0.5, 0.0),  # the longest, at the angle 0
+        (
+            0x003FFFFF,
+            (-2 * math.log1p(-(2.0**-24))) ** 0.5,
+        ),  # the 23 bits of the shortest radius, at the angle pi / 512
+        (0x00400000, (2 * 24 * math.log(2)) ** 0.5),  # of the longest
     ],
 )
-def test_noise_of_the_extreme_words_is_finite(monkeypatch, words, first, second):
+def test_noise_of_the_extreme_words_is_finite(monkeypatch, word, radius):
     class ExtremeWords:
         def __init__(self, seed):
             pass
 
         def random_raw(self, size):
-            return np.full(size, words, dtype=np.uint64)
+            return np.full(size, word << 32 | word, dtype=np.uint64)
 
     monkeypatch.setattr(np.random, "SFC64", ExtremeWords)
     z = StandardNormal(seeded()).fill_(torch.empty(2**16))
-    assert_close(z.view(2, -1), torch.tensor([[first], [second]]).expand(2, 2**15))
+    expected = radius * torch.tensor([[math.cos(math.pi / 512)], [math.sin(math.pi / 512)]])
+    assert_close(z.view(2, -1), expected.expand(2, 2**15))
+
+
+def test_the_angles_of_a_pair_have_the_moments_of_all_angles():
+    words = torch.arange(512, dtype=torch.int64) << 23 | 12345  # one radius, at all of its angles
+    angle = words.to(torch.int32).to(torch.float32).double() * math.pi / 2**31
+    for order in (1, 2, 3, 4, 100, 500, 511):
+        assert_close(
+            torch.polar(torch.ones(512).double(), order * angle).mean().abs(),
+            torch.tensor(0.0).double(),
+            rtol=0,
+            atol=1e-4,
+        )
 
 
 @pytest.mark.parametrize("n", [100, 10**5])
@@ -308,9 +324,8 @@ def test_small_tensors_are_drawn_together_with_noise_and_gradients_of_their_own(
         values = {site.name: site.value for site in sampler.sites}
     grads = {name: p.grad for name, p in net.named_parameters()}
     noise = {name: values.clone() * factor for name, (values, factor) in sampler.noise.items()}
-    source = torch.Generator().manual_seed(1)
-    for name, parameter in net.named_parameters():  # as they are one by one
-        assert_close(noise[name], torch.empty_like(parameter).normal_(generator=source), rtol=0, atol=0)
+    together = torch.empty(12 * 12).normal_(generator=torch.Generator().manual_seed(1))
+    assert_close(torch.cat([part.flatten() for part in noise.values()]), together, rtol=0, atol=0)
     net.zero_grad()
     with bl.sampled(net, noise=noise):
         net(x).square().sum().backward()
