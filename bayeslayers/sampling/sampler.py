@@ -180,7 +180,7 @@ class Sampler:
 
     def _draw_together(self, small: Small, normal: StandardNormal) -> dict[str, Tensor]:
         """Return the samples of small sites."""
-        factor = normal.fill_unscaled_(small.noise)
+        factor = draw.fill_unscaled_(normal, small.noise)
         self.noise |= {name: (part, factor) for name, part in small.noise_of.items()}
         means = [site.mean for site in small.sites]
         deviation = small.deviation

@@ -120,12 +120,12 @@ def test_curvature_is_that_of_per_example_gradients(kind, args, kwargs, shape):
 
 
 def choose(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let all layers take one route, whatever the others cost; a linear one has "products" for "rows" and "groups"."""
+    """Let all layers take one route, whatever the others cost; a linear one has "products" for "groups"."""
     monkeypatch.setattr(conv, "fastest", lambda costs: route)
     monkeypatch.setattr(linear, "fastest", lambda costs: "pairs" if route == "pairs" else "products")
 
 
-@pytest.mark.parametrize("route", ["pairs", "groups", "rows"])
+@pytest.mark.parametrize("route", ["pairs", "groups", "products"])
 @per_case([*LINEAR, *CONV])
 def test_every_route_gives_the_curvature(kind, args, kwargs, shape, route, monkeypatch):
     choose(route, monkeypatch)
@@ -172,7 +172,7 @@ CHUNKED = [
 
 
 @pytest.mark.parametrize("budget", [1, 100, 300], ids=["one_value", "rows_of_an_example", "a_few_examples"])
-@pytest.mark.parametrize("route", ["pairs", "groups", "rows"])
+@pytest.mark.parametrize("route", ["pairs", "groups", "products"])
 @per_case(CHUNKED)
 def test_chunks_change_nothing(kind, args, kwargs, shape, route, budget, monkeypatch):
     layer, counterpart = make_pair(kind, args, kwargs)

@@ -95,7 +95,7 @@ def by_two(world, root):
 
 
 def test_two_processes_share_the_pictures_and_the_ones_left_out(folder, tmp_path):
-    options = "--precision float32 --workers 0 --optimizer.lr 0.1"
+    options = "--precision float32 --workers 0 --optimizer.lr 0.001"
     assert train("resnet50_ivon", folder, tmp_path / "one", options=options) == 0
     work = {"folder": folder, "output": tmp_path / "two", "options": options}
     assert run_ranks(lambda world, _: by_two(world, work), tmp_path) == [0, 0]

@@ -67,7 +67,7 @@ def test_a_task_of_one_file_leaves_the_folder_of_a_run(whole):
     assert metrics["ood_auroc_far"] > 0.9 and 0 <= metrics["ood_auroc_far_epistemic"] <= 1
     first, *_, last = rows_of(folder)
     assert {"train_loss", "train_mae", "test_rmse", "test_nll", "test_crps", "lr"} <= first.keys()
-    assert last["test_rmse"] < 0.7 * first["test_rmse"] and last["train_mae"] < first["train_mae"]
+    assert last["test_rmse"] < 0.8 * first["test_rmse"] and last["train_mae"] < first["train_mae"]
 
 
 def test_its_posterior_has_a_card_and_predicts_what_was_measured(whole):

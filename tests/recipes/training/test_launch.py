@@ -48,7 +48,7 @@ def assert_same_to_rounding(folder, whole):
     for row, other in zip(found, expected, strict=True):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
     state, other = (load_checkpoint(run / CHECKPOINT) for run in (folder, whole))
-    assert_close(state["model"], other["model"], rtol=1e-5, atol=1e-6)
+    assert_close(state["model"], other["model"], rtol=1e-4, atol=1e-6)
     assert state["optimizer"]["state"].keys() == other["optimizer"]["state"].keys()
     metrics, others = (json.loads((run / "metrics.json").read_text()) for run in (folder, whole))
     assert metrics == pytest.approx(others, rel=1e-4, abs=1e-5)

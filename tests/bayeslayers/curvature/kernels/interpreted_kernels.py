@@ -29,6 +29,7 @@ from bayeslayers.distributions import noise as noise_module
 from bayeslayers.distributions.gaussian import natural_gradient_step_
 from bayeslayers.distributions.noise import StandardNormal
 from bayeslayers.optim import bundle
+from bayeslayers.prediction import stack as stack_module
 from bayeslayers.prediction.chunks import Plan
 from bayeslayers.prediction.draws import Networks
 from bayeslayers.prediction.shared import skip_samples
@@ -50,7 +51,7 @@ def launches(monkeypatch):
         monkeypatch.setattr(module, "LARGE", 1)
     for module in (draw, step, squares):
         monkeypatch.setattr(module, "attempt", counted)
-    for module in (blocks, noise_module):  # a CPU's own way
+    for module in (blocks, noise_module, stack_module):  # a CPU's own way
         monkeypatch.setattr(module, "in_blocks", lambda out: False)
     monkeypatch.setattr(bundle, "_PIECE", 2**60)
     monkeypatch.setitem(curvature.LINEAR.kernels, "cpu", linear_squares)
@@ -335,7 +336,7 @@ def test_a_sample_is_mean_and_noise_over_root_precision(size, known):
 
 def large_net():
     torch.manual_seed(0)
-    net = nn.Sequential(bl.BayesLinear(70, 300), nn.Tanh(), bl.BayesLinear(300, 70))
+    net = nn.Sequential(bl.BayesLinear(260, 300), nn.Tanh(), bl.BayesLinear(300, 260))
     for site in posterior(net):
         site.precision.mul_(torch.rand_like(site.precision) + 0.5)
     return net
@@ -349,13 +350,13 @@ def test_a_sampler_draws_by_the_kernel(launches):
         with sampler.draw():
             values[keeps] = {site.name: site.value for site in sampler.sites}
             values[keeps]["0.weight"].sum().backward()
-        assert_close(net[0].weight.grad, torch.ones(300, 70))
+        assert_close(net[0].weight.grad, torch.ones(300, 260))
         net.zero_grad()
     assert_close(values[True], values[False], rtol=0, atol=0)
     for site in posterior(net):
         noise, factor = sampler.noise.get(site.name, (None, 1.0))
         assert factor == 1.0 and (noise is None) == (site.key == "weight")
-    assert launches.count("draw") == 4
+    assert launches.count("draw") == 6  # of two weights and the biases together, twice
     sampler = Sampler(list(posterior(net)), torch.Generator().manual_seed(1))
     with sampler.draw():
         for site in sampler.sites:
@@ -374,7 +375,8 @@ def test_networks_at_once_are_those_of_the_sampler(launches, monkeypatch):
     for index in range(3):
         with sampler.draw():
             expected = [site.value for site in sampler.sites]
-        assert_close([stack[index] for stack in networks._stacks], expected)
+        found = {site.name: x[index] for stack in networks._stacks for site, x in stack.values.items()}
+        assert_close([found[site.name] for site in sampler.sites], expected)
     skip_samples(net, 3, again := torch.Generator().manual_seed(2), {}, 1)
     assert_close(again.get_state(), generator.get_state())
     assert launches.count("draw") == 18
@@ -434,9 +436,9 @@ def test_a_precision_stays_positive_where_the_prior_is_small():
 def test_training_by_kernels_is_training_by_torch_ops(kind, options, launches):
     def trained(on):
         use_triton(on)
-        net = nn.Sequential(large_net(), nn.Linear(70, 2))
+        net = nn.Sequential(large_net(), nn.Linear(260, 2))
         optimizer, source = kind(net, 20, **options), torch.Generator().manual_seed(3)
-        x, y = torch.randn(6, 5, 70, generator=source), torch.randint(2, (6,), generator=source)
+        x, y = torch.randn(6, 5, 260, generator=source), torch.randint(2, (6,), generator=source)
         for _ in range(2):
             noise = {name: torch.randn(p.shape, generator=source) for name, p in net.named_parameters()}
             with optimizer.sampled(None if kind is bl.OGN else noise):
