@@ -46,6 +46,8 @@ class _Linear(FactoredRule):
         return g.mT @ x, None if use.tensors[1] is None else g.sum(1)
 
     def squares(self, use: Use, g: Tensor) -> Sequence[Tensor | None]:
+        if g.dim() == 2 and use.part is None:
+            return _of_one_position(use, g)
         return self.squares_by(weight_gradients, use, g)
 
     def squares_by(self, sums: Sums, use: Use, g: Tensor) -> Sequence[Tensor | None]:
@@ -98,6 +100,21 @@ class _Linear(FactoredRule):
 
 
 LINEAR = _Linear()
+
+
+def _of_one_position(use: Use, g: Tensor) -> Sequence[Tensor | None]:
+    """Return what `_Linear.squares` does for `(n, i)` and all of the batch, where a square is taken once."""
+    (x,), weight = use.inputs, cast(Tensor, use.tensors[0])
+    need_x, need_weight, need_bias, need_weight_squares, need_bias_squares = use.needs
+    with full_precision(x.device.type):
+        g_squares = at_least_float32(g).square() if need_weight_squares or need_bias_squares else g
+        return (
+            g @ weight if need_x else None,
+            g.t() @ x if need_weight else None,
+            g.sum(0) if need_bias else None,
+            g_squares.t() @ at_least_float32(x).square() if need_weight_squares else None,
+            g_squares.sum(0) if need_bias_squares else None,
+        )
 
 
 def weight_gradients(g: Tensor, x: Tensor, with_grad: bool = True) -> tuple[Tensor | None, Tensor]:

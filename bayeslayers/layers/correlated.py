@@ -43,6 +43,11 @@ class Correlated(nn.Module, abc.ABC):
         return self._structure(POSTERIOR_STRUCTURE)
 
     @property
+    def is_correlated(self) -> bool:
+        """Whether the posterior has correlations."""
+        return ROOTS[0] in self._buffers or DENSE_ROOT in self._buffers
+
+    @property
     def prior_correlations(self) -> dict[str, Tensor]:
         """The buffers of the prior's correlations by name; none where it is diagonal."""
         return self._structure(PRIOR_STRUCTURE)

@@ -153,18 +153,18 @@ class Sampler:
             layer: PERTURBATIONS[self.estimator](self.estimator, self.generator) for layer in self._perturbed
         }
         together = [] if noise is not None or self.differentiable else self._small_sites(perturbations)
-        joint = {sites[key].name for layer, sites in self._layers.items() for key in layer.correlated_tensors()}
+        correlated = [layer for layer in self._layers if layer.is_correlated and layer not in perturbations]
+        joint = {self._layers[layer][key].name for layer in correlated for key in layer.correlated_tensors()}
         values: dict[str, Tensor] = {}
         for small in together or self.sites:
             if isinstance(small, Small):
                 values |= self._draw_together(small, normal)
-            elif noise is None and small.name in joint and small.module not in perturbations:
+            elif noise is None and small.name in joint:
                 self.noise[small.name] = self._noise_of(small, small.mean, normal)
             elif (value := self._draw_site(small, noise, normal, perturbations.get(small.module))) is not None:
                 values[small.name] = value
-        for layer in self._layers:
-            if layer not in perturbations and layer.correlations:
-                values |= self._correlated(layer)
+        for layer in correlated:
+            values |= self._correlated(layer)
         with placed(self.sites, values, perturbations):
             yield
 
