@@ -31,7 +31,7 @@ def linear_squares(use: Use, g: Tensor) -> Sequence[Tensor | None]:
         use: The use of the op.
         g: Gradient of the output.
     """
-    return LINEAR.squares_by(_linear_sums, use, g)
+    return LINEAR.squares(use, g) if g.dim() == 2 else LINEAR.squares_by(_linear_sums, use, g)
 
 
 def convolution_squares(use: Use, g: Tensor) -> Sequence[Tensor | None]:
