@@ -45,6 +45,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="scaling: examples of each (%(default)s)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="step: samples of each (%(default)s)")
+    parser.add_argument("--turn", type=int, default=10, metavar="N", help="step: steps of a turn (%(default)s)")
+    parser.add_argument("--warm-up", type=int, default=0, metavar="N", help="step: steps before (%(default)s)")
     add_data_root(parser, "defaults: folder of data (stand-ins are generated)")
     text = "step, predict: time of the process, not of the clock; growth always takes it"
     parser.add_argument("--cpu-time", action="store_true", help=text)
@@ -79,6 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
             models=arguments.models,
             cpu=arguments.cpu_time,
             num_samples=arguments.samples,
+            turn=arguments.turn,
+            warm_up=arguments.warm_up,
         )
     elif arguments.what == "routes":
         from recipes.reports.benchmark_routes import benchmark_routes

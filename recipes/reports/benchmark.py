@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import bayeslayers as bl
 import zoo
-from bayeslayers.checks import at_least_one
+from bayeslayers.checks import at_least_one, non_negative
 from bayeslayers.storage.weight_file import WEIGHTS
 from recipes.reports.step_networks import step_network
 from recipes.training.methods import make_optimizer, method_of
@@ -48,6 +48,8 @@ def benchmark_step(
     models: Sequence[str] = ("mlp", "lenet5"),
     cpu: bool = False,
     num_samples: int = 1,
+    turn: int = TURN,
+    warm_up: int = 0,
 ) -> list[Row]:
     """Time a training step of optimisers beside one of Adam (foreach) on the deterministic network.
 
@@ -61,28 +63,39 @@ def benchmark_step(
         models: Names of `step_networks.NETWORKS`, or of classifiers of the zoo.
         cpu: Measure the time of the process in place of that of the clock, which other processes do not disturb.
         num_samples: Samples of a step, of methods that have any.
+        turn: Steps of a turn, `rounds` at most.
+        warm_up: Further steps before, as of K-FAC, whose first inverses follow closely on each other.
 
     Raises:
-        ValueError: If a model or an optimizer is not known, or a model is no classifier.
+        ValueError: If a model or an optimizer is not known, a model is no classifier, or a number is too small.
     """
     at_least_one("rounds", rounds)
     at_least_one("num_samples", num_samples)
-    rows, turn = [], min(rounds, TURN)
+    non_negative("warm_up", warm_up)
+    rows, turn = [], min(rounds, at_least_one("turn", turn))
     for name in models:
         torch.manual_seed(seed)
         model, x, y = step_network(name)
-        turns = {"adam": steps(*_trained(model, "adam", foreach=True), x, y, turn)}
+        turns = {"adam": _turn(*_trained(model, "adam", foreach=True), x, y, turn, warm_up)}
         for optimizer in optimizers:
             own = _configured(optimizer)
             if "num_samples" in method_of(own).options:
                 own.setdefault("num_samples", num_samples)
-            turns[optimizer] = steps(*_trained(model, **own), x, y, turn)
+            turns[optimizer] = _turn(*_trained(model, **own), x, y, turn, warm_up)
         medians = interleaved_medians(turns, rounds // turn, time.process_time if cpu else time.perf_counter)
         rows += [
             Row(name, len(x), optimizer, round(1e3 * median / turn, 3), round(median / medians["adam"], 3))
             for optimizer, median in medians.items()
         ]
     return rows
+
+
+def _turn(
+    net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, turn: int, warm_up: int
+) -> Callable[[], object]:
+    """Return an action of some training steps, after others."""
+    steps(net, optimizer, x, y, warm_up)()
+    return steps(net, optimizer, x, y, turn)
 
 
 def _configured(text: str) -> dict[str, Any]:

@@ -82,6 +82,15 @@ def test_the_step_benchmark_takes_sequences_and_the_time_of_the_process(capsys):
     torch.random.set_rng_state(before)
 
 
+def test_turns_and_warm_up_are_steps(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(benchmark, "steps", lambda *args: asked.append(args[-1]) or (lambda: None))
+    words = ["--models", "mlp", "--optimizers", "kfac", "--rounds", "200", "--turn", "50", "--warm-up", "30", "--json"]
+    assert main(["benchmark", "step", *words]) == 0
+    assert asked == [30, 50] * 2
+    assert len(json.loads(capsys.readouterr().out)) == 2
+
+
 def test_the_step_benchmark_measures_every_network_of_the_table(capsys):
     before = torch.random.get_rng_state()
     sizes = {"resnet20": 64, "resnet18_cifar": 32, "encoder": 32, "unet_small": 8, "layers200": 64, "lenet5": 128}
@@ -99,6 +108,10 @@ def test_the_step_benchmark_measures_every_network_of_the_table(capsys):
         benchmark.benchmark_step(1, optimizers=["bbb,estimator=other"], models=["lenet5"])
     with pytest.raises(ValueError, match=r"num_samples must be an integer >= 1, got 0"):
         benchmark.benchmark_step(1, num_samples=0)
+    with pytest.raises(ValueError, match=r"turn must be an integer >= 1, got 0"):
+        benchmark.benchmark_step(1, turn=0)
+    with pytest.raises(ValueError, match=r"warm_up must be a finite number >= 0, got -1"):
+        benchmark.benchmark_step(1, warm_up=-1)
     torch.random.set_rng_state(before)
 
 
