@@ -128,49 +128,31 @@ def _bayesian_torch(net: nn.Module) -> nn.Module:
 def _torchbnn(net: nn.Module) -> nn.Module:
     import torchbnn  # pyright: ignore[reportMissingImports]
 
-    def linear(layer: nn.Linear) -> nn.Module:
-        bias = layer.bias is not None
-        return torchbnn.BayesLinear(0.0, 0.1, layer.in_features, layer.out_features, bias=bias)
-
-    def convolution(layer: nn.Conv2d) -> nn.Module:
-        sizes = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
-        return torchbnn.BayesConv2d(0.0, 0.1, *sizes, bias=layer.bias is not None)
-
-    return _replaced(net, linear, convolution)
+    return _replaced(net, partial(torchbnn.BayesLinear, 0.0, 0.1), partial(torchbnn.BayesConv2d, 0.0, 0.1))
 
 
 def _blitz(net: nn.Module) -> nn.Module:
     from blitz import modules  # pyright: ignore[reportMissingImports]
 
-    def linear(layer: nn.Linear) -> nn.Module:
-        return modules.BayesianLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-
-    def convolution(layer: nn.Conv2d) -> nn.Module:
-        options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "bias": layer.bias is not None}
-        return modules.BayesianConv2d(layer.in_channels, layer.out_channels, layer.kernel_size, **options)
-
-    return _replaced(net, linear, convolution)
+    return _replaced(net, modules.BayesianLinear, modules.BayesianConv2d)
 
 
 def _torch_uncertainty(net: nn.Module) -> nn.Module:
     from torch_uncertainty.layers import bayesian  # pyright: ignore[reportMissingImports]
 
-    def linear(layer: nn.Linear) -> nn.Module:
-        return bayesian.BayesLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-
-    def convolution(layer: nn.Conv2d) -> nn.Module:
-        options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "bias": layer.bias is not None}
-        return bayesian.BayesConv2d(layer.in_channels, layer.out_channels, layer.kernel_size, **options)
-
-    return _replaced(net, linear, convolution)
+    return _replaced(net, bayesian.BayesLinear, bayesian.BayesConv2d)
 
 
-def _replaced(net: nn.Module, linear: Callable[[Any], nn.Module], convolution: Callable[[Any], nn.Module]) -> nn.Module:
-    """Return the network with new layers in place of its linear ones and convolutions."""
+def _replaced(net: nn.Module, linear: Callable[..., nn.Module], convolution: Callable[..., nn.Module]) -> nn.Module:
+    """Return the network with new layers, made with the arguments of torch's, for its linear ones and convolutions."""
     for module in list(net.modules()):
         for key, child in list(module.named_children()):
-            if isinstance(child, nn.Linear | nn.Conv2d):
-                setattr(module, key, linear(child) if isinstance(child, nn.Linear) else convolution(child))
+            if isinstance(child, nn.Linear):
+                setattr(module, key, linear(child.in_features, child.out_features, bias=child.bias is not None))
+            elif isinstance(child, nn.Conv2d):
+                sizes = child.in_channels, child.out_channels, child.kernel_size
+                options: dict[str, Any] = {"stride": child.stride, "padding": child.padding}
+                setattr(module, key, convolution(*sizes, **options, bias=child.bias is not None))
     return net.eval()
 
 

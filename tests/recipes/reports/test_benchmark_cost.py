@@ -47,7 +47,7 @@ def test_installed_peers_are_measured_and_absent_ones_named(monkeypatch):
         built.append(benchmark_predict._torchbnn(net))
         return built[-1]
 
-    monkeypatch.setitem(sys.modules, "torchbnn", types.SimpleNamespace(BayesLinear=Noisy))
+    monkeypatch.setitem(sys.modules, "torchbnn", types.SimpleNamespace(BayesLinear=Noisy, BayesConv2d=Noisy))
     monkeypatch.setattr(benchmark_predict, "PEERS", {"here": ("torch", peer), "away": ("no_such_package", peer)})
     rows = benchmark_predict.benchmark_predict(1, models=["mlp"], batches=[2], num_samples=2, peers=True)
     assert [row.method for row in rows] == [*benchmark_predict.METHODS, "here", "away (not installed)"]
