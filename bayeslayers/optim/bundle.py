@@ -144,20 +144,16 @@ class Bundle:
         self._scratch.scatter((name, self.parameters[0]), tensors)
 
     def pieces(self) -> list[Bundle]:
-        """Return the pieces of a large parameter whose tensors lie in memory in one order, else the bundle itself.
-
-        On a GPU there are none: it has no cache for them, and each piece would be a launch of every op.
-        """
+        """Return the pieces of a large parameter whose tensors lie in memory in one order, else the bundle itself."""
         (parameter, *others), (site, *_) = self.parameters, self.sites
-        size = parameter.numel()
-        if others or size <= _PIECE or parameter.device.type != "cpu":
+        if others:
             return [self]
         tensors = [parameter, parameter.grad, self._statistics.get(parameter), site.precision]
         tensors += [site.prior_mean, site.prior_precision, *self._state.get(parameter, {}).values()]
-        if not all(x.numel() in (1, size) and x.is_contiguous() for x in tensors if isinstance(x, Tensor)):
-            return [self]
-        sites, places = {parameter: site}, [slice(i, i + _PIECE) for i in range(0, size, _PIECE)]
-        return [Bundle(self.parameters, sites, self._statistics, self._state, self._scratch, place) for place in places]
+        sites, places = {parameter: site}, _places([x for x in tensors if isinstance(x, Tensor)])
+        return [
+            Bundle(self.parameters, sites, self._statistics, self._state, self._scratch, place) for place in places
+        ] or [self]
 
 
 def pieces(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -166,11 +162,19 @@ def pieces(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     Args:
         tensors: Tensors of one shape, and single numbers.
     """
-    size = max(x.numel() for x in tensors.values())
-    in_order = all(x.numel() in (1, size) and x.is_contiguous() and x.device.type == "cpu" for x in tensors.values())
-    if size <= _PIECE or not in_order:
+    if not (places := _places(list(tensors.values()))):
         yield dict(tensors)
         return
     flat = {name: x.detach().view(-1) for name, x in tensors.items()}
-    for start in range(0, size, _PIECE):
-        yield {name: x[start : start + _PIECE] if len(x) > 1 else x[0] for name, x in flat.items()}
+    for place in places:
+        yield {name: x[place] if len(x) > 1 else x[0] for name, x in flat.items()}
+
+
+def _places(tensors: Sequence[Tensor]) -> list[slice]:
+    """Return where to cut tensors of one shape, and single numbers; nothing where they are to stay whole.
+
+    On a GPU they are: it has no cache for pieces, and each would be a launch of every op.
+    """
+    size = max(x.numel() for x in tensors)
+    in_order = all(x.numel() in (1, size) and x.is_contiguous() and x.device.type == "cpu" for x in tensors)
+    return [slice(start, start + _PIECE) for start in range(0, size, _PIECE)] if size > _PIECE and in_order else []

@@ -156,13 +156,13 @@ class Sampler:
         correlated = [layer for layer in self._layers if layer.is_correlated and layer not in perturbations]
         joint = {self._layers[layer][key].name for layer in correlated for key in layer.correlated_tensors()}
         values: dict[str, Tensor] = {}
-        for small in together or self.sites:
-            if isinstance(small, Small):
-                values |= self._draw_together(small, normal)
-            elif noise is None and small.name in joint:
-                self.noise[small.name] = self._noise_of(small, small.mean, normal)
-            elif (value := self._draw_site(small, noise, normal, perturbations.get(small.module))) is not None:
-                values[small.name] = value
+        for site in together or self.sites:
+            if isinstance(site, Small):
+                values |= self._draw_together(site, normal)
+            elif noise is None and site.name in joint:
+                self.noise[site.name] = self._noise_of(site, site.mean, normal)
+            elif (value := self._draw_site(site, noise, normal, perturbations.get(site.module))) is not None:
+                values[site.name] = value
         for layer in correlated:
             values |= self._correlated(layer)
         with placed(self.sites, values, perturbations):
