@@ -31,6 +31,9 @@ from recipes.training.loop import Training
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+SEED = 3
+
+
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
     quick(monkeypatch)
@@ -47,7 +50,7 @@ def whole(tmp_path_factory):
 
 
 def config(folder, **fields):
-    return Config(output=str(folder), epochs=6, **fields)
+    return Config(**{"output": str(folder), "epochs": 6, "seed": SEED, **fields})
 
 
 def rows_of(folder):
@@ -67,7 +70,7 @@ def test_a_task_of_one_file_leaves_the_folder_of_a_run(whole):
     assert metrics["ood_auroc_far"] > 0.9 and 0 <= metrics["ood_auroc_far_epistemic"] <= 1
     first, *_, last = rows_of(folder)
     assert {"train_loss", "train_mae", "test_rmse", "test_nll", "test_crps", "lr"} <= first.keys()
-    assert last["test_rmse"] < 0.8 * first["test_rmse"] and last["train_mae"] < first["train_mae"]
+    assert last["test_rmse"] < 0.7 * first["test_rmse"] and last["train_mae"] < first["train_mae"]
 
 
 def test_its_posterior_has_a_card_and_predicts_what_was_measured(whole):
@@ -139,7 +142,7 @@ def new_options():
 def test_the_command_line_finds_it_by_one_line_of_the_table(whole, tmp_path, monkeypatch, capsys, new_options):
     monkeypatch.setitem(TASKS, "line", lambda: Line)
     file = tmp_path / "line.yaml"
-    file.write_text(yaml.safe_dump({"recipe": "line", "epochs": 6}))
+    file.write_text(yaml.safe_dump({"recipe": "line", "epochs": 6, "seed": SEED}))
     assert main(["train", str(file), "--output", str(tmp_path / "run"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == whole[1]
     posterior = str(tmp_path / "run/posterior")

@@ -28,10 +28,11 @@ pytestmark = [
     pytest.mark.filterwarnings(WHAT_FORKS_SAY),
 ]
 VOGN = {"name": "vogn", "lr": 0.1, "init_precision": 1e3}
+KFAC = {"name": "noisykfac", "lr": 0.1, "init_precision": 1e3}
 CASES = {
     "vogn": {"optimizer": VOGN},
     "groups": {"optimizer": VOGN | {"num_mc_groups": 2}, "batch_size": 4},
-    "kfac": {"optimizer": {"name": "noisykfac", "lr": 0.1, "init_precision": 1e3}, "micro_batch": 1, "batch_size": 4},
+    "kfac": {"optimizer": KFAC, "micro_batch": 1, "batch_size": 4},
     "shards": {"optimizer": VOGN | {"shard": True}},
     "adam": {"optimizer": {"name": "adam", "lr": 0.01}},
 }
@@ -42,13 +43,13 @@ def without_pictures(monkeypatch):
     quick(monkeypatch)
 
 
-def assert_same_to_rounding(folder, whole):
+def assert_same_to_rounding(folder, whole, rtol=1e-5):
     found, expected = log_of(folder), log_of(whole)
     assert [row.keys() for row in found] == [row.keys() for row in expected]
     for row, other in zip(found, expected, strict=True):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
     state, other = (load_checkpoint(run / CHECKPOINT) for run in (folder, whole))
-    assert_close(state["model"], other["model"], rtol=1e-4, atol=1e-6)
+    assert_close(state["model"], other["model"], rtol=rtol, atol=1e-6)
     assert state["optimizer"]["state"].keys() == other["optimizer"]["state"].keys()
     metrics, others = (json.loads((run / "metrics.json").read_text()) for run in (folder, whole))
     assert metrics == pytest.approx(others, rel=1e-4, abs=1e-5)
@@ -64,7 +65,8 @@ def test_two_processes_leave_the_run_of_one(tmp_path):
     assert run_ranks(train_all, tmp_path) == [None, None]
     for name, fields in CASES.items():
         train(tiny(tmp_path, tmp_path / name, **fields))
-        assert_same_to_rounding(tmp_path / f"{name}2", tmp_path / name)
+        rtol = 1e-4 if name == "kfac" else 1e-5  # inverses of factors enlarge what is rounded
+        assert_same_to_rounding(tmp_path / f"{name}2", tmp_path / name, rtol)
         for folder, processes in ((name, 1), (f"{name}2", 2)):
             assert json.loads((tmp_path / folder / "config.json").read_text())["processes"] == processes
         assert {path.name for path in (tmp_path / name).iterdir()} == {
