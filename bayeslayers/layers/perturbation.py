@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bayeslayers.distributions.noise import StandardNormal
+from bayeslayers.curvature.kernels.draw import StandardNormal
 from bayeslayers.dtypes import at_least_float32, full_precision
 
 Estimator = Literal["weights", "local", "flipout"]  # of the expectation over the weights

@@ -82,10 +82,6 @@ class BoundedStep(SharedStep, abc.ABC):
             self._bundled[key] = [Bundle(own, self._sites, statistics, self.state, self._scratch) for own in moving]
         return self._bundled[key]
 
-    def _pieces(self, group: Mapping[str, Any]) -> list[Bundle]:
-        """Return the bundles of a group, the large tensors in pieces."""
-        return [piece for bundle in self._bundles(group) for piece in bundle.pieces()]
-
     def _kind(self, parameter: nn.Parameter) -> tuple[Any, ...]:
         """Return what the uncertain parameters of a bundle have in common."""
         site, step = self._sites[parameter], self.state.get(parameter, {}).get("step", 0)

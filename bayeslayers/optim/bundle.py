@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.curvature.kernels.step import Moving, step_
+from bayeslayers.curvature.kernels.step import Moving, retract_, step_
+from bayeslayers.distributions.gaussian import retracted_precision
 from bayeslayers.optim.averages import corrected_weight
 from bayeslayers.sampling import Site
 from bayeslayers.sampling.flat import Scratch, filled, gather
@@ -79,50 +80,67 @@ class Bundle:
         averages = [own["momentum"] for p in self.parameters if "momentum" in (own := self._state.get(p, {}))]
         return [self._moving("momentum", averages)] if len(averages) == len(self.parameters) else averages
 
-    def count(self, beta1: float) -> tuple[Tensor | None, float]:
-        """Count a step; return the averages of the gradients before it, None without momentum, and the newest's weight.
+    def count(self, beta1: float) -> float | None:
+        """Count a step; return the weight of its gradients in their averages, None without momentum.
 
         Args:
             beta1: Momentum.
         """
         states = [self._state[p] for p in self.parameters]
-        if self.piece is None or self.piece.start == 0:
-            for state in states:
-                state["step"] = state.get("step", 0) + 1
+        for state in states:
+            state["step"] = state.get("step", 0) + 1
         if beta1 == 0:
-            return None, 1.0
+            return None
         for state, parameter in zip(states, self.parameters, strict=True):
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(parameter)
                 self.__dict__.pop("momenta", None)
-        (average,) = self.momenta
-        return average, corrected_weight(1 - beta1, states[0]["step"])
+        return corrected_weight(1 - beta1, states[0]["step"])
 
-    def average(self, before: Tensor | None, newest: float) -> Tensor:
+    def average(self, newest: float | None) -> Tensor:
         """Return the averages of the gradients with those of this step, see `adam.momentum_average`.
 
         Args:
-            before: What `count` returned, which becomes them.
-            newest: The weight that it returned.
+            newest: What `count` returned.
         """
-        if before is None:
+        if newest is None:
             return self.grad
-        before.lerp_(self.grad, newest)
-        self._write("momentum", [self._state[p]["momentum"] for p in self.parameters])
-        return before
+        self.momenta[0].lerp_(self.grad, newest)
+        self._write_momentum()
+        return self.momenta[0]
 
-    def step_by_kernel(self, before: Tensor | None, newest: float, **numbers: Any) -> bool:
-        """Move mean, precision and momentum of a lone parameter by a kernel; return False where none can run.
+    def step_by_kernel(self, newest: float | None, **numbers: Any) -> bool:
+        """Move mean, precision and momentum by a kernel; return False where none can run.
 
         Args:
-            before: As for `average`.
-            newest: Likewise.
+            newest: What `count` returned.
             **numbers: As for `kernels.step.step_`.
         """
-        if len(self.parameters) > 1 or self.piece is not None:
-            return False
+        before = None if newest is None else self.momenta[0]
         tensors = self.grad, self.statistic, self.prior_mean, self.prior_precision
-        return step_(Moving(self.mean, self.precision, before, *tensors), newest=newest, **numbers)
+        moving = Moving(self.mean, self.precision, before, *tensors)
+        if not step_(moving, newest=1.0 if newest is None else newest, **numbers):
+            return False
+        if newest is not None:
+            self._write_momentum()
+        self.write()
+        return True
+
+    def new_precision(self, factor: float, weight: float, of_root: bool) -> Tensor:
+        """Return the precision retracted towards the prior's and the statistic, in whose place it stands then.
+
+        Args:
+            factor: Of the statistic.
+            weight: Of this target, see `gaussian.retracted_precision`.
+            of_root: Whether the root of the precision is a factor of the statistic too.
+        """
+        numbers = {"factor": factor, "weight": weight, "of_root": of_root}
+        if not retract_(self.precision, self.statistic, self.prior_precision, **numbers):
+            for piece in self.pieces():
+                target = piece.statistic.mul_(piece.precision.sqrt()) if of_root else piece.statistic
+                torch.add(piece.prior_precision, target, alpha=factor, out=target)
+                retracted_precision(piece.precision, target, weight)
+        return self.statistic
 
     def _filled(self, values: Sequence[Tensor]) -> Tensor:
         """Return values that broadcast against the parameters, as they broadcast against `mean`."""
@@ -132,6 +150,9 @@ class Bundle:
         """Write back the mean and the precision, which have been changed in place."""
         self._write("mean", self.parameters)
         self._write("precision", [site.precision for site in self.sites])
+
+    def _write_momentum(self) -> None:
+        self._write("momentum", [self._state[p]["momentum"] for p in self.parameters])
 
     def _moving(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
         """Return `gathered` tensors that an op will change in place."""

@@ -148,8 +148,8 @@ class GaussNewton(VariationalOptimizer):
         return self._bounds(group, Readings()).reach(self._ess(group), group["lr"])
 
     def _update(self, group: dict[str, Any]) -> None:
-        for bundle in self._pieces(group):
-            momentum, precision_lr = bundle.count(group["beta1"]), group["precision_lr"]
+        for bundle in self._bundles(group):
+            newest, precision_lr = bundle.count(group["beta1"]), group["precision_lr"]
             if self._from_curvature:
                 precision_lr = corrected_weight(precision_lr, self.state[bundle.parameters[0]]["step"])
             numbers = {
@@ -160,15 +160,16 @@ class GaussNewton(VariationalOptimizer):
                 "curvature_scale": self._averages.scale,
                 "clip_radius": group.get("clip_radius", math.inf),
             }
-            if bundle.step_by_kernel(*momentum, **numbers):
+            if bundle.step_by_kernel(newest, **numbers):
                 continue
-            natural_gradient_step_(
-                bundle.mean,
-                bundle.precision,
-                bundle.average(*momentum),
-                bundle.statistic,
-                prior_mean=bundle.prior_mean,
-                prior_precision=bundle.prior_precision,
-                **numbers,
-            )
-            bundle.write()
+            for piece in bundle.pieces():
+                natural_gradient_step_(
+                    piece.mean,
+                    piece.precision,
+                    piece.average(newest),
+                    piece.statistic,
+                    prior_mean=piece.prior_mean,
+                    prior_precision=piece.prior_precision,
+                    **numbers,
+                )
+                piece.write()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bayeslayers.checks import fraction, non_negative, positive, radius
 from bayeslayers.distributed.messages import Row
-from bayeslayers.distributions.gaussian import mean_step_, retracted_precision
+from bayeslayers.distributions.gaussian import mean_step_
 from bayeslayers.optim.averages import Recorded
 from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.bounds import NaturalBounds, retracted_bound
@@ -209,18 +209,18 @@ class IVON(VariationalOptimizer):
         return Recorded(statistics) if statistics else None
 
     def _statistics_of(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """Return g (w - m) sqrt(p), whose factor of noise is standard normal, or g^2, by parameter."""
+        """Return g (w - m) sqrt(p), where (w - m) sqrt(p) is the noise, or g^2, by parameter."""
         if self.estimator == "gradsq":
             return {parameter: grad.square() for parameter, grad in grads.items()}
-        alone, shared, factors = {}, {}, {}
+        alone, shared = {}, {}
         for parameter in grads:
-            noise, factors[parameter], mine = self._sampler.take_noise(self._sites[parameter])
+            noise, mine = self._sampler.take_noise(self._sites[parameter])
             (alone if mine else shared)[parameter] = noise
         found = {parameter: noise.mul_(grads[parameter]) for parameter, noise in alone.items()}
         if shared:
             values = torch._foreach_mul([grads[p] for p in shared], list(shared.values()))  # pyright: ignore
             found.update(zip(shared, values, strict=True))
-        return {p: found[p] if factors[p] == 1 else found[p].mul_(factors[p]) for p in grads}
+        return {parameter: found[parameter] for parameter in grads}
 
     def _forget(self) -> None:
         super()._forget()
@@ -251,18 +251,14 @@ class IVON(VariationalOptimizer):
     def _plan(self) -> None:
         """Compute the new precisions, which must be finite in all groups."""
         self._planned = True
-        pieces = [(piece, group) for group in self.param_groups for piece in self._pieces(group)]
-        sums = [self._new_precision(piece, group).sum() for piece, group in pieces]  # in the statistic's place
+        pairs = [(bundle, group) for group in self.param_groups for bundle in self._bundles(group)]
+        sums = [self._new_precision(bundle, group).sum() for bundle, group in pairs]
         if sums and not torch.stack(sums).isfinite().all():
             refuse_new_precisions((each for group in self.param_groups for each in self._bundles(group)), self._names)
 
     def _new_precision(self, bundle: Bundle, group: Mapping[str, Any]) -> Tensor:
-        ess, scale, precision, target = self._ess(group), self._averages.scale, bundle.precision, bundle.statistic
-        if self.estimator == "price":
-            torch.addcmul(bundle.prior_precision, target, precision.sqrt(), value=ess * scale, out=target)
-        else:
-            torch.add(bundle.prior_precision, target, alpha=ess**2 * scale, out=target)
-        return retracted_precision(precision, target, 1 - group["beta2"])
+        ess, of_root = self._ess(group), self.estimator == "price"
+        return bundle.new_precision(ess * self._averages.scale * (1 if of_root else ess), 1 - group["beta2"], of_root)
 
     def _posterior_bound(self, group: dict[str, Any], readings: Readings) -> Callable[[], float]:
         moving = self._bundles(group)
@@ -287,14 +283,15 @@ class IVON(VariationalOptimizer):
         return group["lr"] * (group["hess_init"] + group["weight_decay"] if self.rescale_lr else 1.0)
 
     def _update(self, group: dict[str, Any]) -> None:
-        for bundle in self._pieces(group):
-            momentum = bundle.count(group["beta1"])
+        for bundle in self._bundles(group):
+            newest = bundle.count(group["beta1"])
             if not self._planned:
                 self._new_precision(bundle, group)
             numbers = {"ess": self._ess(group), "lr": self._lr(group), "clip_radius": group["clip_radius"]}
-            if bundle.step_by_kernel(*momentum, **numbers):
+            if bundle.step_by_kernel(newest, **numbers):
                 continue
-            bundle.precision.copy_(bundle.statistic)
-            prior = {"prior_mean": bundle.prior_mean, "prior_precision": bundle.prior_precision}
-            mean_step_(bundle.mean, bundle.precision, bundle.average(*momentum), bundle.statistic, **prior, **numbers)
-            bundle.write()
+            for piece in bundle.pieces():
+                piece.precision.copy_(piece.statistic)
+                prior = {"prior_mean": piece.prior_mean, "prior_precision": piece.prior_precision}
+                mean_step_(piece.mean, piece.precision, piece.average(newest), piece.statistic, **prior, **numbers)
+                piece.write()

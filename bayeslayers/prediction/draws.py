@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from bayeslayers.distributions.noise import StandardNormal
+from bayeslayers.curvature.kernels.draw import StandardNormal
 from bayeslayers.inputs import Batch
 from bayeslayers.layers.perturbation import Perturbation
 from bayeslayers.prediction.chunks import AtOnce, Plan, Run
@@ -102,10 +102,10 @@ class Networks:
 
     def _correlate(self, sampler: Sampler, count: int) -> None:
         """Turn noise into weights for matrix-variate posteriors."""
-        columns = [(site, stack.factor, values) for stack in self._stacks for site, values in stack.values.items()]
+        columns = [(site, values) for stack in self._stacks for site, values in stack.values.items()]
         for index in range(count):
-            with sampler.draw({site.name: values[index] * factor for site, factor, values in columns}):
-                for site, _, values in columns:
+            with sampler.draw({site.name: values[index] for site, values in columns}):
+                for site, values in columns:
                     values[index] = site.value
 
     def outputs(self, draws: slice, batch: Batch) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.func import vmap
 
-from bayeslayers.distributions.noise import StandardNormal
+from bayeslayers.curvature.kernels.draw import StandardNormal
 from bayeslayers.dtypes import at_least_float32, full_precision
 from bayeslayers.layers import BayesianLayer, can_draw_output
 from bayeslayers.layers.perturbation import LocalReparameterization, Op, Perturbation
@@ -124,11 +124,10 @@ class DrawnOutput(Perturbation):
 
 
 def _noisy(mean: Tensor, deviation: Tensor, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
-    noise = deviation.new_empty(shape)
-    factor = StandardNormal(generator).fill_unscaled_(noise)
+    noise = StandardNormal(generator).fill_(deviation.new_empty(shape))
     if mean.dtype == deviation.dtype:
-        return torch.addcmul(mean, noise, deviation, value=factor, out=noise)
-    return mean + (noise * deviation * factor).to(mean.dtype)
+        return torch.addcmul(mean, noise, deviation, out=noise)
+    return mean + (noise * deviation).to(mean.dtype)
 
 
 class _Noisy(torch.autograd.Function):

@@ -11,10 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bayeslayers.curvature.kernels.draw import fill_unscaled_
+from bayeslayers.curvature.kernels.draw import StandardNormal
 from bayeslayers.distributed import gather_text
 from bayeslayers.distributed.messages import Kind, broadcast, exchange
-from bayeslayers.distributions.noise import StandardNormal
 from bayeslayers.likelihoods import Likelihood
 from bayeslayers.prediction.result import Prediction
 from bayeslayers.sampling import posterior
@@ -43,7 +42,7 @@ def skip_samples(
     for _ in range(batches * num_samples):
         normal = StandardNormal(generator)
         for noise in memory:
-            fill_unscaled_(normal, noise)
+            normal.fill_(noise)
 
 
 def shared_predictions(

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bayeslayers.curvature.kernels.draw import fill_unscaled_
-from bayeslayers.distributions.noise import BLOCK, SCALE, StandardNormal, in_blocks
+from bayeslayers.curvature.kernels.draw import StandardNormal, fits
 from bayeslayers.sampling import Site
 from bayeslayers.sampling.flat import gather
 
@@ -22,18 +21,14 @@ class Stack:
     Attributes:
         mean: Their mean, `(*)`.
         values: By site, its noise or, later, its samples `(s, *)`.
-        factor: What makes the noise standard normal.
     """
 
     def __init__(self, sites: Sequence[Site]):
-        self.sites, self.factor, self.padding = sites, 1.0, sites[0].padding_row
+        self.sites, self.padding = sites, sites[0].padding_row
         self.mean = gather([site.mean.detach() for site in sites])
         self._deviation = gather([site.deviation for site in sites])
         self._memory = self.mean.new_empty(0)
         self.values: dict[Site, Tensor] = {}
-        self._blocks: list[tuple[Tensor, ...]] = []  # of mean and deviation, if a sample is made block by block
-        if in_blocks(self.mean) and self.padding is None:
-            self._blocks = [*zip(*(x.reshape(-1).split(BLOCK) for x in (self.mean, self._deviation)), strict=True)]
 
     def hold(self, count: int) -> None:
         """Provide memory for so many samples, that of earlier ones if it suffices."""
@@ -56,15 +51,14 @@ class Stack:
             index: Its number, or theirs.
             normal: Source of the noise.
             antithetic: Write a second one, of the next number, with the opposite noise.
-            noise: Write noise alone, divided by `factor`.
+            noise: Write noise alone.
         """
         rows = self._memory[index]
-        if self._blocks and isinstance(index, int) and not (antithetic or noise):
-            for block, (mean, deviation) in zip(rows.view(-1).split(BLOCK), self._blocks, strict=True):
-                normal.fill_block_(block)  # scaled at once, while it is in the cache
-                torch.addcmul(mean, block, deviation, value=SCALE, out=block)
+        alone = isinstance(index, int) and not (antithetic or noise) and self.padding is None
+        if alone and fits(self.mean, self._deviation):
+            normal.sample_(rows, self.mean, self._deviation, self._deviation, None)
             return
-        self.factor = fill_unscaled_(normal, rows)
+        normal.fill_(rows)
         if self.padding is not None:
             rows.select(-self.mean.dim(), self.padding).zero_()
         for sign in (-1, 1)[not antithetic :]:
@@ -72,4 +66,4 @@ class Stack:
             if noise:
                 torch.mul(rows, sign, out=out)
             else:
-                torch.addcmul(self.mean, rows, self._deviation, value=sign * self.factor, out=out)
+                torch.addcmul(self.mean, rows, self._deviation, value=sign, out=out)

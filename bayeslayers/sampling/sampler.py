@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayeslayers.curvature.kernels import draw
-from bayeslayers.distributions.noise import BLOCK, StandardNormal
+from bayeslayers.curvature.kernels.draw import StandardNormal, fits
 from bayeslayers.layers import BayesianLayer, can_draw_output
 from bayeslayers.layers.perturbation import PERTURBATIONS, Estimator, Perturbation
-from bayeslayers.sampling.blocks import drawn, fits_blocks, noise_scale
 from bayeslayers.sampling.flat import SMALL, bundles, gather, moved, spread
+from bayeslayers.sampling.large import drawn
 from bayeslayers.sampling.placement import placed
 from bayeslayers.sampling.sites import Site, posterior
+
+TOGETHER = 2**16  # values of a tensor up to which its noise is made together with that of others
 
 
 @dataclass
@@ -60,7 +61,7 @@ def sites_together(sites: Sequence[Site], alone: Container[nn.Module] = ()) -> l
         apart = site.padding_row is not None or site.module in alone
         return site.mean.dtype, site.mean.device, place if apart else None
 
-    return bundles(enumerate(sites), lambda item: item[1].mean, kind, BLOCK)  # noise comes in blocks
+    return bundles(enumerate(sites), lambda item: item[1].mean, kind, TOGETHER)
 
 
 def sampled(
@@ -104,8 +105,7 @@ class Sampler:
     Attributes:
         leaves: If `differentiable`, by site name, a leaf of the last sample's graph that is proportional to
             the standard deviation.
-        noise: By site name, the values of the last sample, kept until the next, and the factor that makes them
-            standard normal.
+        noise: By site name, the standard normal values of the last sample, kept until the next.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Sampler:
         self.differentiable = differentiable
         self.keeps_noise = keeps_noise
         self.leaves: dict[str, Tensor] = {}
-        self.noise: dict[str, tuple[Tensor, float]] = {}
+        self.noise: dict[str, Tensor] = {}
         tied = {module for site in sites if len(site.places) > 1 for module, _ in site.places}
         self._layers: dict[BayesianLayer, dict[str, Site]] = {}
         for site in sites:
@@ -180,17 +180,15 @@ class Sampler:
 
     def _draw_together(self, small: Small, normal: StandardNormal) -> dict[str, Tensor]:
         """Return the samples of small sites."""
-        factor = draw.fill_unscaled_(normal, small.noise)
-        self.noise |= {name: (part, factor) for name, part in small.noise_of.items()}
+        normal.fill_(small.noise)
+        self.noise |= small.noise_of
         means = [site.mean for site in small.sites]
         deviation = small.deviation
         if self._deviations is None:
             deviation = gather([site.precision for site in small.sites]).rsqrt_().to(means[0].dtype)
         elif deviation is None:
             deviation = small.deviation = gather([self._deviations[site.name] for site in small.sites])
-        change = small.noise * deviation
-        change = change if factor == 1 else change.mul_(factor)
-        return dict(zip(small.noise_of, moved(means, change, small.places), strict=True))
+        return dict(zip(small.noise_of, moved(means, small.noise * deviation, small.places), strict=True))
 
     def _draw_site(
         self,
@@ -201,37 +199,36 @@ class Sampler:
     ) -> Tensor | None:
         """Return the sample of a site; None if its layer samples the output, for which it gets its values here."""
         mean = site.mean
-        if noise is None and perturbation is None and self._fits_blocks(site):
-            return self._draw_in_blocks(site, normal)
+        if noise is None and perturbation is None and self._is_drawn_at_once(site):
+            return self._drawn(site, normal)
         deviation = site.deviation if self._deviations is None else self._deviations[site.name]
         if perturbation is not None and self.estimator == "local":
             perturbation.values[site.key] = self._leaf(site, deviation)
             return None
-        values, factor = self._noise_of(site, mean, normal) if noise is None else (_given(noise, site), 1.0)
-        self.noise[site.name] = values, factor
+        values = self.noise[site.name] = self._noise_of(site, mean, normal) if noise is None else _given(noise, site)
         if perturbation is not None:
-            perturbation.values[site.key] = self._leaf(site, values * deviation * factor)
+            perturbation.values[site.key] = self._leaf(site, values * deviation)
             return None
         if self.differentiable:
-            return mean + self._leaf(site, values * deviation * factor)
+            return mean + self._leaf(site, values * deviation)
         # The node of addcmul keeps nothing for the mean: several backward passes may go through it.
-        return torch.addcmul(mean, values, deviation, value=factor)
+        return torch.addcmul(mean, values, deviation)
 
-    def _fits_blocks(self, site: Site) -> bool:
-        return not self.differentiable and site.padding_row is None and fits_blocks(site.mean, site.precision)
+    def _is_drawn_at_once(self, site: Site) -> bool:
+        return not self.differentiable and site.padding_row is None and fits(site.mean, site.precision)
 
-    def _draw_in_blocks(self, site: Site, normal: StandardNormal) -> Tensor:
+    def _drawn(self, site: Site, normal: StandardNormal) -> Tensor:
         """Return the sample of a large site, whose noise is kept where somebody asks for it."""
         noise = self._memory(site, site.mean) if self.keeps_noise else None
         if noise is not None:
-            self.noise[site.name] = noise, noise_scale(site.mean)
+            self.noise[site.name] = noise
         deviation = None if self._deviations is None else self._deviations[site.name]
         return drawn(site.mean, site.precision, deviation, noise, normal)
 
     def _correlated(self, layer: BayesianLayer) -> dict[str, Tensor]:
         """Return the samples of a layer's tensors that are correlated, made of their noise."""
         sites = self._layers[layer]
-        noise = {key: self.noise[site.name][0] * self.noise[site.name][1] for key, site in sites.items()}
+        noise = {key: self.noise[site.name] for key, site in sites.items()}
         return {sites[key].name: sites[key].mean + change for key, change in layer.change(noise).items()}
 
     def _leaf(self, site: Site, value: Tensor) -> Tensor:
@@ -240,13 +237,12 @@ class Sampler:
             self.leaves[site.name] = value.requires_grad_()
         return value
 
-    def _noise_of(self, site: Site, mean: Tensor, normal: StandardNormal) -> tuple[Tensor, float]:
-        """Return values for one site, in reused memory, and the factor that makes them standard normal."""
-        noise = self._memory(site, mean)
-        factor = draw.fill_unscaled_(normal, noise)
+    def _noise_of(self, site: Site, mean: Tensor, normal: StandardNormal) -> Tensor:
+        """Return values for one site, in reused memory."""
+        noise = normal.fill_(self._memory(site, mean))
         if site.padding_row is not None:
             noise[site.padding_row] = 0
-        return noise, factor
+        return noise
 
     def _memory(self, site: Site, mean: Tensor) -> Tensor:
         """Return the memory of a site's noise."""
@@ -255,13 +251,13 @@ class Sampler:
             noise = self._noise[site.name] = torch.empty_like(mean)
         return noise
 
-    def take_noise(self, site: Site) -> tuple[Tensor, float, bool]:
+    def take_noise(self, site: Site) -> tuple[Tensor, bool]:
         """Return what `noise` holds of a site, and whether the caller may overwrite it, for it is no longer kept."""
-        values, factor = self.noise[site.name]
+        values = self.noise[site.name]
         alone = values.numel() > SMALL and self._noise.get(site.name) is values
         if alone:
             del self._noise[site.name]
-        return values, factor, alone
+        return values, alone
 
 
 def _given(noise: Mapping[str, Tensor], site: Site) -> Tensor:

@@ -1,21 +1,22 @@
-"""Kernels that compute a rule's squares on one type of device, in place of the rule's own torch ops.
+"""Kernels that compute on one type of device what torch ops compute in several passes.
 
-A kernel has the signature of `CurvatureRule.squares` and must give its values. `register_kernel` makes the rule use it;
-all layers of the rule follow.
+A kernel for a rule's squares has the signature of `CurvatureRule.squares` and must give its values. `register_kernel`
+makes the rule use it; all layers of the rule follow.
 
-On a GPU, Triton's kernels compute the squares of linear layers and convolutions (`squares`), sample large tensors
-(`draw`) and make the natural-gradient step (`step`). `use_triton(False)` turns them off. Only the modules `triton_*`
-import Triton, when a kernel first runs.
+Kernels sample large tensors (`draw`) and make the natural-gradient step (`step`), on a CPU by Numba and on a GPU by
+Triton. On a GPU they compute the squares of linear layers and convolutions too (`squares`). `use_numba(False)` and
+`use_triton(False)` turn them off. Only the modules `numba_*` and `triton_*` import these languages, when a kernel first
+runs.
 """
 
 from __future__ import annotations
 
 import torch
 
-from bayeslayers.curvature.kernels.launch import use_triton
+from bayeslayers.curvature.kernels.launch import use_numba, use_triton
 from bayeslayers.curvature.rule import Backward, CurvatureRule
 
-__all__ = ["register_kernel", "use_triton"]
+__all__ = ["register_kernel", "use_numba", "use_triton"]
 
 
 def register_kernel(rule: CurvatureRule, device: str, kernel: Backward) -> None:

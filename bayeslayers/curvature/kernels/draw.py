@@ -1,14 +1,75 @@
-"""Noise and samples of large tensors on a GPU, by a Triton kernel where it can run."""
+"""Standard normal noise and samples: of large tensors by a kernel, where one can run."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bayeslayers.curvature.kernels.launch import LARGE, attempt, in_one_order, runs
-from bayeslayers.distributions.noise import StandardNormal
+from bayeslayers.curvature.kernels.launch import attempt, in_one_order, is_large, language_of, runs
 
 _NAME = "draw"
+
+
+class StandardNormal:
+    """A stream of standard normal values.
+
+    Those of a large float32 tensor come from a kernel: from counters that Philox turns into random words, and a key
+    that is one word of the generator for all counters of this stream. It stays on its device, so that no GPU is waited
+    for. All other values come from `normal_`.
+
+    Args:
+        generator: Source of randomness on the device of the tensors; torch's default one if None.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None):
+        self.generator = generator
+        self._key: Tensor | None = None
+        self._counters = 0
+
+    def fill_(self, out: Tensor) -> Tensor:
+        """Fill a tensor with the next values."""
+        if not (fits(out) and attempt(_NAME, out, lambda: self._fill(out))):
+            out.normal_(generator=self.generator)
+        return out
+
+    def sample_(
+        self, out: Tensor, mean: Tensor, precision: Tensor, deviation: Tensor | None, noise: Tensor | None
+    ) -> None:
+        """Fill a tensor with a sample of a Gaussian for which `fits` holds.
+
+        Args:
+            out: The tensor.
+            mean: Mean.
+            precision: Precision.
+            deviation: Standard deviation, if known.
+            noise: Memory that keeps the noise; None if it is not needed.
+        """
+        spread, of_precision = (precision, True) if deviation is None else (deviation, False)
+        if attempt(_NAME, out, lambda: self._sample(out, mean, spread, of_precision, noise)):
+            return
+        values = torch.empty_like(out) if noise is None else noise
+        torch.addcmul(mean, self.fill_(values), spread.rsqrt() if of_precision else spread, out=out)
+
+    def _fill(self, out: Tensor) -> bool:
+        module = _module(out)
+        with torch.cuda.device_of(out):
+            module.fill(out, *self._place(module, out))
+        return True
+
+    def _sample(self, out: Tensor, mean: Tensor, spread: Tensor, of_precision: bool, noise: Tensor | None) -> bool:
+        module = _module(out)
+        with torch.cuda.device_of(out):
+            module.sample(out, mean, spread, of_precision, noise, *self._place(module, out))
+        return True
+
+    def _place(self, module: Any, out: Tensor) -> tuple[Tensor, int]:
+        """Return the key, and the first of the next counters, for a tensor."""
+        if self._key is None or self._key.device != out.device:
+            self._key = torch.empty((), dtype=torch.int64, device=out.device).random_(generator=self.generator)
+        first, self._counters = self._counters, self._counters + module.counters(out.numel())
+        return self._key, first
 
 
 def fits(mean: Tensor, *others: Tensor) -> bool:
@@ -19,61 +80,17 @@ def fits(mean: Tensor, *others: Tensor) -> bool:
         *others: What else the kernel reads.
     """
     return (
-        mean.numel() >= LARGE
+        is_large(mean)
         and all(x.dtype == torch.float32 for x in (mean, *others))
         and in_one_order(mean, *others)
         and runs(_NAME, mean, *others)
     )
 
 
-def fill_unscaled_(normal: StandardNormal, out: Tensor) -> float:
-    """Fill a tensor as `StandardNormal.fill_unscaled_` does; a large one on a GPU with the noise of `sample_`.
-
-    Args:
-        normal: Source of the noise.
-        out: The tensor.
-    """
-    if fits(out):
-        from_kernel = attempt(_NAME, lambda: _fill(normal, out))
-        if from_kernel:
-            return 1.0
-    return normal.fill_unscaled_(out)
-
-
-def sample_(
-    out: Tensor, mean: Tensor, precision: Tensor, deviation: Tensor | None, noise: Tensor | None, normal: StandardNormal
-) -> None:
-    """Fill a tensor with a sample of a Gaussian for which `fits` holds.
-
-    Args:
-        out: The tensor.
-        mean: Mean.
-        precision: Precision.
-        deviation: Standard deviation, if known.
-        noise: Memory that keeps the noise; None if it is not needed.
-        normal: Source of the noise.
-    """
-    spread, of_precision = (precision, True) if deviation is None else (deviation, False)
-    if attempt(_NAME, lambda: _sample(out, mean, spread, of_precision, noise, normal)):
-        return
-    values = torch.empty_like(out) if noise is None else noise
-    torch.addcmul(mean, normal.fill_(values), spread.rsqrt() if of_precision else spread, out=out)
-
-
-def _fill(normal: StandardNormal, out: Tensor) -> bool:
-    from bayeslayers.curvature.kernels import triton_draw
-
-    with torch.cuda.device_of(out):
-        triton_draw.fill(out, *normal.counters(triton_draw.counters(out.numel()), out.device))
-    return True
-
-
-def _sample(
-    out: Tensor, mean: Tensor, spread: Tensor, of_precision: bool, noise: Tensor | None, normal: StandardNormal
-) -> bool:
-    from bayeslayers.curvature.kernels import triton_draw
-
-    with torch.cuda.device_of(out):
-        place = normal.counters(triton_draw.counters(out.numel()), out.device)
-        triton_draw.sample(out, mean, spread, of_precision, noise, *place)
-    return True
+def _module(tensor: Tensor) -> Any:
+    """Return the kernels of a tensor's device."""
+    if language_of(tensor) == "triton":
+        from bayeslayers.curvature.kernels import triton_draw as module
+    else:
+        from bayeslayers.curvature.kernels import numba_draw as module
+    return module

@@ -1,4 +1,4 @@
-"""Whether a Triton kernel runs, and what happens where it cannot."""
+"""Whether a kernel runs, in which language, and what happens where it cannot."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from bayeslayers.curvature.op import is_eager
 
-DEVICES = {"cuda"}  # ROCm's devices have this name too
-LARGE = 2**16  # values from which an elementwise kernel is launched: a guess, no GPU has been timed
+LANGUAGES = {"cuda": "triton", "cpu": "numba"}  # by type of device; ROCm's devices are called "cuda" too
+# Values from which an elementwise kernel is launched: a guess for Triton, as no GPU has been timed.
+LARGE = {"triton": 2**16, "numba": 2**13}
 
 T = TypeVar("T")
 
 
 class _State:
-    """What the process has chosen and met: whether kernels are on, and which of them have failed."""
+    """What the process has chosen and met: which languages are off, and which of their kernels have failed."""
 
-    on = True
-    failed: set[str] = set()  # noqa: RUF012  (there is one state)
+    off: set[str] = set()  # noqa: RUF012  (there is one state)
+    failed: set[tuple[str, str]] = set()  # noqa: RUF012
 
 
 def use_triton(on: bool = True) -> None:
@@ -35,45 +36,86 @@ def use_triton(on: bool = True) -> None:
     Args:
         on: Whether to use them.
     """
-    _State.on = bool(on)
-    _State.failed.clear()
+    _use("triton", on)
 
 
-def runs(name: str, *tensors: Tensor) -> bool:
-    """Return whether a kernel may run on tensors: ordinary ones on a GPU, which neither vmap nor a compiler looks at.
+def use_numba(on: bool = True) -> None:
+    """Turn the Numba kernels of the CPU on or off, in the whole process. They are on where Numba can be imported.
+
+    A kernel is compiled when it first runs, which takes about a second, and kept on disk. One that cannot be compiled
+    is replaced as those of `use_triton` are.
+
+    Args:
+        on: Whether to use them.
+    """
+    _use("numba", on)
+
+
+def _use(language: str, on: bool) -> None:
+    (_State.off.discard if on else _State.off.add)(language)
+    _State.failed = {(used, name) for used, name in _State.failed if used != language}
+
+
+def language_of(tensor: Tensor) -> str:
+    """Return the language of the kernels for a tensor's device, "" for none.
+
+    Args:
+        tensor: The tensor.
+    """
+    return LANGUAGES.get(tensor.device.type, "")
+
+
+def is_large(tensor: Tensor) -> bool:
+    """Return whether a kernel for the elements of a tensor is worth its launch.
+
+    Args:
+        tensor: The tensor.
+    """
+    least = LARGE.get(language_of(tensor))
+    return least is not None and tensor.numel() >= least
+
+
+def runs(name: str, first: Tensor, *tensors: Tensor) -> bool:
+    """Return whether a kernel may run on tensors: ordinary ones of one device, and no vmap or compiler looks on.
 
     Args:
         name: Of the kernel.
-        *tensors: What it reads and writes.
+        first: What it reads and writes.
+        *tensors: More of it.
     """
+    language = language_of(first)
     return (
-        all(x.device.type in DEVICES and type(x) in (Tensor, nn.Parameter) for x in tensors)
-        and _State.on
-        and name not in _State.failed
+        language != ""
+        and language not in _State.off
+        and (language, name) not in _State.failed
+        and all(x.device == first.device and type(x) in (Tensor, nn.Parameter) for x in (first, *tensors))
         and is_eager()
-        and _has_triton()
+        and _has(language)
     )
 
 
-def attempt(name: str, launch: Callable[[], T]) -> T | None:
+def attempt(name: str, tensor: Tensor, launch: Callable[[], T]) -> T | None:
     """Return what a function that launches a kernel returns; None, after a warning, where it fails.
 
     Args:
         name: Of the kernel, which is not tried again then.
+        tensor: A tensor on its device.
         launch: The function; it changes nothing before the kernel runs.
     """
-    if name in _State.failed:
+    language = language_of(tensor)
+    if (language, name) in _State.failed:
         return None
     try:
         return launch()
     except torch.OutOfMemoryError:  # the torch ops take no less
         raise
-    except Exception as error:  # of Triton's compiler, a C compiler or a driver: they have no common class
-        _State.failed.add(name)
+    except Exception as error:  # of a compiler or a driver: they have no common class
+        _State.failed.add((language, name))
         text = (str(error).strip().splitlines() or ["no message"])[0][:200].rstrip(".")
         warnings.warn(
-            f"the Triton kernel '{name}' must compile and run, got {type(error).__name__}: {text}. Torch ops replace "
-            "it from now on. Turn the kernels off by bayeslayers.curvature.kernels.use_triton(False).",
+            f"the {language.capitalize()} kernel '{name}' must compile and run, got {type(error).__name__}: {text}. "
+            "Torch ops replace it from now on. Turn the kernels off by "
+            f"bayeslayers.curvature.kernels.use_{language}(False).",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -93,5 +135,5 @@ def in_one_order(first: Tensor, *others: Tensor) -> bool:
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _has(language: str) -> bool:
+    return importlib.util.find_spec(language) is not None

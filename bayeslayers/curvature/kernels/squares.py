@@ -47,7 +47,7 @@ def convolution_squares(use: Use, g: Tensor) -> Sequence[Tensor | None]:
 def _linear_sums(g: Tensor, x: Tensor, with_grad: bool) -> tuple[Tensor | None, Tensor]:
     """Return what `linear.weight_gradients` does."""
     if g.dim() > 2 and g.shape[1:-1].numel() > _FEW and _fits("linear squares", g, x):
-        found = attempt("linear squares", lambda: _linear(g.flatten(1, -2), x.flatten(1, -2), with_grad))
+        found = attempt("linear squares", g, lambda: _linear(g.flatten(1, -2), x.flatten(1, -2), with_grad))
         if found is not None:
             return None if found.grad is None else found.grad.to(g.dtype), found.squares
     return weight_gradients(g, x, with_grad)
@@ -68,7 +68,7 @@ def _convolution_sums(x: Tensor, g: Tensor, weight: Tensor, settings: Settings, 
         and settings.groups <= _LARGEST_GRID
         and _fits("convolution squares", x, g)
     ):
-        found = attempt("convolution squares", lambda: _convolution(x, g, weight, settings, with_grad))
+        found = attempt("convolution squares", x, lambda: _convolution(x, g, weight, settings, with_grad))
         if found is not None:
             return found
     return by_fastest_route(x, g, weight, settings, with_grad)

@@ -1,16 +1,17 @@
-"""The natural-gradient step of a large tensor on a GPU, by a Triton kernel where it can run."""
+"""The natural-gradient step of a large tensor, by a kernel where one can run."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bayeslayers.curvature.kernels.launch import LARGE, attempt, in_one_order, runs
+from bayeslayers.curvature.kernels.launch import attempt, in_one_order, is_large, language_of, runs
 
-_NAME = "natural-gradient step"
+_NAME, _RETRACTION = "natural-gradient step", "new precision"
 
 
 class Moving(NamedTuple):
@@ -58,32 +59,65 @@ def step_(
         curvature_scale: See there.
         clip_radius: See there.
     """
-    if not _fits(moving):
+    if not _fits(_NAME, [x for x in moving if x is not None]):
         return False
     weight = 0.0 if precision_lr is None else precision_lr
     numbers = (newest, ess, lr, weight, weight * ess * curvature_scale, ess * damping, clip_radius)
-    return bool(attempt(_NAME, lambda: _step(moving, numbers, precision_lr is None, clip_radius < math.inf)))
+    return bool(
+        attempt(_NAME, moving.mean, lambda: _step(moving, numbers, precision_lr is None, clip_radius < math.inf))
+    )
 
 
-def _fits(moving: Moving) -> bool:
-    if moving.mean.numel() < LARGE:
+def retract_(
+    precision: Tensor, target: Tensor, prior_precision: Tensor, *, factor: float, weight: float, of_root: bool
+) -> bool:
+    """Turn a statistic into IVON's new precision by a kernel; return False, with nothing changed, where none can run.
+
+    Args:
+        precision: Precision of the posterior.
+        target: The statistic; it becomes the new precision. See `gaussian.retracted_precision` for the target.
+        prior_precision: Precision of the prior, which is added to the statistic, one value or of the same shape.
+        factor: Of the statistic.
+        weight: Of the target.
+        of_root: Whether the root of the precision is a factor of the statistic too.
+    """
+    tensors = precision, target, prior_precision
+    if language_of(target) != "numba" or not _fits(_RETRACTION, tensors):
         return False
-    tensors = [x for x in moving if x is not None]
+    return bool(attempt(_RETRACTION, target, lambda: _retract(tensors, (factor, weight), of_root)))
+
+
+def _retract(tensors: tuple[Tensor, ...], numbers: tuple[float, ...], of_root: bool) -> bool:
+    from bayeslayers.curvature.kernels import numba_step
+
+    numba_step.retract(*tensors, *numbers, of_root)
+    torch.autograd.graph.increment_version(tensors[1])
+    return True
+
+
+def _fits(name: str, tensors: Sequence[Tensor]) -> bool:
     whole = [x for x in tensors if x.dim() > 0]
     return (
-        all(x.dtype == torch.float32 for x in tensors)
-        and moving.mean.dim() > 0
+        is_large(tensors[0])
+        and all(x.dtype == torch.float32 for x in tensors)
         and in_one_order(*whole)
-        and runs(_NAME, *tensors)
+        and runs(name, *tensors)
     )
 
 
 def _step(moving: Moving, numbers: tuple[float, ...], is_new_precision: bool, clips: bool) -> bool:
-    from bayeslayers.curvature.kernels import triton_step
-
     with torch.cuda.device_of(moving.mean):
-        triton_step.step(*moving, numbers, is_new_precision, clips)
+        _module(moving.mean).step(*moving, numbers, is_new_precision, clips)
     for changed in moving[:3]:
         if changed is not None:  # the kernel has changed them past autograd
             torch.autograd.graph.increment_version(changed)
     return True
+
+
+def _module(tensor: Tensor) -> Any:
+    """Return the kernels of a tensor's device."""
+    if language_of(tensor) == "triton":
+        from bayeslayers.curvature.kernels import triton_step as module
+    else:
+        from bayeslayers.curvature.kernels import numba_step as module
+    return module

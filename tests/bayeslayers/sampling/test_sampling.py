@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from torch.func import functional_call
 from torch.testing import assert_close
 
 import bayeslayers as bl
-from bayeslayers.distributions.noise import StandardNormal
+from bayeslayers.curvature.kernels.draw import StandardNormal
 from bayeslayers.sampling import Sampler, flat, posterior
 
 SAME = {"rtol": 0, "atol": 0}
@@ -65,30 +64,6 @@ def test_noise_fills_every_size(n):
     z = StandardNormal(seeded()).fill_(torch.full((n,), math.nan))
     assert_close(z.isfinite().all(), torch.tensor(True))
     assert len(z.unique()) >= 0.9 * n  # no part repeats another; 24 bits allow some chance repeats
-
-
-@pytest.mark.parametrize(
-    ("word", "radius"),
-    [
-        (
-            0x003FFFFF,
-            (-2 * math.log1p(-(2.0**-24))) ** 0.5,
-        ),  # the 23 bits of the shortest radius, at the angle pi / 512
-        (0x00400000, (2 * 24 * math.log(2)) ** 0.5),  # of the longest
-    ],
-)
-def test_noise_of_the_extreme_words_is_finite(monkeypatch, word, radius):
-    class ExtremeWords:
-        def __init__(self, seed):
-            pass
-
-        def random_raw(self, size):
-            return np.full(size, word << 32 | word, dtype=np.uint64)
-
-    monkeypatch.setattr(np.random, "SFC64", ExtremeWords)
-    z = StandardNormal(seeded()).fill_(torch.empty(2**16))
-    expected = radius * torch.tensor([[math.cos(math.pi / 512)], [math.sin(math.pi / 512)]])
-    assert_close(z.view(2, -1), expected.expand(2, 2**15))
 
 
 def test_the_angles_of_a_pair_have_the_moments_of_all_angles():

@@ -23,17 +23,15 @@ from bayeslayers import curvature
 from bayeslayers.curvature import Use
 from bayeslayers.curvature.accumulate import Part
 from bayeslayers.curvature.kernels import draw, launch, squares, step, triton_draw, triton_squares, use_triton
+from bayeslayers.curvature.kernels.draw import StandardNormal
 from bayeslayers.curvature.kernels.squares import convolution_squares, linear_squares
 from bayeslayers.curvature.settings import Settings
-from bayeslayers.distributions import noise as noise_module
 from bayeslayers.distributions.gaussian import natural_gradient_step_
-from bayeslayers.distributions.noise import StandardNormal
 from bayeslayers.optim import bundle
-from bayeslayers.prediction import stack as stack_module
 from bayeslayers.prediction.chunks import Plan
 from bayeslayers.prediction.draws import Networks
 from bayeslayers.prediction.shared import skip_samples
-from bayeslayers.sampling import Sampler, blocks, posterior
+from bayeslayers.sampling import Sampler, posterior
 from bayeslayers.sampling.flat import SMALL
 
 
@@ -42,17 +40,14 @@ def launches(monkeypatch):
     """Let the kernels run on CPU tensors of any size, and return the names of those that have."""
     names, attempt = [], launch.attempt
 
-    def counted(name, function):
+    def counted(name, tensor, function):
         names.append(name)
-        return attempt(name, function)
+        return attempt(name, tensor, function)
 
-    monkeypatch.setattr(launch, "DEVICES", {"cpu"})
-    for module in (draw, step):
-        monkeypatch.setattr(module, "LARGE", 1)
+    monkeypatch.setattr(launch, "LANGUAGES", {"cpu": "triton"})
+    monkeypatch.setattr(launch, "LARGE", {"triton": 1})
     for module in (draw, step, squares):
         monkeypatch.setattr(module, "attempt", counted)
-    for module in (blocks, noise_module, stack_module):  # a CPU's own way
-        monkeypatch.setattr(module, "in_blocks", lambda out: False)
     monkeypatch.setattr(bundle, "_PIECE", 2**60)
     monkeypatch.setitem(curvature.LINEAR.kernels, "cpu", linear_squares)
     monkeypatch.setitem(curvature.CONVOLUTION.kernels, "cpu", convolution_squares)
@@ -324,13 +319,13 @@ def test_a_sample_is_mean_and_noise_over_root_precision(size, known):
     deviation = precision.rsqrt() if known else None
     out, noise = torch.full((size + 3,), 7.0), torch.full((size + 3,), 7.0)
     source = StandardNormal(torch.Generator().manual_seed(5))
-    draw.sample_(out[:size], mean, precision, deviation, noise[:size], source)
+    source.sample_(out[:size], mean, precision, deviation, noise[:size])
     assert_close(out[:size], mean + noise[:size] * precision.rsqrt())
     assert out[size:].eq(7).all() and noise[size:].eq(7).all()
     again = torch.empty(size)
-    draw.sample_(again, mean, precision, deviation, None, StandardNormal(torch.Generator().manual_seed(5)))
+    StandardNormal(torch.Generator().manual_seed(5)).sample_(again, mean, precision, deviation, None)
     assert_close(again, out[:size], rtol=0, atol=0)
-    assert draw.fill_unscaled_(StandardNormal(torch.Generator().manual_seed(5)), again) == 1.0
+    StandardNormal(torch.Generator().manual_seed(5)).fill_(again)
     assert_close(again, noise[:size], rtol=0, atol=0)
 
 
@@ -354,20 +349,18 @@ def test_a_sampler_draws_by_the_kernel(launches):
         net.zero_grad()
     assert_close(values[True], values[False], rtol=0, atol=0)
     for site in posterior(net):
-        noise, factor = sampler.noise.get(site.name, (None, 1.0))
-        assert factor == 1.0 and (noise is None) == (site.key == "weight")
+        assert (site.name in sampler.noise) == (site.key != "weight")
     assert launches.count("draw") == 6  # of two weights and the biases together, twice
     sampler = Sampler(list(posterior(net)), torch.Generator().manual_seed(1))
     with sampler.draw():
         for site in sampler.sites:
-            noise, factor = sampler.noise[site.name]
-            assert_close(site.value, site.mean + noise * factor * site.precision.rsqrt())
+            assert_close(site.value, site.mean + sampler.noise[site.name] * site.precision.rsqrt())
     with sampler.draw():
         assert not (sampler.sites[0].value == values[True]["0.weight"]).any()
 
 
 def test_networks_at_once_are_those_of_the_sampler(launches, monkeypatch):
-    monkeypatch.setattr(draw, "LARGE", SMALL + 1)
+    monkeypatch.setattr(launch, "LARGE", {"triton": SMALL + 1})
     net, generator = large_net(), torch.Generator().manual_seed(2)
     networks = Networks(net, Plan(3, 3, torch.Generator().manual_seed(2)))
     networks.draw(3)

@@ -7,13 +7,14 @@ import torch
 from torch.testing import assert_close
 
 import bayeslayers as bl
-from bayeslayers.sampling import Sampler, blocks, posterior
+from bayeslayers.curvature.kernels import draw
+from bayeslayers.sampling import Sampler, posterior
 
 SAME = {"rtol": 0, "atol": 0}
 
 
 def _layer() -> bl.BayesLinear:
-    """A layer whose weight takes two blocks, one of them not full."""
+    """A layer whose weight is large."""
     torch.manual_seed(0)
     layer = bl.BayesLinear(300, 300)
     layer.weight_precision.uniform_(0.5, 4)
@@ -26,7 +27,7 @@ def _source() -> torch.Generator:
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("keeps_noise", [False, True])
-def test_a_sample_in_blocks_is_that_of_the_whole_tensor(monkeypatch, frozen, keeps_noise):
+def test_a_sample_in_one_pass_is_that_of_torch_ops(monkeypatch, frozen, keeps_noise):
     layer = _layer()
     sites = {site.name: site for site in posterior(layer)}
     sampler = Sampler(list(sites.values()), _source(), frozen=frozen, keeps_noise=keeps_noise)
@@ -34,15 +35,15 @@ def test_a_sample_in_blocks_is_that_of_the_whole_tensor(monkeypatch, frozen, kee
         found = sites["weight"].value
         assert found.grad_fn is not None and "Sample" in type(found.grad_fn).__name__
     assert ("weight" in sampler.noise) is keeps_noise
-    monkeypatch.setattr("bayeslayers.sampling.sampler.fits_blocks", lambda *_: False)
+    monkeypatch.setattr("bayeslayers.sampling.sampler.fits", lambda *_: False)
     whole = Sampler(list(sites.values()), _source(), frozen=frozen)
     with whole.draw():
         expected = sites["weight"].value
     assert_close(found, expected, rtol=1e-6, atol=1e-7)
-    values, factor = whole.noise["weight"]
-    assert_close(expected, layer.weight + values * factor / layer.weight_precision.sqrt(), rtol=1e-5, atol=1e-6)
+    values = whole.noise["weight"]
+    assert_close(expected, layer.weight + values / layer.weight_precision.sqrt(), rtol=1e-5, atol=1e-6)
     if keeps_noise:
-        assert_close(sampler.noise["weight"][0], values, **SAME)
+        assert_close(sampler.noise["weight"], values, **SAME)
 
 
 def test_gradients_reach_the_mean_and_samples_do_not_share_memory():
@@ -59,10 +60,10 @@ def test_gradients_reach_the_mean_and_samples_do_not_share_memory():
 
 def test_vmap_and_half_precision_sample_the_whole_tensor():
     layer = _layer()
-    assert blocks.fits_blocks(layer.weight, layer.weight_precision)
-    assert not blocks.fits_blocks(layer.weight.half(), layer.weight_precision)
-    assert not blocks.fits_blocks(layer.weight.t(), layer.weight_precision)
-    seen = torch.vmap(lambda x: x + blocks.fits_blocks(layer.weight, layer.weight_precision))(torch.zeros(2))
+    assert draw.fits(layer.weight, layer.weight_precision)
+    assert not draw.fits(layer.weight.half(), layer.weight_precision)
+    assert not draw.fits(layer.weight.t(), layer.weight_precision)
+    seen = torch.vmap(lambda x: x + draw.fits(layer.weight, layer.weight_precision))(torch.zeros(2))
     assert seen.tolist() == [0, 0]
 
 
@@ -72,7 +73,7 @@ def test_ivon_leaves_given_noise_alone_and_takes_the_step_of_its_own():
         optimizer = bl.IVON(net, 20, lr=1e-3, generator=_source())
         with optimizer.sampled(noise or None):
             if not noise:
-                noise = {name: values.clone() * factor for name, (values, factor) in optimizer._sampler.noise.items()}
+                noise = {name: values.clone() for name, values in optimizer._sampler.noise.items()}
                 before = {name: values.clone() for name, values in noise.items()}
             net(x).square().sum().backward()
         optimizer.step()

@@ -1,0 +1,289 @@
+"""The kernels of the CPU: their noise, their samples and their steps beside those of torch ops."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import bayeslayers as bl
+from bayeslayers.curvature.kernels import launch, numba_draw, numba_jit, step, use_numba
+from bayeslayers.curvature.kernels.draw import StandardNormal
+from bayeslayers.distributions.gaussian import natural_gradient_step_, retracted_precision
+
+SAME = {"rtol": 0, "atol": 0}
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch):
+    """Return the names of the kernels that have run, and turn them on again after the test."""
+    names, attempt = [], launch.attempt
+
+    def counted(name, tensor, function):
+        names.append(name)
+        return attempt(name, tensor, function)
+
+    for module in (sys.modules[StandardNormal.__module__], step):
+        monkeypatch.setattr(module, "attempt", counted)
+    use_numba()
+    yield names
+    use_numba()
+
+
+def words_of(key, first):
+    words = np.empty((4, numba_draw._COUNTERS), np.int32)
+    numba_draw._words(np.uint64(key), np.uint64(first), words)
+    return words.view(np.uint32)
+
+
+def filled(size, seed=0, offset=0):
+    out = torch.empty(size)
+    numba_draw.fill(out, torch.tensor(seed), offset)
+    return out
+
+
+@pytest.mark.parametrize(("first", "key"), [(0, 0), (5, 1), (2**32 - 3, 2**40 + 7), (2**40, 2**62 + 12345)])
+def test_words_are_those_of_numpys_philox(first, key):
+    """NumPy's Philox has words of 64 bits; torch's on a CPU has no key of 64 bits: the ten rounds are written out."""
+    words = words_of(key, first)
+    for i in (0, 2, 3, 100):
+        c, k = [(first + i) % 2**32, (first + i) >> 32, 0, 0], [key % 2**32, key >> 32]
+        for _ in range(10):
+            low, high = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+            c = [(high >> 32) ^ c[1] ^ k[0], high % 2**32, (low >> 32) ^ c[3] ^ k[1], low % 2**32]
+            k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+        assert words[:, i].tolist() == c
+
+
+def test_words_are_the_published_ones():
+    """The known answer of the authors for a counter and a key of zeros (Random123, philox4x32, 10 rounds)."""
+    assert words_of(0, 0)[:, 0].tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_values_are_the_radii_and_angles_of_the_words():
+    words = np.concatenate([words_of(3, 0).ravel().view(np.int32), np.array([0x003FFFFF, 0x00400000, 0, -1], np.int32)])
+    values = np.empty((2, len(words)), np.float32)
+    numba_draw._pairs(words, values)
+    u = (words << 9).astype(np.float64) * 2.0**-32 + 0.5 + 2.0**-24
+    angle = words.astype(np.float64) * math.pi / 2**31
+    radius = np.sqrt(-2 * np.log(u))
+    expected = np.stack([radius * np.cos(angle), radius * np.sin(angle)])
+    assert np.isfinite(values).all()
+    assert_close(torch.from_numpy(values).double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
+    assert abs(np.hypot(*values[:, -4]) - math.sqrt(-2 * math.log1p(-(2.0**-24)))) < 1e-6  # the shortest radius
+    assert abs(np.hypot(*values[:, -3]) - math.sqrt(48 * math.log(2))) < 1e-5  # the longest
+
+
+@pytest.mark.parametrize("lag", [1, numba_draw._COUNTERS, 2 * numba_draw._COUNTERS, numba_draw._VALUES])
+def test_values_are_independent_of_their_neighbours(lag):
+    values = filled(2**20).double()
+    for power in (1, 2):  # the squares of a pair are tied, if cosine and sine are not independent
+        first, second = values[:-lag] ** power, values[lag:] ** power
+        assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 5 / math.sqrt(len(first))
+
+
+def test_seeds_and_counters_give_streams_of_their_own():
+    size = 65_536
+    streams = [filled(size), filled(size, seed=1), filled(size, seed=2**40)]
+    streams += [filled(size, offset=numba_draw.counters(size)), filled(size, offset=2**33)]
+    for one, other in itertools.combinations(streams, 2):
+        assert abs(float((one * other).mean())) < 5 / math.sqrt(size)
+        assert not (one == other).float().mean() > 1e-3
+    assert_close(filled(2 * size)[size:], streams[3], **SAME)
+    assert_close(filled(size), streams[0], **SAME)
+
+
+@pytest.mark.parametrize("size", [8192, 10_001])
+@pytest.mark.parametrize("known", [False, True], ids=["precision", "deviation"])
+def test_a_sample_is_mean_and_noise_over_root_precision(size, known, launches):
+    torch.manual_seed(0)
+    mean, precision = torch.randn(size), torch.rand(size) + 0.1
+    deviation = precision.rsqrt() if known else None
+    out, noise = torch.full((size + 3,), 7.0), torch.full((size + 3,), 7.0)
+    source, again = StandardNormal(torch.Generator().manual_seed(5)), torch.empty(size)
+    source.sample_(out[:size], mean, precision, deviation, noise[:size])
+    assert_close(out[:size], mean + noise[:size] * precision.rsqrt())
+    assert out[size:].eq(7).all() and noise[size:].eq(7).all()
+    StandardNormal(torch.Generator().manual_seed(5)).sample_(again, mean, precision, deviation, None)
+    assert_close(again, out[:size], **SAME)
+    assert_close(StandardNormal(torch.Generator().manual_seed(5)).fill_(again), noise[:size], **SAME)
+    assert launches == ["draw"] * 3
+
+
+def test_memory_in_channels_last_order_is_sampled_in_its_own_order():
+    torch.manual_seed(0)
+    mean = torch.randn(32, 16, 5, 5).contiguous(memory_format=torch.channels_last)
+    precision, out, noise = torch.rand_like(mean) + 0.1, torch.empty_like(mean), torch.empty_like(mean)
+    StandardNormal().sample_(out, mean, precision, None, noise)
+    assert_close(out, mean + noise * precision.rsqrt())
+
+
+def moving(size, momentum, priors, dtype=torch.float32):
+    torch.manual_seed(0)
+    mean, grad = torch.randn(2, size, dtype=dtype).unbind(0)
+    precision, curvature = (torch.rand(2, size, dtype=dtype) + 0.1).unbind(0)
+    prior = [torch.randn(size, dtype=dtype), torch.rand(size, dtype=dtype) + 0.5]
+    if not priors:
+        prior = [torch.tensor(0.3, dtype=dtype), torch.tensor(2.0, dtype=dtype)]
+    average = torch.randn(size, dtype=dtype) if momentum else None
+    return step.Moving(mean.clone(), precision.clone(), average, grad, curvature, *prior)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("precision_lr", [None, 1e-3, 1.0])
+@pytest.mark.parametrize("clip_radius", [math.inf, 0.5])
+@pytest.mark.parametrize("priors", [False, True], ids=["scalars", "tensors"])
+def test_a_step_is_that_of_the_torch_ops(momentum, priors, clip_radius, precision_lr):
+    numbers = {"ess": 50.0, "lr": 0.1, "clip_radius": clip_radius}
+    more = {} if precision_lr is None else {"precision_lr": precision_lr, "damping": 0.01, "curvature_scale": 0.5}
+    fast, slow = moving(9001, momentum, priors), moving(9001, momentum, priors)
+    versions = [None if x is None else x._version for x in fast]
+    assert step.step_(fast, newest=0.2, **numbers, **more)
+    average = slow.grad if slow.average is None else slow.average.lerp_(slow.grad, 0.2)
+    prior = {"prior_mean": slow.prior_mean, "prior_precision": slow.prior_precision}
+    if precision_lr is None:  # the curvature is the new precision: as with weight 1 and a prior of nothing beside it
+        slow.precision.copy_(slow.curvature)
+        move = (50 * average + slow.prior_precision * (slow.mean - slow.prior_mean)) / slow.precision
+        slow.mean.sub_(0.1 * move.clamp(-clip_radius, clip_radius))
+    else:
+        natural_gradient_step_(slow.mean, slow.precision, average, slow.curvature, **prior, **numbers, **more)
+    assert_close(fast.mean, slow.mean, rtol=1e-5, atol=1e-5)
+    assert_close(fast.precision, slow.precision, rtol=1e-6, atol=0)
+    if momentum:
+        assert_close(fast.average, slow.average, rtol=1e-5, atol=1e-6)
+    changed = [None if x is None else x._version > before for x, before in zip(fast, versions, strict=True)]
+    assert changed == [True, True, True if momentum else None, False, False, False, False]
+
+
+def test_what_is_not_a_number_stays_so():
+    tensors = moving(9000, False, False)
+    tensors.grad[17] = math.nan
+    tensors.grad[4321] = math.inf
+    assert step.step_(tensors, newest=1.0, ess=10.0, lr=0.1, precision_lr=0.5, clip_radius=1.0)
+    assert tensors.mean.isnan().nonzero().tolist() == [[17]]
+
+
+@pytest.mark.parametrize("of_root", [False, True])
+@pytest.mark.parametrize("priors", [False, True], ids=["scalar", "tensor"])
+def test_a_new_precision_is_that_of_the_torch_ops(of_root, priors):
+    torch.manual_seed(1)
+    precision, statistic = torch.rand(9001) + 0.1, torch.randn(9001)
+    prior = torch.rand(9001) + 0.5 if priors else torch.tensor(0.7)
+    target = prior + 3.0 * statistic * (precision.sqrt() if of_root else 1.0)
+    expected, before = retracted_precision(precision, target, 0.1), statistic._version
+    assert step.retract_(precision, statistic, prior, factor=3.0, weight=0.1, of_root=of_root)
+    assert_close(statistic, expected, rtol=1e-5, atol=1e-6)
+    assert statistic._version > before
+
+
+@pytest.mark.parametrize("change", ["float64", "strided", "small", "subclass"])
+def test_other_tensors_are_left_to_torch_ops(change):
+    tensors = moving(9000 if change != "small" else 100, True, False, torch.float64 if change == "float64" else None)
+    if change == "strided":
+        tensors = tensors._replace(grad=torch.randn(18_000)[::2])
+    if change == "subclass":
+        tensors = tensors._replace(grad=tensors.grad.as_subclass(type("Other", (torch.Tensor,), {})))
+    before = tensors.mean.clone()
+    assert not step.step_(tensors, newest=1.0, ess=10.0, lr=0.1, precision_lr=0.5)
+    assert_close(tensors.mean, before, **SAME)
+
+
+def net_of(dtype=torch.float32):
+    """One large weight, and small tensors that are large together."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        bl.BayesLinear(200, 100), nn.Tanh(), bl.BayesLinear(100, 100), nn.Tanh(), bl.BayesLinear(100, 2)
+    )
+    for site in bl.posterior(net):
+        site.precision.mul_(torch.rand_like(site.precision) + 0.5)
+    return net.to(dtype)
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    (bl.VOGN, {"lr": 1e-3}),
+    (bl.VOGN, {"lr": 1e-3, "init_precision": "curvature", "beta1": 0.0, "clip_radius": 0.1}),
+    (bl.OGN, {"lr": 1e-3}),
+    (bl.IVON, {"lr": 1e-2}),
+    (bl.IVON, {"lr": 1e-2, "estimator": "gradsq", "beta1": 0.0, "clip_radius": 0.1}),
+], ids=str)  # fmt: skip
+def test_training_by_kernels_is_training_by_torch_ops(kind, options, launches):
+    def trained(on, dtype=torch.float32):
+        use_numba(on)
+        net = net_of(dtype)
+        optimizer, source = kind(net, 20, **options), torch.Generator().manual_seed(3)
+        x, y = torch.randn(6, 200, generator=source).to(dtype), torch.randint(2, (6,), generator=source)
+        for _ in range(3):
+            noise = {name: torch.randn(p.shape, generator=source).to(dtype) for name, p in net.named_parameters()}
+            with optimizer.sampled(None if kind is bl.OGN else noise):
+                nn.functional.cross_entropy(net(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return net.state_dict(), [own.get("momentum") for own in optimizer.state_dict()["state"].values()]
+
+    found = trained(True)
+    assert launches.count("natural-gradient step") == 6  # of the large weight and of all others together, three times
+    assert launches.count("new precision") == (6 if kind is bl.IVON else 0)
+    expected, exact = trained(False), trained(True, torch.float64)
+    assert len(launches) == (12 if kind is bl.IVON else 6)
+    assert_close(found, expected, rtol=2e-4, atol=1e-5)
+    assert_close(found, exact, rtol=2e-4, atol=1e-5, check_dtype=False)
+
+
+def test_threads_sample_and_step_at_once():
+    expected, found = {}, {}
+
+    def work(into, seed):
+        mean, precision = torch.zeros(20_000), torch.ones(20_000)
+        out = torch.empty(20_000)
+        for _ in range(20):
+            StandardNormal(torch.Generator().manual_seed(seed)).sample_(out, mean, precision, None, None)
+            tensors = step.Moving(mean, precision, None, out, out.square(), torch.tensor(0.0), torch.tensor(1.0))
+            assert step.step_(tensors, newest=1.0, ess=10.0, lr=0.1, precision_lr=0.5)
+        into[seed] = mean, precision
+
+    for seed in range(4):
+        work(expected, seed)
+    threads = [threading.Thread(target=work, args=(found, seed)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_close(found, expected, **SAME)
+
+
+def test_code_that_cannot_be_kept_is_compiled_all_the_same(monkeypatch):
+    njit = numba_jit.numba.njit
+
+    def without_a_place(function, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(function, **options)
+
+    monkeypatch.setattr(numba_jit.numba, "njit", without_a_place)
+    assert numba_jit.jit(lambda x: x + 1)(2) == 3
+
+
+def test_a_platform_without_numba_trains_by_torch_ops():
+    code = """if True:
+        import importlib.util, sys, warnings
+        find = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *rest: None if name == "numba" else find(name, *rest)
+        warnings.simplefilter("error")
+        import torch, bayeslayers as bl
+        net, x = bl.BayesLinear(100, 100), torch.randn(4, 100)
+        optimizer = bl.VOGN(net, 4, lr=1e-3)
+        with optimizer.sampled():
+            net(x).square().mean().backward()
+        optimizer.step()
+        assert bl.predict(net, x, num_samples=2, method="sample").probs.isfinite().all()
+        assert "numba" not in sys.modules and net.weight.isfinite().all()
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
