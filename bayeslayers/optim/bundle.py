@@ -13,7 +13,7 @@ from bayeslayers.curvature.kernels.step import Moving, retract_, step_
 from bayeslayers.distributions.gaussian import retracted_precision
 from bayeslayers.optim.averages import corrected_weight
 from bayeslayers.sampling import Site
-from bayeslayers.sampling.flat import Scratch, filled, gather
+from bayeslayers.sampling.flat import Scratch, filled
 
 _PIECE = 2**16  # values: with the operands of a step they stay in a cache
 
@@ -46,39 +46,35 @@ class Bundle:
         self._state = state
         self._scratch = scratch
 
-    def gathered(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return tensors of the parameters' shapes, one for each, as the bundle has its own."""
-        return gather(tensors) if self.piece is None else tensors[0].view(-1)[self.piece]
-
     @functools.cached_property
     def mean(self) -> Tensor:
-        return self._moving("mean", self.parameters)
+        return self._gathered("mean", self.parameters)
 
     @functools.cached_property
     def precision(self) -> Tensor:
-        return self._moving("precision", [site.precision for site in self.sites])
+        return self._gathered("precision", [site.precision for site in self.sites])
 
     @functools.cached_property
     def prior_mean(self) -> Tensor:
-        return self._filled([site.prior_mean for site in self.sites])
+        return self._filled("prior mean", [site.prior_mean for site in self.sites])
 
     @functools.cached_property
     def prior_precision(self) -> Tensor:
-        return self._filled([site.prior_precision for site in self.sites])
+        return self._filled("prior precision", [site.prior_precision for site in self.sites])
 
     @functools.cached_property
     def grad(self) -> Tensor:
-        return self.gathered([cast(Tensor, p.grad) for p in self.parameters])
+        return self._gathered("grad", [cast(Tensor, p.grad) for p in self.parameters])
 
     @functools.cached_property
     def statistic(self) -> Tensor:
-        return self.gathered([self._statistics[p] for p in self.parameters])
+        return self._gathered("statistic", [self._statistics[p] for p in self.parameters])
 
     @functools.cached_property
     def momenta(self) -> list[Tensor]:
         """What the gradients have been averaged to: one tensor, or those that are there if some parameter has none."""
         averages = [own["momentum"] for p in self.parameters if "momentum" in (own := self._state.get(p, {}))]
-        return [self._moving("momentum", averages)] if len(averages) == len(self.parameters) else averages
+        return [self._gathered("momentum", averages)] if len(averages) == len(self.parameters) else averages
 
     def count(self, beta1: float) -> float | None:
         """Count a step; return the weight of its gradients in their averages, None without momentum.
@@ -142,9 +138,13 @@ class Bundle:
                 retracted_precision(piece.precision, target, weight)
         return self.statistic
 
-    def _filled(self, values: Sequence[Tensor]) -> Tensor:
+    def _filled(self, name: str, values: Sequence[Tensor]) -> Tensor:
         """Return values that broadcast against the parameters, as they broadcast against `mean`."""
-        return filled(values, self.parameters) if self.piece is None or values[0].dim() == 0 else self.gathered(values)
+        if values[0].dim() > 0 or len(values) == 1:
+            return values[0] if values[0].dim() == 0 else self._gathered(name, values)
+        if values[0].device.type != "cpu":  # a launch for each value
+            return filled(values, self.parameters)
+        return self._scratch.gather((name, self.parameters[0]), values, self.parameters)
 
     def write(self) -> None:
         """Write back the mean and the precision, which have been changed in place."""
@@ -154,10 +154,10 @@ class Bundle:
     def _write_momentum(self) -> None:
         self._write("momentum", [self._state[p]["momentum"] for p in self.parameters])
 
-    def _moving(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
-        """Return `gathered` tensors that an op will change in place."""
+    def _gathered(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
+        """Return tensors of the parameters' shapes, one for each, as the bundle has its own."""
         if self.piece is not None:
-            return self.gathered(tensors)
+            return tensors[0].view(-1)[self.piece]
         return self._scratch.gather((name, self.parameters[0]), tensors)
 
     def _write(self, name: str, tensors: Sequence[Tensor]) -> None:

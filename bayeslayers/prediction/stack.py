@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bayeslayers.curvature.kernels.draw import StandardNormal, fits
+from bayeslayers.curvature.kernels.draw import StandardNormal
 from bayeslayers.sampling import Site
 from bayeslayers.sampling.flat import gather
 
@@ -54,8 +54,7 @@ class Stack:
             noise: Write noise alone.
         """
         rows = self._memory[index]
-        alone = isinstance(index, int) and not (antithetic or noise) and self.padding is None
-        if alone and fits(self.mean, self._deviation):
+        if isinstance(index, int) and not (antithetic or noise) and self.padding is None:
             normal.sample_(rows, self.mean, self._deviation, self._deviation, None)
             return
         normal.fill_(rows)

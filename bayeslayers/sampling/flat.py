@@ -13,11 +13,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bayeslayers.curvature.op import is_eager
-
 SMALL = 2**14  # elements up to which a copy costs less than an op of its own (64 kB of float32)
 _TOGETHER = 2**18  # elements of a flat tensor, which stays in a cache
-_FEW, _RUN = 8, 64  # tensors that share a node of autograd's graph, at least and at most
+_RUN = 64  # tensors that share a node of autograd's graph, at most
 
 T = TypeVar("T")
 
@@ -73,22 +71,24 @@ class Scratch:
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[Tensor, list[Tensor]]] = {}
 
-    def gather(self, key: Hashable, tensors: Sequence[Tensor]) -> Tensor:
+    def gather(self, key: Hashable, tensors: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> Tensor:
         """Return one tensor itself, several copied into a flat one, which the next call with this key overwrites.
 
         Args:
             key: What the tensors are.
             tensors: The tensors.
+            like: Tensors of the shapes that single values are broadcast to; None where the tensors have theirs.
         """
         if len(tensors) == 1:
             return tensors[0]
+        like = tensors if like is None else like
         flat, parts = self._kept.get(key, (tensors[0], []))
-        kind = (tensors[0].dtype, tensors[0].device, [x.shape for x in tensors])
-        if (flat.dtype, flat.device, [part.shape for part in parts]) == kind:
-            torch._foreach_copy_(parts, list(tensors))  # pyright: ignore[reportPrivateImportUsage]
-        else:
-            flat = gather(tensors)
-            self._kept[key] = flat, spread(flat, tensors)
+        kind = (tensors[0].dtype, tensors[0].device, [x.shape for x in like])
+        if (flat.dtype, flat.device, [part.shape for part in parts]) != kind:
+            flat = tensors[0].new_empty(sum(x.numel() for x in like))
+            parts = spread(flat, like)
+            self._kept[key] = flat, parts
+        torch._foreach_copy_(parts, list(tensors))  # pyright: ignore[reportPrivateImportUsage]
         return flat
 
     def scatter(self, key: Hashable, tensors: Sequence[Tensor]) -> None:
@@ -115,18 +115,13 @@ def spread(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def filled(values: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
-    """Return values that broadcast against tensors, one for each, so that they broadcast against these gathered.
+    """Return single values, one for each of several tensors, as often as these have elements, by few launches.
 
     Args:
-        values: All single numbers, or all of the tensors' shapes.
+        values: The values.
         like: The tensors.
     """
-    if len(values) == 1:
-        return values[0]
-    flat = gather(values)
-    if values[0].dim() > 0:
-        return flat
-    sizes = tuple(x.numel() for x in like)
+    flat, sizes = gather(values), tuple(x.numel() for x in like)
     return flat.repeat_interleave(_on_device(sizes, flat.device), output_size=sum(sizes))
 
 
@@ -138,39 +133,35 @@ def _on_device(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 class _Moved(torch.autograd.Function):
-    """Sums of several tensors and a flat change of theirs; each tensor gets the gradient of its sum."""
+    """Parts of a flat tensor in the place of several tensors, each of which gets the gradient of its part."""
 
     @staticmethod
-    def forward(ctx, change, *tensors):
+    def forward(ctx, flat, *tensors):
         ctx.set_materialize_grads(False)
-        return tuple(spread(gather(tensors).add_(change), tensors))
+        (first, *others) = tensors
+        return tuple(spread(flat, tensors)) if others else flat.view_as(first)
 
     @staticmethod
     def backward(ctx, *grads):
         return (None, *grads)
 
 
-def moved(tensors: Sequence[Tensor], change: Tensor, places: Sequence[int]) -> list[Tensor]:
-    """Return tensors plus their parts of a flat change, through which gradients reach the tensors.
+def moved(tensors: Sequence[Tensor], flat: Tensor, places: Sequence[int]) -> list[Tensor]:
+    """Return parts of a flat tensor that stand in the place of tensors, to which their gradients go.
 
     Neighbours share a node of autograd's graph. Others do not, for a node waits for all of its gradients, and what
     sends them to other ranks waits for the node.
 
     Args:
         tensors: Small tensors.
-        change: What is added, as `gather` would return it.
+        flat: What takes their place, as `gather` would return it.
         places: Where they are in the network, in rising order.
     """
-    eager = is_eager()
     found: list[Tensor] = []
     runs = _runs(places)
-    for run, part in zip(runs, change.split([sum(x.numel() for x in tensors[run]) for run in runs]), strict=True):
-        own = tensors[run]
-        if eager and len(own) >= _FEW:
-            found += _Moved.apply(part, *own)
-        else:
-            parts = spread(part, own) if len(own) > 1 else [part.view_as(own[0])]
-            found += [tensor + change for tensor, change in zip(own, parts, strict=True)]
+    for run, part in zip(runs, flat.split([sum(x.numel() for x in tensors[run]) for run in runs]), strict=True):
+        moved = _Moved.apply(part, *tensors[run])
+        found += [moved] if isinstance(moved, Tensor) else moved
     return found
 
 

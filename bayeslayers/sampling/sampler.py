@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.curvature.kernels.draw import StandardNormal, fits
+from bayeslayers.curvature.op import is_eager
 from bayeslayers.layers import BayesianLayer, can_draw_output
 from bayeslayers.layers.perturbation import PERTURBATIONS, Estimator, Perturbation
-from bayeslayers.sampling.flat import SMALL, bundles, gather, moved, spread
+from bayeslayers.sampling.flat import SMALL, Scratch, bundles, gather, moved, spread
 from bayeslayers.sampling.large import drawn
 from bayeslayers.sampling.placement import placed
 from bayeslayers.sampling.sites import Site, posterior
@@ -139,6 +140,7 @@ class Sampler:
         self._deviations = {site.name: site.deviation for site in sites} if frozen else None
         self._small: list[Small | Site] = []  # the sites, small ones that are sampled together as one
         self._small_kinds: list[Any] = []  # of the means, when they were found
+        self._scratch = Scratch()
 
     @contextmanager
     def draw(self, noise: Mapping[str, Tensor] | None = None) -> Iterator[None]:
@@ -152,7 +154,8 @@ class Sampler:
         perturbations: dict[nn.Module, Perturbation] = {
             layer: PERTURBATIONS[self.estimator](self.estimator, self.generator) for layer in self._perturbed
         }
-        together = [] if noise is not None or self.differentiable else self._small_sites(perturbations)
+        apart = noise is not None or self.differentiable or not is_eager()
+        together = [] if apart else self._small_sites(perturbations)
         correlated = [layer for layer in self._layers if layer.is_correlated and layer not in perturbations]
         joint = {self._layers[layer][key].name for layer in correlated for key in layer.correlated_tensors()}
         values: dict[str, Tensor] = {}
@@ -180,15 +183,15 @@ class Sampler:
 
     def _draw_together(self, small: Small, normal: StandardNormal) -> dict[str, Tensor]:
         """Return the samples of small sites."""
-        normal.fill_(small.noise)
         self.noise |= small.noise_of
         means = [site.mean for site in small.sites]
-        deviation = small.deviation
-        if self._deviations is None:
-            deviation = gather([site.precision for site in small.sites]).rsqrt_().to(means[0].dtype)
-        elif deviation is None:
-            deviation = small.deviation = gather([self._deviations[site.name] for site in small.sites])
-        return dict(zip(small.noise_of, moved(means, small.noise * deviation, small.places), strict=True))
+        if self._deviations is not None and small.deviation is None:
+            small.deviation = gather([self._deviations[site.name] for site in small.sites])
+        with torch.no_grad():
+            mean = self._scratch.gather(("mean", small.places[0]), means)
+            precision = self._scratch.gather(("precision", small.places[0]), [site.precision for site in small.sites])
+        normal.sample_(sample := torch.empty_like(mean), mean, precision, small.deviation, small.noise)
+        return dict(zip(small.noise_of, moved(means, sample, small.places), strict=True))
 
     def _draw_site(
         self,

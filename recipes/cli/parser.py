@@ -27,6 +27,7 @@ from recipes.cli import (
     verify,
 )
 from recipes.cli import list as list_command
+from recipes.cli.allocator import keep_freed_memory
 from recipes.cli.options import check_numbers
 
 COMMANDS = {
@@ -48,6 +49,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status. Errors are one sentence; BAYESLAYERS_TRACEBACK=1 shows where."""
+    if argv is None:
+        keep_freed_memory()
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         parser = _parser(words)

@@ -37,7 +37,7 @@ class StandardNormal:
     def sample_(
         self, out: Tensor, mean: Tensor, precision: Tensor, deviation: Tensor | None, noise: Tensor | None
     ) -> None:
-        """Fill a tensor with a sample of a Gaussian for which `fits` holds.
+        """Fill a tensor with a sample of a Gaussian.
 
         Args:
             out: The tensor.
@@ -47,10 +47,13 @@ class StandardNormal:
             noise: Memory that keeps the noise; None if it is not needed.
         """
         spread, of_precision = (precision, True) if deviation is None else (deviation, False)
-        if attempt(_NAME, out, lambda: self._sample(out, mean, spread, of_precision, noise)):
+        kept = [] if noise is None else [noise]
+        if fits(out, mean, spread, *kept) and attempt(
+            _NAME, out, lambda: self._sample(out, mean, spread, of_precision, noise)
+        ):
             return
-        values = torch.empty_like(out) if noise is None else noise
-        torch.addcmul(mean, self.fill_(values), spread.rsqrt() if of_precision else spread, out=out)
+        values = self.fill_(torch.empty_like(out) if noise is None else noise)
+        torch.addcmul(mean, values, (spread.rsqrt() if of_precision else spread).to(mean.dtype), out=out)
 
     def _fill(self, out: Tensor) -> bool:
         module = _module(out)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numba
 import numpy as np
 from torch import Tensor
 
-T = TypeVar("T", bound=Callable[..., Any])
 
-
-def jit(function: T) -> T:
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function compiled when it is first called; the machine code is kept on disk where a place is found.
 
     Args:

@@ -84,15 +84,15 @@ def retract_(
     tensors = precision, target, prior_precision
     if language_of(target) != "numba" or not _fits(_RETRACTION, tensors):
         return False
-    return bool(attempt(_RETRACTION, target, lambda: _retract(tensors, (factor, weight), of_root)))
 
+    def launch() -> bool:
+        from bayeslayers.curvature.kernels import numba_step
 
-def _retract(tensors: tuple[Tensor, ...], numbers: tuple[float, ...], of_root: bool) -> bool:
-    from bayeslayers.curvature.kernels import numba_step
+        numba_step.retract(*tensors, factor, weight, of_root)
+        torch.autograd.graph.increment_version(target)
+        return True
 
-    numba_step.retract(*tensors, *numbers, of_root)
-    torch.autograd.graph.increment_version(tensors[1])
-    return True
+    return bool(attempt(_RETRACTION, target, launch))
 
 
 def _fits(name: str, tensors: Sequence[Tensor]) -> bool:

@@ -289,16 +289,16 @@ def _many(layers: int = 12) -> nn.Sequential:
     return nn.Sequential(*[bl.BayesLinear(3, 3) for _ in range(layers)])
 
 
-@pytest.mark.parametrize("run", [1, 10**6])
+@pytest.mark.parametrize("run", [1, 5, 64])
 def test_small_tensors_are_drawn_together_with_noise_and_gradients_of_their_own(monkeypatch, run):
-    monkeypatch.setattr(flat, "_FEW", run)
+    monkeypatch.setattr(flat, "_RUN", run)
     net, x = _many(), torch.randn(5, 3)
     sampler = Sampler(list(posterior(net)), torch.Generator().manual_seed(1))
     with sampler.draw():
         net(x).square().sum().backward()
         values = {site.name: site.value for site in sampler.sites}
     grads = {name: p.grad for name, p in net.named_parameters()}
-    noise = {name: values.clone() * factor for name, (values, factor) in sampler.noise.items()}
+    noise = {name: values.clone() for name, values in sampler.noise.items()}
     together = torch.empty(12 * 12).normal_(generator=torch.Generator().manual_seed(1))
     assert_close(torch.cat([part.flatten() for part in noise.values()]), together, rtol=0, atol=0)
     net.zero_grad()
@@ -310,17 +310,17 @@ def test_small_tensors_are_drawn_together_with_noise_and_gradients_of_their_own(
     for name, parameter in net.named_parameters():
         assert_close(grads[name], parameter.grad)
     with sampler.draw():
-        assert not torch.equal(sampler.noise["0.weight"][0], noise["0.weight"])
+        assert not torch.equal(sampler.noise["0.weight"], noise["0.weight"])
 
 
 def test_neighbours_share_a_node_of_the_graph_and_others_have_their_own():
     tensors = [torch.zeros(2, requires_grad=True) for _ in range(21)]
     places = [*range(10), *range(12, 14), *range(20, 29)]
-    found = flat.moved(tensors, torch.arange(42.0), places)
+    found = flat.moved(tensors, torch.arange(42.0), places)  # two parts of a flat tensor for each
     assert_close(torch.cat(found), torch.arange(42.0))
     nodes = [x.grad_fn for x in found]
     assert len({*nodes[:10]}) == len({*nodes[12:]}) == 1
-    assert len({*nodes}) == 4
+    assert len({*nodes}) == 3
     found[0].sum().backward()
     assert tensors[0].grad is not None
     assert [x.grad for x in tensors[1:]] == [None] * 20
