@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from bayeslayers.curvature.kernels import measure
 from bayeslayers.optim.bundle import Bundle
 from bayeslayers.readings import Readings
 from bayeslayers.sampling.flat import joined
@@ -30,6 +31,9 @@ def magnitudes(readings: Readings, *lists: Sequence[Tensor]) -> Callable[[], lis
         readings: Where the norms wait.
         *lists: Tensors.
     """
+    if (measured := measure.norms(lists)) is not None:
+        known = [_largest(own) for own in measured]
+        return lambda: known
     parts = [joined(tensors) for tensors in lists]
     norms = _norms([x for part in parts for x in part])
     values = readings.later([torch.stack(own) for own in norms.values()])
@@ -51,7 +55,10 @@ def smallest(readings: Readings, tensors: Sequence[Tensor]) -> Callable[[], floa
         readings: Where the values wait.
         tensors: Tensors of values > 0.
     """
-    values = readings.later([x.amin() for x in joined(tensors) if x.numel()])
+    tensors = [x for x in tensors if x.numel()]
+    if (measured := measure.smallest(tensors)) is not None:
+        return lambda: min(measured)
+    values = readings.later([x.amin() for x in joined(tensors)])
     return lambda: min(found, default=math.inf) if math.isfinite(sum(found := values())) else 0.0
 
 

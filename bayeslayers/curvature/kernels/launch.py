@@ -15,7 +15,7 @@ from bayeslayers.curvature.op import is_eager
 
 LANGUAGES = {"cuda": "triton", "cpu": "numba"}  # by type of device; ROCm's devices are called "cuda" too
 # Values from which an elementwise kernel is launched: a guess for Triton, as no GPU has been timed.
-LARGE = {"triton": 2**16, "numba": 2**13}
+LARGE = {"triton": 2**16, "numba": 2**12}
 
 T = TypeVar("T")
 

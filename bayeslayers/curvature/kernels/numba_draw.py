@@ -21,7 +21,7 @@ import numpy as np
 from numpy import float32, int32, uint32, uint64
 from torch import Tensor
 
-from bayeslayers.curvature.kernels.numba_jit import flat, jit
+from bayeslayers.curvature.kernels.numba_jit import floats, jit
 
 _COUNTERS = 256  # at a time, whose words and values stay in the first cache
 _VALUES = 8 * _COUNTERS
@@ -105,7 +105,8 @@ def _copy(values, out):
 
 
 @jit
-def _fill(out, key, first):
+def _fill(out, size, key, first):
+    out = floats(out, size)
     words, values = np.empty((4, _COUNTERS), np.int32), np.empty((4, 2, _COUNTERS), np.float32)
     for start in range(0, len(out), _VALUES):
         _block(words, values, uint64(key), uint64(first + start // 8))
@@ -124,7 +125,9 @@ def _add(out, mean, spread, noise, of_precision):
 
 
 @jit
-def _sample(out, mean, spread, of_precision, kept, key, first):
+def _sample(out, mean, spread, of_precision, kept, size, key, first):
+    out, mean, spread = floats(out, size), floats(mean, size), floats(spread, size)
+    kept = floats(kept, size if kept else 0)
     words, values = np.empty((4, _COUNTERS), np.int32), np.empty((4, 2, _COUNTERS), np.float32)
     for start in range(0, len(out), _VALUES):
         stop, noise = start + _VALUES, values.reshape(_VALUES)
@@ -150,7 +153,7 @@ def fill(noise: Tensor, seed: Tensor, offset: int) -> None:
         seed: A number.
         offset: The first counter.
     """
-    _fill(flat(noise), seed.item(), offset)
+    _fill(noise.data_ptr(), noise.numel(), seed.item(), offset)
 
 
 def sample(
@@ -167,5 +170,6 @@ def sample(
         seed: A number.
         offset: The first counter.
     """
-    kept = np.empty(0, np.float32) if noise is None else flat(noise)
-    _sample(flat(out), flat(mean), flat(spread), of_precision, kept, seed.item(), offset)
+    places = out.data_ptr(), mean.data_ptr(), spread.data_ptr()
+    kept = 0 if noise is None else noise.data_ptr()
+    _sample(*places, of_precision, kept, out.numel(), seed.item(), offset)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy import float32
 from torch import Tensor
 
-from bayeslayers.curvature.kernels.numba_jit import flat, jit
+from bayeslayers.curvature.kernels.numba_jit import floats, jit
 
 _VALUES = 256  # of a run: few, so that all streams of memory are read ahead together
 
@@ -66,9 +66,12 @@ def _move(mean, direction, precision, damping, lr, clip_radius):
 
 @jit
 def _step(
-    mean, precision, average, grad, curvature, prior_mean, prior_precision,
+    mean, precision, average, grad, curvature, prior_mean, prior_precision, size, priors,
     newest, ess, lr, precision_lr, curvature_weight, damping, clip_radius, is_new_precision,
 ):  # fmt: skip
+    mean, precision, average = floats(mean, size), floats(precision, size), floats(average, size if average else 0)
+    grad, curvature = floats(grad, size), floats(curvature, size)
+    prior_mean, prior_precision = floats(prior_mean, priors[0]), floats(prior_precision, priors[1])
     center, prior, direction = (
         np.empty(_VALUES, np.float32),
         np.empty(_VALUES, np.float32),
@@ -91,7 +94,8 @@ def _step(
 
 
 @jit
-def _retract(precision, target, prior_precision, factor, weight, of_root):
+def _retract(precision, target, prior_precision, size, priors, factor, weight, of_root):
+    precision, target, prior_precision = floats(precision, size), floats(target, size), floats(prior_precision, priors)
     prior = np.empty(_VALUES, np.float32)
     for start in range(0, len(precision), _VALUES):
         p, t = precision[start : start + _VALUES], target[start : start + _VALUES]
@@ -134,9 +138,9 @@ def step(
         is_new_precision: Whether `curvature` is the new precision.
         clips: Whether the move is bounded; otherwise its bound is infinite.
     """
-    before = np.empty(0, np.float32) if average is None else flat(average)
-    others = (flat(x) for x in (grad, curvature, prior_mean, prior_precision))
-    _step(flat(mean), flat(precision), before, *others, *numbers, is_new_precision)
+    tensors = mean, precision, average, grad, curvature, prior_mean, prior_precision
+    places = (0 if x is None else x.data_ptr() for x in tensors)
+    _step(*places, mean.numel(), (prior_mean.numel(), prior_precision.numel()), *numbers, is_new_precision)
 
 
 def retract(
@@ -154,4 +158,5 @@ def retract(
         weight: Of the target.
         of_root: Whether sqrt(p) is a factor of it too.
     """
-    _retract(flat(precision), flat(target), flat(prior_precision), factor, weight, of_root)
+    places = (x.data_ptr() for x in (precision, target, prior_precision))
+    _retract(*places, target.numel(), prior_precision.numel(), factor, weight, of_root)
