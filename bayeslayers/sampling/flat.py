@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class Scratch:
     """Memory in which the same small tensors are gathered in each step; views of its parts take longer than a copy."""
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, tuple[Tensor, list[Tensor]]] = {}
+        self._kept: dict[Hashable, tuple[Any, Tensor, list[Tensor]]] = {}
 
     def gather(self, key: Hashable, tensors: Sequence[Tensor]) -> Tensor:
         """Return one tensor itself, several copied into a flat one, which the next call with this key overwrites.
@@ -82,13 +82,13 @@ class Scratch:
         """
         if len(tensors) == 1:
             return tensors[0]
-        flat, parts = self._kept.get(key, (tensors[0], []))
         kind = (tensors[0].dtype, tensors[0].device, [x.shape for x in tensors])
-        if (flat.dtype, flat.device, [part.shape for part in parts]) == kind:
+        before, flat, parts = self._kept.get(key, (None, tensors[0], []))
+        if before == kind:
             torch._foreach_copy_(parts, list(tensors))  # pyright: ignore[reportPrivateImportUsage]
         else:
             flat = gather(tensors)
-            self._kept[key] = flat, spread(flat, tensors)
+            self._kept[key] = kind, flat, spread(flat, tensors)
         return flat
 
     def scatter(self, key: Hashable, tensors: Sequence[Tensor]) -> None:
@@ -99,7 +99,7 @@ class Scratch:
             tensors: Those that were gathered last with this key.
         """
         if len(tensors) > 1:
-            torch._foreach_copy_(list(tensors), self._kept[key][1])  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_copy_(list(tensors), self._kept[key][2])  # pyright: ignore[reportPrivateImportUsage]
 
 
 def spread(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -138,38 +138,36 @@ def _on_device(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 class _Moved(torch.autograd.Function):
-    """Sums of several tensors and a flat change of theirs; each tensor gets the gradient of its sum."""
+    """Sums of several tensors and a change of each, which gets the gradient of its sum."""
 
     @staticmethod
-    def forward(ctx, change, *tensors):
+    def forward(ctx, changes, *tensors):
         ctx.set_materialize_grads(False)
-        return tuple(spread(gather(tensors).add_(change), tensors))
+        return tuple(torch._foreach_add(tensors, changes))  # pyright: ignore[reportPrivateImportUsage]
 
     @staticmethod
     def backward(ctx, *grads):
         return (None, *grads)
 
 
-def moved(tensors: Sequence[Tensor], change: Tensor, places: Sequence[int]) -> list[Tensor]:
-    """Return tensors plus their parts of a flat change, through which gradients reach the tensors.
+def moved(tensors: Sequence[Tensor], changes: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
+    """Return tensors plus a change of each, through which gradients reach the tensors.
 
     Neighbours share a node of autograd's graph. Others do not, for a node waits for all of its gradients, and what
     sends them to other ranks waits for the node.
 
     Args:
         tensors: Small tensors.
-        change: What is added, as `gather` would return it.
+        changes: What is added to each.
         places: Where they are in the network, in rising order.
     """
     eager = is_eager()
     found: list[Tensor] = []
-    runs = _runs(places)
-    for run, part in zip(runs, change.split([sum(x.numel() for x in tensors[run]) for run in runs]), strict=True):
-        own = tensors[run]
+    for run in _runs(places):
+        own, parts = tensors[run], changes[run]
         if eager and len(own) >= _FEW:
-            found += _Moved.apply(part, *own)
+            found += _Moved.apply(parts, *own)
         else:
-            parts = spread(part, own) if len(own) > 1 else [part.view_as(own[0])]
             found += [tensor + change for tensor, change in zip(own, parts, strict=True)]
     return found
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.curvature.kernels import draw
+from bayeslayers.curvature.op import is_eager
 from bayeslayers.distributions.noise import BLOCK, StandardNormal
 from bayeslayers.layers import BayesianLayer, can_draw_output
 from bayeslayers.layers.perturbation import PERTURBATIONS, Estimator, Perturbation
@@ -29,6 +30,8 @@ class Small:
         places: Where they are among all.
         noise: Their noise, in a flat tensor.
         noise_of: The parts of it by the sites' names.
+        change: Memory for what the noise adds to the means.
+        changes: Its parts, one for each site; views of them would take longer than the arithmetic.
         deviation: Their standard deviations likewise, if these are kept.
     """
 
@@ -36,6 +39,8 @@ class Small:
     places: Sequence[int]
     noise: Tensor
     noise_of: dict[str, Tensor]
+    change: Tensor
+    changes: list[Tensor]
     deviation: Tensor | None = None
 
     @classmethod
@@ -43,8 +48,9 @@ class Small:
         """Return sites, with their places, and memory for their noise."""
         places, sites = zip(*bundle, strict=True)
         means = [site.mean for site in sites]
-        noise = torch.empty_like(gather(means))
-        return cls(sites, places, noise, {s.name: x for s, x in zip(sites, spread(noise, means), strict=True)})
+        noise, change = (torch.empty_like(gather(means)) for _ in range(2))
+        parts = {site.name: part for site, part in zip(sites, spread(noise, means), strict=True)}
+        return cls(sites, places, noise, parts, change, spread(change, means))
 
 
 def sites_together(sites: Sequence[Site], alone: Container[nn.Module] = ()) -> list[list[tuple[int, Site]]]:
@@ -188,9 +194,10 @@ class Sampler:
             deviation = gather([site.precision for site in small.sites]).rsqrt_().to(means[0].dtype)
         elif deviation is None:
             deviation = small.deviation = gather([self._deviations[site.name] for site in small.sites])
-        change = small.noise * deviation
+        change = torch.mul(small.noise, deviation, out=small.change if is_eager() else None)
         change = change if factor == 1 else change.mul_(factor)
-        return dict(zip(small.noise_of, moved(means, change, small.places), strict=True))
+        changes = small.changes if change is small.change else spread(change, means)
+        return dict(zip(small.noise_of, moved(means, changes, small.places), strict=True))
 
     def _draw_site(
         self,
