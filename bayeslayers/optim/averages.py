@@ -23,7 +23,7 @@ class Recorded(NamedTuple):
     grad_scale: float = 1.0
 
 
-Gradients: TypeAlias = Sequence[tuple[nn.Parameter, Tensor | None]]  # a dict would hash each parameter
+Gradients: TypeAlias = Sequence[Tensor | None]  # of parameters in their order: a dict would hash each in Python
 
 
 class Averages:
@@ -67,25 +67,28 @@ class Averages:
         self.weight += own
         self.square_weight += own**2 / elements
 
-    def add(self, recorded: Recorded, earlier: Gradients, weight: float = 1.0) -> None:
+    def add(
+        self, recorded: Recorded, parameters: Iterable[nn.Parameter], earlier: Gradients, weight: float = 1.0
+    ) -> None:
         """Fold a draw into the means.
 
         Args:
             recorded: What its scope left.
+            parameters: Those with gradients.
             earlier: The means of the gradients before it, where `.grad` holds its own; `.grad` becomes the new means.
             weight: How much it counts beside the others: the examples of a sample group.
         """
         self.draws += 1
         self.total += weight
         if recorded.grad_scale != 1:
-            for parameter, _ in earlier:
+            for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad = parameter.grad * recorded.grad_scale
         if self.draws == 1:
             self.statistics, self._scale = dict(recorded.statistics), recorded.scale
             return
         share, scale = weight / self.total, _number(recorded.scale) / self.scale  # of a batch of another size
-        for parameter, mean in earlier:
+        for parameter, mean in zip(parameters, earlier, strict=True):
             parameter.grad = _mean(mean, parameter.grad, share)
         for key in {**self.statistics, **recorded.statistics}:
             new = recorded.statistics.get(key)
@@ -119,12 +122,12 @@ def kept_gradients(parameters: Iterable[nn.Parameter], spent: Iterable[weakref.r
         spent: The gradients that the last step has used.
     """
     used = {id(ref()) for ref in spent}
-    return [(p, None if id(grad := p.grad) in used else grad) for p in parameters]
+    return [None if id(grad := p.grad) in used else grad for p in parameters]
 
 
-def set_gradients(grads: Iterable[tuple[nn.Parameter, Tensor | None]]) -> None:
+def set_gradients(parameters: Iterable[nn.Parameter], grads: Iterable[Tensor | None]) -> None:
     """Give parameters these gradients."""
-    for parameter, grad in grads:
+    for parameter, grad in zip(parameters, grads, strict=False):
         parameter.grad = grad
 
 

@@ -8,6 +8,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -136,7 +137,7 @@ class AveragedDraws(PosteriorGroups):
         if all(p.grad is None for p in self._names):  # cleared past the optimizer: no draw to average with
             self._forget()
         earlier = kept_gradients(self._names, self._spent)
-        set_gradients((p, None) for p in self._names)
+        set_gradients(self._names, repeat(None))
         self._losses.clear()
         try:
             with in_use(self.model, trains=True), self._watched(), self._own_draws(), scope(), self._losses:
@@ -144,7 +145,7 @@ class AveragedDraws(PosteriorGroups):
                 yield
             self._collect(earlier)
         except BaseException:
-            set_gradients(earlier)
+            set_gradients(self._names, earlier)
             raise
         finally:
             self._inside = False
@@ -154,9 +155,9 @@ class AveragedDraws(PosteriorGroups):
         """Fold the scope's gradients and statistics into the means over draws."""
         recorded = self._record()
         if recorded is None:
-            set_gradients(earlier)
+            set_gradients(self._names, earlier)
             return
-        self._averages.add(recorded, earlier, self._part_weight)
+        self._averages.add(recorded, self._names, earlier, self._part_weight)
         if self.sync:
             self._averages.add_weight(self._weight(), self.loss_weight)
 

@@ -28,17 +28,17 @@ class Small:
     Attributes:
         sites: The sites.
         places: Where they are among all.
-        noise: Their noise, in a flat tensor.
-        noise_of: The parts of it by the sites' names.
+        noise: Memory for their noise, flat.
+        noise_of: Its parts by the sites' names, each with the factor that makes it standard normal.
         change: Memory for what the noise adds to the means.
-        changes: Its parts, one for each site; views of them would take longer than the arithmetic.
+        changes: Its parts, one for each site; to view them in each sample would take longer than the arithmetic.
         deviation: Their standard deviations likewise, if these are kept.
     """
 
     sites: Sequence[Site]
     places: Sequence[int]
     noise: Tensor
-    noise_of: dict[str, Tensor]
+    noise_of: dict[str, tuple[Tensor, float]]
     change: Tensor
     changes: list[Tensor]
     deviation: Tensor | None = None
@@ -49,8 +49,15 @@ class Small:
         places, sites = zip(*bundle, strict=True)
         means = [site.mean for site in sites]
         noise, change = (torch.empty_like(gather(means)) for _ in range(2))
-        parts = {site.name: part for site, part in zip(sites, spread(noise, means), strict=True)}
+        parts = {site.name: (part, 1.0) for site, part in zip(sites, spread(noise, means), strict=True)}
         return cls(sites, places, noise, parts, change, spread(change, means))
+
+    def fill_(self, normal: StandardNormal) -> float:
+        """Fill the noise with the next values, and return the factor that makes them standard normal."""
+        factor = draw.fill_unscaled_(normal, self.noise)
+        if factor != self.noise_of[self.sites[0].name][1]:
+            self.noise_of = {name: (part, factor) for name, (part, _) in self.noise_of.items()}
+        return factor
 
 
 def sites_together(sites: Sequence[Site], alone: Container[nn.Module] = ()) -> list[list[tuple[int, Site]]]:
@@ -186,8 +193,8 @@ class Sampler:
 
     def _draw_together(self, small: Small, normal: StandardNormal) -> dict[str, Tensor]:
         """Return the samples of small sites."""
-        factor = draw.fill_unscaled_(normal, small.noise)
-        self.noise |= {name: (part, factor) for name, part in small.noise_of.items()}
+        factor = small.fill_(normal)
+        self.noise |= small.noise_of
         means = [site.mean for site in small.sites]
         deviation = small.deviation
         if self._deviations is None:
