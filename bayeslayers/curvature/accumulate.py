@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -88,6 +88,18 @@ class Leaves(NamedTuple):
     name: str = ""
     watch: Any = None
     ops: Any = None
+
+    def of(self, names: Sequence[str], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return the leaves that an op fills, in their order; None for those of absent and frozen tensors.
+
+        Args:
+            names: Names of its tensors.
+            tensors: The tensors.
+        """
+        own = self.tensors
+        if self.kind == "squares":
+            return [None if x is None else own.get(name) for name, x in zip(names, tensors, strict=True)]
+        return [own[name] for name in ((BLOCK,) if self.kind == "block" else FACTORS)]
 
 
 def tile_elements(like: Tensor) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -107,12 +108,15 @@ def _of_one_position(use: Use, g: Tensor) -> Sequence[Tensor | None]:
     (x,), weight = use.inputs, cast(Tensor, use.tensors[0])
     need_x, need_weight, need_bias, need_weight_squares, need_bias_squares = use.needs
     with full_precision(x.device.type):
-        g_squares = at_least_float32(g).square() if need_weight_squares or need_bias_squares else g
+        g_squares = wide_x = g
+        if need_weight_squares or need_bias_squares:  # x * x is what `square` computes, by way of `pow`
+            g_squares, wide_x = at_least_float32(g), at_least_float32(x)
+            g_squares = g_squares * g_squares
         return (
-            g @ weight if need_x else None,
-            g.t() @ x if need_weight else None,
+            torch.mm(g, weight) if need_x else None,
+            torch.mm(g.t(), x) if need_weight else None,
             g.sum(0) if need_bias else None,
-            g_squares.t() @ at_least_float32(x).square() if need_weight_squares else None,
+            torch.mm(g_squares.t(), wide_x * wide_x) if need_weight_squares else None,
             g_squares.sum(0) if need_bias_squares else None,
         )
 

@@ -60,7 +60,11 @@ class Plan(NamedTuple):
 
 
 class Op(torch.autograd.Function):
-    """An op whose backward pass returns its curvature, as the gradients of leaves that play no part in the forward."""
+    """An op whose backward pass returns its curvature, as the gradients of leaves that play no part in the forward.
+
+    Its operands are a `Plan`, the inputs, the tensors, the leaves of their curvature, and the tally: None where a place
+    counts.
+    """
 
     generate_vmap_rule = True
 
@@ -71,47 +75,51 @@ class Op(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.plan, *operands = inputs
-        ctx.recomputed_in = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
-        first_leaf = {"squares": None, "factors": -3, "block": -2}[ctx.plan.kind]
-        ctx.size = 0 if first_leaf is None else len(operands[first_leaf])
-        end = ctx.plan.inputs + len(ctx.plan.rule.tensors)
-        if ctx.plan.place is not None:
-            ctx.leaves = operands[end:-1]
-            ctx.plan.place.recomputed_in(ctx.recomputed_in)
-        ctx.save_for_backward(*operands[:end])
+        _remember(ctx, inputs[0], inputs[1:])
 
     @staticmethod
     def backward(ctx, g):
         plan, saved, needs = ctx.plan, ctx.saved_tensors, ctx.needs_input_grad[1:-1]
-        rule, first = plan.rule, plan.inputs
-        middle = len(saved) - first
+        first, end, place = plan.inputs, len(saved), plan.place
         if plan.passes is not None:
             gradients, curvature = plan.passes.gradients, plan.passes.curvature
-            switches = [True] * first + [gradients] * middle + [curvature] * (len(needs) - first - middle)
+            switches = [True] * first + [gradients] * (end - first) + [curvature] * (len(needs) - end)
             needs = tuple([need and on for need, on in zip(needs, switches, strict=True)])
         use = Use(saved[:first], saved[first:], plan.settings, needs, plan.part)
-
-        def compute(use: Use) -> Sequence[Tensor | None]:
-            if plan.kind == "squares":
-                return (rule.kernel_for(g.device.type) if rule.kernels else rule.squares)(use, g)
-            if plan.kind == "block":
-                return outer_products(rule, use, g)
-            return rule.factors(use, g, ctx.size)
-
-        place, counts = plan.place, None
+        sums = counts = None
         if place is None:
-            found, counts = compute(use), tally(len(g), ctx.recomputed_in)
-        elif not place.collects:
-            found = compute(use)
-            place.count(ctx.recomputed_in, len(g))
+            counts = tally(len(g), ctx.recomputed_in)
+        elif place.collects:
+            sums = place.collect(plan.rule, use, g, ctx.leaves, ctx.size, ctx.recomputed_in)
         else:
-            end = first + middle
-            gradients = compute(use._replace(needs=needs[:end] + (False,) * (len(needs) - end)))
-            sums = place.collect(rule, use, g, ctx.leaves, ctx.size, ctx.recomputed_in)
-            found = (*gradients[:end], *sums)
-        grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
-        return (None, *grads, counts)
+            place.count(ctx.recomputed_in, len(g))
+        if sums is None:
+            found = _computed(use, g, plan, ctx.size)
+        else:
+            gradients = use._replace(needs=needs[:end] + (False,) * (len(needs) - end))
+            found = (*_computed(gradients, g, plan, ctx.size)[:end], *sums)
+        return (None, *[grad if need else None for grad, need in zip(found, needs, strict=True)], counts)
+
+
+def _remember(ctx: Any, plan: Plan, operands: Sequence[Any]) -> None:
+    """Keep what the backward pass computes with."""
+    ctx.plan = plan
+    ctx.recomputed_in = task = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+    ctx.size = 0 if plan.kind == "squares" else len(operands[-3 if plan.kind == "factors" else -2])
+    end = plan.inputs + len(plan.rule.tensors)
+    if plan.place is not None:
+        ctx.leaves = operands[end:-1]
+        if task != -1:  # a backward pass that runs the layer again, where the layer may collect its uses
+            plan.place.watch.open_pass(task)
+    ctx.save_for_backward(*operands[:end])
+
+
+def _computed(use: Use, g: Tensor, plan: Plan, size: int) -> Sequence[Tensor | None]:
+    """Return what a use needs, by its rule; the first Kronecker factor has that size."""
+    rule = plan.rule
+    if plan.kind == "squares":
+        return (rule.kernel_for(g.device.type) if rule.kernels else rule.squares)(use, g)
+    return outer_products(rule, use, g) if plan.kind == "block" else rule.factors(use, g, size)
 
 
 class EagerOp(torch.autograd.Function):
@@ -121,9 +129,8 @@ class EagerOp(torch.autograd.Function):
     def forward(ctx, plan, *operands):
         first, end = plan.inputs, plan.inputs + len(plan.rule.tensors)
         output = plan.rule.forward(operands[:first], operands[first:end], plan.settings)
-        output = owned(output) if output._is_view() else output
-        Op.setup_context(ctx, (plan, *operands), output)
-        return output
+        _remember(ctx, plan, operands)
+        return owned(output) if output._is_view() else output
 
     backward = Op.backward  # pyright: ignore[reportAssignmentType]
 
@@ -131,16 +138,3 @@ class EagerOp(torch.autograd.Function):
 def is_eager() -> bool:
     """Return whether neither `vmap` nor a compiler looks on."""
     return not torch.compiler.is_compiling() and peek_interpreter_stack() is None
-
-
-def apply(plan: Plan, *operands: Tensor | None) -> Any:
-    """Return an op's output.
-
-    Args:
-        plan: What it takes beside its operands.
-        *operands: Its inputs, its tensors, the leaves of their curvature, and the tally.
-    """
-    if not is_eager():
-        return Op.apply(plan, *operands)
-    with torch._C.DisableTorchFunction():  # a mode that sees each function, as `LossFunctions`, has nothing to see here
-        return EagerOp.apply(plan, *operands)

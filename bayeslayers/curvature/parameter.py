@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from bayeslayers.curvature.accumulate import Leaves, sum_of_squares
 from bayeslayers.curvature.lifted import Lifted
 from bayeslayers.curvature.linear import LINEAR
 from bayeslayers.curvature.meetings import bound
-from bayeslayers.curvature.op import Plan, apply, is_eager
+from bayeslayers.curvature.op import EagerOp, Plan, is_eager
 from bayeslayers.curvature.refusal import Origin
 from bayeslayers.curvature.rule import CurvatureRule, Tensors, Use
 from bayeslayers.curvature.watch import AS_WEIGHT
@@ -62,7 +63,8 @@ def read(value: Tensor, leaves: Leaves) -> Tensor:
     if looks or not value.requires_grad or (place := watch.enter_read(leaves.name)) is None:
         return value
     plan = Plan(PARAMETER, 1, (), leaves.kind, None, leaves.passes, place)
-    rows = apply(plan, value.new_empty(place.examples), value, leaves.tensors.get("value"), leaves.tally)
+    with torch._C.DisableTorchFunction():
+        rows: Any = EagerOp.apply(plan, value.new_empty(place.examples), value, leaves.tensors.get("value"), None)
     if place.examples == 1:
         return rows[0]
     lifted = Lifted.of(rows, watch.meetings, origin, place.call is not None)

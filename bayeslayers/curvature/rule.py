@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 
-from bayeslayers.curvature.accumulate import BLOCK, FACTORS, Leaves, chunks, sum_of_squares
+from bayeslayers.curvature.accumulate import Leaves, chunks, sum_of_squares
 from bayeslayers.curvature.layout import CONSTANT, Layout
 from bayeslayers.curvature.lifted import Lifted
-from bayeslayers.curvature.op import Backward, Plan, Tensors, Use, apply
+from bayeslayers.curvature.op import Backward, EagerOp, Op, Plan, Tensors, Use, is_eager
 from bayeslayers.curvature.refusal import Origin
 from bayeslayers.dtypes import at_least_float32, autocast_operand, full_precision
 
@@ -194,25 +194,28 @@ class CurvatureRule(abc.ABC):
         """
         if leaves is None:
             return self.forward(inputs, tensors, settings)
-        if self.casts:
+        eager = is_eager()
+        # A mode that sees each function, as `LossFunctions`, has nothing to see here.
+        with torch._C.DisableTorchFunction() if eager and type(inputs[0]) is Tensor else nullcontext():
+            return self._tracked(inputs, tensors, leaves, settings, eager)
+
+    def _tracked(
+        self, inputs: tuple[Tensor, ...], tensors: Tensors, leaves: Leaves, settings: Any, eager: bool
+    ) -> Tensor:
+        if self.casts and torch._C._is_any_autocast_enabled():
             inputs = tuple([autocast_operand(x) for x in inputs])
             tensors = tuple([None if x is None else autocast_operand(x) for x in tensors])
         if not self.has_examples(inputs, tensors):
-            return self(tuple([x.unsqueeze(0) for x in inputs]), tensors, leaves, settings).squeeze(0)
-        if leaves.kind == "squares":
-            found = [
-                None if x is None else leaves.tensors.get(key) for key, x in zip(self.tensors, tensors, strict=True)
-            ]
-        else:
-            found = [leaves.tensors[key] for key in ((BLOCK,) if leaves.kind == "block" else FACTORS)]
-        place = None
-        if (watch := leaves.watch) is not None and not torch.compiler.is_compiling():
+            rows = tuple([x.unsqueeze(0) for x in inputs])
+            return self._tracked(rows, tensors, leaves, settings, eager).squeeze(0)
+        found, place = leaves.of(self.tensors, tensors), None
+        if (watch := leaves.watch) is not None and (eager or not torch.compiler.is_compiling()):
             if watch.observed is not None:
                 inputs = tuple([x.plain if isinstance(x, Lifted) else x for x in inputs])
                 output = self.forward(inputs, tensors, settings)
                 dims = tuple(self.example_dims(inputs, tensors, settings))
                 return watch.observe(leaves.name, inputs[0], output, dims)
-            if peek_interpreter_stack() is None:  # not under vmap
+            if eager:
                 place = watch.enter(leaves.name, inputs[0])
             if place is not None and place.layout == CONSTANT:
                 inputs = tuple(
@@ -224,13 +227,15 @@ class CurvatureRule(abc.ABC):
                     lifted, place = settings, place.lifted(inputs[0].shape[1])
                     inputs = tuple([x.flatten(0, 1) for x in inputs])
                 plan = Plan(self, len(inputs), lifted, leaves.kind, leaves.part, leaves.passes, place)
-                rows = apply(plan, *inputs, *tensors, *found, leaves.tally)
+                rows = EagerOp.apply(plan, *inputs, *tensors, *found, None)
                 if folds:
                     rows = rows.unflatten(0, (place.examples, -1))
                 return Lifted.of(rows, watch.meetings, Origin("the output of layer", leaves.name))
-            inputs = tuple([_of_examples(x, place, leaves.name) for x in inputs])
+            if type(inputs[0]) is not Tensor or len(inputs) > 1:
+                inputs = tuple([_of_examples(x, place, leaves.name) for x in inputs])
         plan = Plan(self, len(inputs), settings, leaves.kind, leaves.part, leaves.passes, place)
-        return apply(plan, *inputs, *tensors, *found, leaves.tally)
+        tally = leaves.tally if place is None else None
+        return (EagerOp if eager else Op).apply(plan, *inputs, *tensors, *found, tally)  # pyright: ignore
 
 
 class FactoredRule(CurvatureRule):

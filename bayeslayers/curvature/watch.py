@@ -74,7 +74,8 @@ class Watch:
         """Forget the calls and passes of the last scope."""
         self.call, self.sizes = 0, set[int]()
         self.counted = Counter[str]()
-        self._counts, self._most = Counter[str](), Counter[str]()
+        self._counts: dict[str, int] = {}  # uses in the open call
+        self.repeated = set[str]()  # layers and reads with several uses in one call
         self._passes: dict[int, dict[str, Uses]] = {}
         self._tallied: set[tuple[int, str]] = set()
         self.collected: set[tuple[int, str]] = set()
@@ -112,11 +113,9 @@ class Watch:
                 return None
             (examples,), index, call = sizes, 0, None
         else:
-            examples, index, call = self.examples, self._counts[name], self.call
-            self._counts[name] += 1
-            self._most[name] = max(self._most[name], index + 1)
+            examples, index, call = self.examples, self._count(name), self.call
         layout = _layout_of(known, index, x, examples)
-        if call is not None and self._is_ragged(name, index, x, layout):
+        if layout is not EXAMPLES and call is not None and self._is_ragged(name, index, x, layout):
             raise CurvatureRefusal(
                 name,
                 f"layer '{name}' must get as many rows from each example, got an input of shape {tuple(x.shape)} for "
@@ -139,11 +138,10 @@ class Watch:
         """
         if self.examples is not None:
             examples, call = self.examples, self.call
-            self._counts[name] += 1
-            self._most[name] = max(self._most[name], self._counts[name])
+            self._count(name)
         elif len(self.sizes) == 1 and torch._C._current_graph_task_id() != -1:  # checkpointing runs it again
             (examples,), call = self.sizes, None
-            self._most[name] = 2  # of how many reads is not known
+            self.repeated.add(name)  # as it may be: of how many reads is not known
         else:
             return None
         return Place(self, name, EXAMPLES, examples, call)
@@ -157,9 +155,16 @@ class Watch:
             return False
         return self.looked[name][index][layout.dim] != x.shape[layout.dim]
 
+    def _count(self, name: str) -> int:
+        """Count a use in the open call, and return how many came before it there."""
+        index = self._counts[name] = self._counts.get(name, -1) + 1
+        if index > 0:
+            self.repeated.add(name)
+        return index
+
     def runs_again(self, name: str) -> bool:
         """Return whether uses of a layer, or of one that it shares tensors with, must be added before squaring."""
-        return max(self._most[name], len(self.layouts.get(name, ()))) > 1 or name in self.groups
+        return name in self.repeated or name in self.groups or len(self.layouts.get(name, ())) > 1
 
     def must_collect(self, name: str) -> bool:
         """Return whether a layer shares tensors, or its examples are known to be elsewhere than in dimension 0."""
@@ -232,11 +237,6 @@ class Place:
         """
         return replace(self, layout=Layout(0, 1, folded))
 
-    def recomputed_in(self, task: int) -> None:
-        """Prepare a backward pass that runs the layer again for what the layer will collect."""
-        if task != -1:
-            self.watch.open_pass(task)
-
     def count(self, recomputed_in: int, examples: int | None = None) -> None:
         """Count the use, which goes backward as its place says, neither compiled nor under vmap.
 
@@ -244,12 +244,13 @@ class Place:
             recomputed_in: The backward pass that ran the forward again; -1 if none did.
             examples: How many go backward; None where another use of the layer has counted them.
         """
-        task = torch._C._current_graph_task_id() if recomputed_in == -1 else recomputed_in
-        self.watch.collected.add((task, self.name))
+        watch, name = self.watch, self.name
+        task = recomputed_in if recomputed_in != -1 else torch._C._current_graph_task_id()
+        watch.collected.add((task, name))
         if examples is not None:
-            self.watch.counted[self.name] += examples
-            if self.watch.check is not None:
-                self.watch.check(self.name, examples, 1, task)
+            watch.counted[name] = watch.counted.get(name, 0) + examples
+            if watch.check is not None:
+                watch.check(name, examples, 1, task)
 
     def collect(
         self,
@@ -285,6 +286,8 @@ def _layout_of(known: list[Layout | None] | None, index: int, x: Tensor, example
         return Layout(0, 1, len(x))
     if not known:
         return None
+    if index < len(known) and known[index] is EXAMPLES and x.shape[:1] == (examples,):  # of most layers
+        return EXAMPLES
     layout = known[index] if index < len(known) else known[-1] if len(set(known)) == 1 else None
     return layout if layout is None or layout == CONSTANT else layout.fitted(x.shape, examples)
 

@@ -149,11 +149,15 @@ class BayesianLayer(Correlated):
         """
         own, scope = self._parameters, scope_for(self)
         # As getattr, which costs three times as much: what a wrapper has made an attribute is not in `_parameters`.
-        means = {name: own[name] if name in own else getattr(self, name) for name in self.rule.tensors}
+        drawn = NOTHING if scope is OUTSIDE else scope.drawn.get(self, NOTHING)
+        tensors = tuple(
+            [
+                drawn[name] if name in drawn else own[name] if name in own else getattr(self, name)
+                for name in self.rule.tensors
+            ]
+        )
         if scope is OUTSIDE:
-            return tuple(means.values()), None, None
-        drawn = scope.drawn.get(self, NOTHING)
-        tensors = tuple([drawn.get(name, mean) for name, mean in means.items()])
+            return tensors, None, None
         tracks = torch.is_grad_enabled() or scope.observes
         return tensors, scope.leaves.get(self) if tracks else None, scope.perturbations.get(self)
 

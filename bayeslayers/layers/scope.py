@@ -79,7 +79,7 @@ def scope_for(module: nn.Module) -> Scope:
         RuntimeError: If autograd's thread has a choice of several.
     """
     scope = _current.get()
-    if torch.compiler.is_compiling() or scope is not OUTSIDE or not _open or torch._C._current_graph_task_id() == -1:
+    if scope is not OUTSIDE or torch.compiler.is_compiling() or not _open or torch._C._current_graph_task_id() == -1:
         return scope
     found = [other for other in tuple(_open) if module in other]
     if len(found) > 1 and not all(_agree(found[0], other, module) for other in found[1:]):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
@@ -21,6 +21,9 @@ class Recorded(NamedTuple):
     statistics: Mapping[Any, Tensor]
     scale: float | Callable[[], float] = 1.0
     grad_scale: float = 1.0
+
+
+Gradients: TypeAlias = Sequence[Tensor | None]  # of parameters in their order: a dict would hash each in Python
 
 
 class Averages:
@@ -64,37 +67,34 @@ class Averages:
         self.weight += own
         self.square_weight += own**2 / elements
 
-    def add(self, recorded: Recorded, earlier: Mapping[nn.Parameter, Tensor | None], weight: float = 1.0) -> None:
+    def add(
+        self, recorded: Recorded, parameters: Iterable[nn.Parameter], earlier: Gradients, weight: float = 1.0
+    ) -> None:
         """Fold a draw into the means.
 
         Args:
             recorded: What its scope left.
+            parameters: Those with gradients.
             earlier: The means of the gradients before it, where `.grad` holds its own; `.grad` becomes the new means.
             weight: How much it counts beside the others: the examples of a sample group.
         """
         self.draws += 1
         self.total += weight
+        if recorded.grad_scale != 1:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad * recorded.grad_scale
         if self.draws == 1:
-            self._scale = recorded.scale
-        scale = 1.0 if self.draws == 1 else _number(recorded.scale) / self.scale  # of a batch of another size
-        for parameter, mean in earlier.items():
-            grad = parameter.grad
-            if grad is not None and recorded.grad_scale != 1:
-                grad = grad * recorded.grad_scale
-            parameter.grad = self._mean(mean if self.draws > 1 else None, grad, weight / self.total)
+            self.statistics, self._scale = dict(recorded.statistics), recorded.scale
+            return
+        share, scale = weight / self.total, _number(recorded.scale) / self.scale  # of a batch of another size
+        for parameter, mean in zip(parameters, earlier, strict=True):
+            parameter.grad = _mean(mean, parameter.grad, share)
         for key in {**self.statistics, **recorded.statistics}:
             new = recorded.statistics.get(key)
             if new is not None and scale != 1:
                 new = new * scale
-            self.statistics[key] = self._mean(self.statistics.get(key), new, weight / self.total)
-
-    def _mean(self, mean: Tensor | None, new: Tensor | None, share: float) -> Any:
-        """Return the mean over all draws, from that of all but the last, which it overwrites, and the last's share."""
-        if self.draws == 1 or (mean is None and new is None):
-            return new
-        if mean is None:
-            return new * share  # pyright: ignore[reportOptionalOperand]
-        return mean.mul_(1 - share) if new is None else mean.lerp_(new, share)
+            self.statistics[key] = _mean(self.statistics.get(key), new, share)
 
     def apply_scale(self) -> None:
         """Multiply the statistics by `scale`, which is 1 from there."""
@@ -103,26 +103,31 @@ class Averages:
         self.scale = 1.0
 
 
+def _mean(mean: Tensor | None, new: Tensor | None, share: float) -> Any:
+    """Return the mean over all draws, from that of all but the last, which it overwrites, and the last's share."""
+    if mean is None:
+        return None if new is None else new * share
+    return mean.mul_(1 - share) if new is None else mean.lerp_(new, share)
+
+
 def _number(value: float | Callable[[], float]) -> float:
     return value() if callable(value) else value
 
 
-def kept_gradients(
-    parameters: Iterable[nn.Parameter], spent: Mapping[nn.Parameter, weakref.ref[Tensor]]
-) -> dict[nn.Parameter, Tensor | None]:
+def kept_gradients(parameters: Iterable[nn.Parameter], spent: Iterable[weakref.ref[Tensor]]) -> Gradients:
     """Return gradients, but for those that a step has used: they would take memory while a scope is open.
 
     Args:
         parameters: Parameters.
         spent: The gradients that the last step has used.
     """
-    used = {parameter: grad() for parameter, grad in spent.items()}
-    return {p: None if p.grad is used.get(p) else p.grad for p in parameters}
+    used = {id(ref()) for ref in spent}
+    return [None if id(grad := p.grad) in used else grad for p in parameters]
 
 
-def set_gradients(grads: Mapping[nn.Parameter, Tensor | None]) -> None:
+def set_gradients(parameters: Iterable[nn.Parameter], grads: Iterable[Tensor | None]) -> None:
     """Give parameters these gradients."""
-    for parameter, grad in grads.items():
+    for parameter, grad in zip(parameters, grads, strict=False):
         parameter.grad = grad
 
 

@@ -129,7 +129,7 @@ class VariationalOptimizer(BoundedStep):
             self._forget()
             raise
         predict_by_samples(self.model)
-        self._spent = {p: weakref.ref(p.grad) for p in self._names if p.grad is not None}
+        self._spent = [weakref.ref(p.grad) for p in self._names if p.grad is not None]
         self._forget()
         return True
 

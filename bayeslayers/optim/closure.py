@@ -41,11 +41,11 @@ class ClosureDraws(AveragedDraws, abc.ABC):
                 self._refuse_bad_loss()
         except BaseException:
             self._forget()
-            set_gradients(earlier)
+            set_gradients(self._names, earlier)
             self._averages = averages
             raise
         if loss is None:
-            set_gradients(earlier)
+            set_gradients(self._names, earlier)
             self._averages = averages
         return loss, output
 

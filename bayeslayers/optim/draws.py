@@ -8,6 +8,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from bayeslayers.curvature.elements import Elements, LossFunctions
 from bayeslayers.distributed.messages import is_distributed
 from bayeslayers.layers import BayesianLayer
 from bayeslayers.optim.amp import LossScale
-from bayeslayers.optim.averages import Averages, Recorded, kept_gradients, set_gradients
+from bayeslayers.optim.averages import Averages, Gradients, Recorded, kept_gradients, set_gradients
 from bayeslayers.optim.groups import PosteriorGroups, Rules
 from bayeslayers.optim.options import Options
 from bayeslayers.optim.ranks import (
@@ -64,7 +65,7 @@ class AveragedDraws(PosteriorGroups):
         self.num_mc_groups = int(options.num_mc_groups)
         self._inside = False  # an open scope
         self._losses, self._forwards = LossFunctions(), Forwards()
-        self._spent: dict[nn.Parameter, weakref.ref[Tensor]] = {}  # gradients that the last step has used
+        self._spent: list[weakref.ref[Tensor]] = []  # gradients that the last step has used
         self._group_generators: list[torch.Generator] = []
         self._forget()
         self._groups, self._sharing = range(self.num_mc_groups), range(1)  # of this rank; ranks of the same draws
@@ -136,7 +137,7 @@ class AveragedDraws(PosteriorGroups):
         if all(p.grad is None for p in self._names):  # cleared past the optimizer: no draw to average with
             self._forget()
         earlier = kept_gradients(self._names, self._spent)
-        set_gradients(dict.fromkeys(self._names))
+        set_gradients(self._names, repeat(None))
         self._losses.clear()
         try:
             with in_use(self.model, trains=True), self._watched(), self._own_draws(), scope(), self._losses:
@@ -144,19 +145,19 @@ class AveragedDraws(PosteriorGroups):
                 yield
             self._collect(earlier)
         except BaseException:
-            set_gradients(earlier)
+            set_gradients(self._names, earlier)
             raise
         finally:
             self._inside = False
 
     @torch.no_grad()
-    def _collect(self, earlier: Mapping[nn.Parameter, Tensor | None]) -> None:
+    def _collect(self, earlier: Gradients) -> None:
         """Fold the scope's gradients and statistics into the means over draws."""
         recorded = self._record()
         if recorded is None:
-            set_gradients(earlier)
+            set_gradients(self._names, earlier)
             return
-        self._averages.add(recorded, earlier, self._part_weight)
+        self._averages.add(recorded, self._names, earlier, self._part_weight)
         if self.sync:
             self._averages.add_weight(self._weight(), self.loss_weight)
 

@@ -76,10 +76,13 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
 
     def _begin_again_after_new_prior(self) -> None:
         """Drop momentum and step counts of the task before, where `posterior_to_prior` has begun another."""
-        versions = [getattr(site.module, "prior_version", 0) for site in self._sites.values()]
+        versions = self._versions_of_prior()
         if versions != self._prior_versions:
             self._prior_versions = versions
             self._forget_steps()
+
+    def _versions_of_prior(self) -> list[int]:
+        return [vars(module).get("prior_version", 0) for module in self._modules]
 
     def _forget_steps(self) -> None:
         """Drop what the steps so far have left, beside the posterior."""
@@ -107,7 +110,8 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
         self._sites: dict[nn.Parameter, Site] = {site.mean: site for site in sites}
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
         self._sampler = Sampler(sites, self._generator, keeps_noise=self._keeps_noise)
-        self._prior_versions = [getattr(site.module, "prior_version", 0) for site in sites]
+        self._modules = list(dict.fromkeys(site.module for site in sites))
+        self._prior_versions = self._versions_of_prior()
         self._scratch = Scratch()
 
     def _all_groups(self, groups: Sequence[Mapping[str, Any]], deterministic_lr: float | None) -> list[dict[str, Any]]:
@@ -121,9 +125,9 @@ class PosteriorGroups(torch.optim.Optimizer, abc.ABC):
 
     def _drop_roots(self) -> None:
         """Leave matrix-variate posteriors the precisions of their entries, which this method moves."""
-        for site in self._sites.values():
-            if isinstance(site.module, BayesianLayer):
-                site.module.drop_roots()
+        for module in self._modules:
+            if isinstance(module, BayesianLayer) and module.is_correlated:
+                module.drop_roots()
 
     def _has_own_prior(self, site: Site) -> bool:
         return any("prior_precision" in group and site.mean in set(group["params"]) for group in self.param_groups)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 SMALL = 2**14  # elements up to which a copy costs less than an op of its own (64 kB of float32)
 _TOGETHER = 2**18  # elements of a flat tensor, which stays in a cache
-_RUN = 64  # tensors that share a node of autograd's graph, at most
+_FEW, _RUN = 8, 64  # tensors that share a node of autograd's graph, at least and at most
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class Scratch:
     """Memory in which the same small tensors are gathered in each step; views of its parts take longer than a copy."""
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, tuple[Tensor, list[Tensor]]] = {}
+        self._kept: dict[Hashable, tuple[Any, Tensor, list[Tensor]]] = {}
 
     def gather(self, key: Hashable, tensors: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> Tensor:
         """Return one tensor itself, several copied into a flat one, which the next call with this key overwrites.
@@ -82,12 +82,12 @@ class Scratch:
         if len(tensors) == 1:
             return tensors[0]
         like = tensors if like is None else like
-        flat, parts = self._kept.get(key, (tensors[0], []))
         kind = (tensors[0].dtype, tensors[0].device, [x.shape for x in like])
-        if (flat.dtype, flat.device, [part.shape for part in parts]) != kind:
+        before, flat, parts = self._kept.get(key, (None, tensors[0], []))
+        if before != kind:
             flat = tensors[0].new_empty(sum(x.numel() for x in like))
             parts = spread(flat, like)
-            self._kept[key] = flat, parts
+            self._kept[key] = kind, flat, parts
         torch._foreach_copy_(parts, list(tensors))  # pyright: ignore[reportPrivateImportUsage]
         return flat
 
@@ -99,7 +99,7 @@ class Scratch:
             tensors: Those that were gathered last with this key.
         """
         if len(tensors) > 1:
-            torch._foreach_copy_(list(tensors), self._kept[key][1])  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_copy_(list(tensors), self._kept[key][2])  # pyright: ignore[reportPrivateImportUsage]
 
 
 def spread(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -133,35 +133,36 @@ def _on_device(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 class _Moved(torch.autograd.Function):
-    """Parts of a flat tensor in the place of several tensors, each of which gets the gradient of its part."""
+    """Sums of several tensors and a change of each, which gets the gradient of its sum."""
 
     @staticmethod
-    def forward(ctx, flat, *tensors):
+    def forward(ctx, changes, *tensors):
         ctx.set_materialize_grads(False)
-        (first, *others) = tensors
-        return tuple(spread(flat, tensors)) if others else flat.view_as(first)
+        return tuple(torch._foreach_add(tensors, changes))  # pyright: ignore[reportPrivateImportUsage]
 
     @staticmethod
     def backward(ctx, *grads):
         return (None, *grads)
 
 
-def moved(tensors: Sequence[Tensor], flat: Tensor, places: Sequence[int]) -> list[Tensor]:
-    """Return parts of a flat tensor that stand in the place of tensors, to which their gradients go.
+def moved(tensors: Sequence[Tensor], changes: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
+    """Return tensors plus a change of each, through which gradients reach the tensors.
 
     Neighbours share a node of autograd's graph. Others do not, for a node waits for all of its gradients, and what
     sends them to other ranks waits for the node.
 
     Args:
         tensors: Small tensors.
-        flat: What takes their place, as `gather` would return it.
+        changes: What is added to each.
         places: Where they are in the network, in rising order.
     """
     found: list[Tensor] = []
-    runs = _runs(places)
-    for run, part in zip(runs, flat.split([sum(x.numel() for x in tensors[run]) for run in runs]), strict=True):
-        moved = _Moved.apply(part, *tensors[run])
-        found += [moved] if isinstance(moved, Tensor) else moved
+    for run in _runs(places):
+        own, parts = tensors[run], changes[run]
+        if len(own) >= _FEW:
+            found += _Moved.apply(parts, *own)
+        else:
+            found += [tensor + change for tensor, change in zip(own, parts, strict=True)]
     return found
 
 

@@ -29,8 +29,10 @@ class Small:
     Attributes:
         sites: The sites.
         places: Where they are among all.
-        noise: Their noise, in a flat tensor.
-        noise_of: The parts of it by the sites' names.
+        noise: Memory for their noise, flat.
+        noise_of: Its parts by the sites' names.
+        change: Memory for what the noise adds to the means.
+        changes: Its parts, one for each site; to view them in each sample would take longer than the arithmetic.
         deviation: Their standard deviations likewise, if these are kept.
     """
 
@@ -38,6 +40,8 @@ class Small:
     places: Sequence[int]
     noise: Tensor
     noise_of: dict[str, Tensor]
+    change: Tensor
+    changes: list[Tensor]
     deviation: Tensor | None = None
 
     @classmethod
@@ -45,8 +49,9 @@ class Small:
         """Return sites, with their places, and memory for their noise."""
         places, sites = zip(*bundle, strict=True)
         means = [site.mean for site in sites]
-        noise = torch.empty_like(gather(means))
-        return cls(sites, places, noise, {s.name: x for s, x in zip(sites, spread(noise, means), strict=True)})
+        noise, change = (torch.empty_like(gather(means)) for _ in range(2))
+        parts = {site.name: part for site, part in zip(sites, spread(noise, means), strict=True)}
+        return cls(sites, places, noise, parts, change, spread(change, means))
 
 
 def sites_together(sites: Sequence[Site], alone: Container[nn.Module] = ()) -> list[list[tuple[int, Site]]]:
@@ -183,15 +188,17 @@ class Sampler:
 
     def _draw_together(self, small: Small, normal: StandardNormal) -> dict[str, Tensor]:
         """Return the samples of small sites."""
+        normal.fill_(small.noise)
         self.noise |= small.noise_of
         means = [site.mean for site in small.sites]
-        if self._deviations is not None and small.deviation is None:
-            small.deviation = gather([self._deviations[site.name] for site in small.sites])
-        with torch.no_grad():
-            mean = self._scratch.gather(("mean", small.places[0]), means)
-            precision = self._scratch.gather(("precision", small.places[0]), [site.precision for site in small.sites])
-        normal.sample_(sample := torch.empty_like(mean), mean, precision, small.deviation, small.noise)
-        return dict(zip(small.noise_of, moved(means, sample, small.places), strict=True))
+        deviation = small.deviation
+        if self._deviations is None:
+            precision = self._scratch.gather(small.places[0], [site.precision for site in small.sites])
+            deviation = precision.rsqrt().to(means[0].dtype)
+        elif deviation is None:
+            deviation = small.deviation = gather([self._deviations[site.name] for site in small.sites])
+        torch.mul(small.noise, deviation, out=small.change)
+        return dict(zip(small.noise_of, moved(means, small.changes, small.places), strict=True))
 
     def _draw_site(
         self,

@@ -258,6 +258,8 @@ class Tracker:
         if tally is not None:  # a use whose place is known, or a further one in the pass, adds none
             examples, uses, recomputed_in = (int(x) for x in tally.tolist())
             task = torch._C._current_graph_task_id() if recomputed_in == -1 else recomputed_in
+            if self._watch.must_collect(name) and (task, name) not in self._watch.collected:
+                uses = 2
             self._check(name, examples, uses, task)
 
     def _check(self, name: str, examples: int, uses: int, task: int) -> None:
@@ -267,8 +269,7 @@ class Tracker:
         uses belong: it is the pass in which the forward was recomputed.
         """
         uses = self._uses[name, task] = self._uses.get((name, task), 0) + uses
-        again = self._watch.must_collect(name) and (task, name) not in self._watch.collected
-        if uses > 1 or again:
+        if uses > 1:
             raise CurvatureRefusal(self._shown(name), f"layer '{self._shown(name)}' {ONE_CALL}")
         first, expected = self._seen.setdefault(task, (name, examples))
         if examples != expected:
