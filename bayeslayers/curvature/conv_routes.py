@@ -22,8 +22,9 @@ from bayeslayers.dtypes import at_least_float32
 
 Route: TypeAlias = Callable[[Tensor, Tensor, Tensor, Settings, bool], Moments]
 
-# Unfolded inputs are in memory in chunks of so many budgets: their examples are what a matmul sums over.
-_PAIRS = 16
+# Unfolded inputs are in memory in chunks of so many budgets. They are written once and read once: a larger chunk costs
+# fewer calls. For pairs, the examples of a chunk are what a matmul sums over.
+UNFOLDED, _PAIRS = 4, 16
 
 
 def by_groups(x: Tensor, g: Tensor, weight: Tensor, settings: Settings, with_grad: bool) -> Moments:
@@ -79,7 +80,7 @@ def by_products(x: Tensor, g: Tensor, weight: Tensor, settings: Settings, with_g
     """
     x, g = at_least_float32(x), at_least_float32(g)
     sums = Moments.zeros(g, weight[0].numel(), len(weight), with_grad=with_grad)
-    for chunk in chunks(len(x), math.prod(g.shape[2:]) * weight[0].numel(), x):
+    for chunk in chunks(len(x), math.prod(g.shape[2:]) * weight[0].numel() // UNFOLDED, x):
         sums.add_products(_unfolded(x[chunk], weight, settings).mT, g[chunk].flatten(2).mT)
     return sums.map(lambda total: total.t().reshape(weight.shape))
 
