@@ -195,8 +195,8 @@ class CurvatureRule(abc.ABC):
         if leaves is None:
             return self.forward(inputs, tensors, settings)
         eager = is_eager()
-        # A mode that sees each function, as `LossFunctions`, has nothing to see here.
-        with torch._C.DisableTorchFunction() if eager and type(inputs[0]) is Tensor else nullcontext():
+        # A mode that sees each function, as `LossFunctions`, has nothing to see here; `Lifted` must stay what it is.
+        with torch._C.DisableTorchFunction() if eager and type(inputs[0]) is not Lifted else nullcontext():
             return self._tracked(inputs, tensors, leaves, settings, eager)
 
     def _tracked(

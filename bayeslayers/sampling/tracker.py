@@ -62,6 +62,7 @@ class Tracker:
         self._watch = Watch(groups_of(layers, self._reads), frozenset(self._reads), self._check)
         self.leaves: dict[str, Tensor] = {}
         self._tallies: dict[str, Tensor] = {}
+        self._tallied: set[str] = set()  # names of those that a backward pass has reached
         self._part: Part | None = None
         self._kind: Kind = kind
         self._dense = dense
@@ -75,13 +76,15 @@ class Tracker:
     def examples(self) -> int:
         """Examples that went backward in the last scope, over all its backward passes."""
         counted = Counter(self._watch.counted)
-        counted.update({key: int(tally.grad[0]) for key, tally in self._tallies.items() if tally.grad is not None})
+        tallies = {key: self._tallies[key].grad for key in self._tallied}
+        counted.update({key: int(tally[0]) for key, tally in tallies.items() if tally is not None})
         return max(counted.values(), default=0)
 
     def clear(self) -> None:
         """Forget the sums."""
-        for leaf in (*self.leaves.values(), *self._tallies.values()):
+        for leaf in (*self.leaves.values(), *[self._tallies[key] for key in self._tallied]):
             leaf.grad = None
+        self._tallied.clear()
         self._seen.clear()
         self._uses.clear()
         self._watch.clear()
@@ -256,6 +259,7 @@ class Tracker:
 
     def _check_tally(self, name: str, tally: Tensor | None) -> None:
         if tally is not None:  # a use whose place is known, or a further one in the pass, adds none
+            self._tallied.add(name)
             examples, uses, recomputed_in = (int(x) for x in tally.tolist())
             task = torch._C._current_graph_task_id() if recomputed_in == -1 else recomputed_in
             if self._watch.must_collect(name) and (task, name) not in self._watch.collected:

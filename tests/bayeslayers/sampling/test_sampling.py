@@ -324,3 +324,31 @@ def test_neighbours_share_a_node_of_the_graph_and_others_have_their_own():
     found[0].sum().backward()
     assert tensors[0].grad is not None
     assert [x.grad for x in tensors[1:]] == [None] * 20
+
+
+def test_samples_of_small_tensors_stay_when_the_next_is_drawn_and_follow_the_model():
+    net = nn.Sequential(bl.BayesLinear(100, 90), bl.BayesLinear(90, 2))  # 9,282 values, which have noise in pairs
+    sampler = Sampler(list(posterior(net)), seeded())
+    for move in (net.float, net.double, net.half, net.float):
+        move()
+        with sampler.draw():
+            first = [site.value for site in sampler.sites]
+        before = [value.clone() for value in first]
+        with sampler.draw():
+            for site, own, copy in zip(sampler.sites, first, before, strict=True):
+                noise, factor = sampler.noise[site.name]
+                assert site.value.dtype == site.mean.dtype
+                assert_close(own, copy, **SAME)
+                assert not torch.equal(own, site.value)
+                assert_close(site.value, site.mean + noise * site.deviation * factor)
+
+
+def test_a_layer_that_is_called_by_itself_counts_in_its_own_scope_alone():
+    net = nn.Sequential(bl.BayesLinear(3, 2), bl.BayesLinear(2, 1))
+    with bl.tracked(net) as tracker:
+        net[0](torch.ones(5, 3)).sum().backward()
+        assert tracker.examples == 5
+        tracker.clear()
+        assert tracker.examples == 0
+        net[1](torch.ones(4, 2)).sum().backward()
+    assert tracker.examples == 4
