@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from bayeslayers.checks import fraction, non_negative, positive
+from bayeslayers.curvature.kernels.step import elbo_step_
 from bayeslayers.layers.perturbation import Estimator
 from bayeslayers.optim.adam import ADAM_STATE, adam_direction
-from bayeslayers.optim.averages import Recorded
+from bayeslayers.optim.averages import Recorded, corrected_weight
 from bayeslayers.optim.base import VariationalOptimizer
 from bayeslayers.optim.bounds import adam_ratio, magnitudes, smallest
 from bayeslayers.optim.bundle import pieces
@@ -23,6 +24,13 @@ from bayeslayers.readings import Readings
 from bayeslayers.sampling import Sampler
 
 LOG_SIGMA = "log_sigma_"  # before the name of what the state keeps of the logarithm of sigma
+POSTERIOR = ("mean", "precision", "grad", "log_sigma_grad", "prior_mean", "prior_precision")
+AVERAGES = {  # of the kernel, by the names of what the state keeps
+    "momentum": "momentum",
+    "second": "second_moment",
+    "log_momentum": f"{LOG_SIGMA}momentum",
+    "log_second": f"{LOG_SIGMA}second_moment",
+}
 _RULES = {"lr": non_negative, "beta1": fraction, "beta2": fraction, "temperature": positive}
 
 
@@ -171,8 +179,20 @@ class BBB(VariationalOptimizer):
                 "prior_mean": site.prior_mean,
                 "prior_precision": site.prior_precision,
             } | {name: value for name, value in state.items() if isinstance(value, Tensor)}
+            if _move_by_kernel(moving, group, state["step"], ess, self._averages.scale):
+                continue
             for piece in pieces(moving):
                 _move(piece, group, state["step"], ess, self._averages.scale)
+
+
+def _move_by_kernel(moving: dict[str, Tensor], group: dict[str, Any], step: int, ess: float, scale: float) -> bool:
+    """Do what `_move` does by a kernel; return False where none can run."""
+    averages = {name: moving[key] for name, key in AVERAGES.items() if key in moving}
+    if not group["beta1"]:
+        averages = {name: value for name, value in averages.items() if "second" in name}
+    newest, rest = corrected_weight(1 - group["beta1"], step) if group["beta1"] else 1.0, 1 - group["beta2"]
+    numbers = (ess, scale, group["lr"], newest, rest, 1 - group["beta2"] ** step)
+    return elbo_step_({name: moving[name] for name in POSTERIOR} | averages, numbers)
 
 
 def _move(piece: dict[str, Any], group: dict[str, Any], step: int, ess: float, scale: float) -> None:

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from bayeslayers.curvature.kernels.numba_jit import floats, jit
 
-_VALUES = 256  # of a run: few, so that all streams of memory are read ahead together
+VALUES = 256  # of a run: few, so that all streams of memory are read ahead together
 
 
 @jit
-def _average(average, grad, newest):
+def update_average(average, grad, newest):
     """Write (1 - newest) average + newest grad."""
-    for i in range(len(grad)):
+    for i in range(len(average)):
         average[i] = (float32(1) - newest) * average[i] + newest * grad[i]
 
 
@@ -34,7 +34,7 @@ def _precision(precision, curvature, prior, precision_lr, weight):
 
 
 @jit
-def _spread(prior, start, out):
+def spread(prior, start, out):
     """Write values of the prior from one place on, or its one value."""
     if len(prior) == 1:
         out[:] = prior[0]
@@ -73,21 +73,21 @@ def _step(
     grad, curvature = floats(grad, size), floats(curvature, size)
     prior_mean, prior_precision = floats(prior_mean, priors[0]), floats(prior_precision, priors[1])
     center, prior, direction = (
-        np.empty(_VALUES, np.float32),
-        np.empty(_VALUES, np.float32),
-        np.empty(_VALUES, np.float32),
+        np.empty(VALUES, np.float32),
+        np.empty(VALUES, np.float32),
+        np.empty(VALUES, np.float32),
     )
-    for start in range(0, len(mean), _VALUES):
-        stop = start + _VALUES
+    for start in range(0, len(mean), VALUES):
+        stop = start + VALUES
         m, p, g, c = mean[start:stop], precision[start:stop], grad[start:stop], curvature[start:stop]
-        _spread(prior_mean, start, center)
-        _spread(prior_precision, start, prior)
+        spread(prior_mean, start, center)
+        spread(prior_precision, start, prior)
         if is_new_precision:
             _copy(c, p)
         else:
             _precision(p, c, prior, float32(precision_lr), float32(curvature_weight))
         if len(average) > 0:
-            _average(average[start:stop], g, float32(newest))
+            update_average(average[start:stop], g, float32(newest))
             g = average[start:stop]
         _direction(m, center, prior, g, float32(ess), direction)
         _move(m, direction, p, float32(damping), float32(lr), float32(clip_radius))
@@ -96,10 +96,10 @@ def _step(
 @jit
 def _retract(precision, target, prior_precision, size, priors, factor, weight, of_root):
     precision, target, prior_precision = floats(precision, size), floats(target, size), floats(prior_precision, priors)
-    prior = np.empty(_VALUES, np.float32)
-    for start in range(0, len(precision), _VALUES):
-        p, t = precision[start : start + _VALUES], target[start : start + _VALUES]
-        _spread(prior_precision, start, prior)
+    prior = np.empty(VALUES, np.float32)
+    for start in range(0, len(precision), VALUES):
+        p, t = precision[start : start + VALUES], target[start : start + VALUES]
+        spread(prior_precision, start, prior)
         _retracted(p, t, prior, float32(factor), float32(weight), of_root)
 
 

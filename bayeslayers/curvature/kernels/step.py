@@ -1,9 +1,9 @@
-"""The natural-gradient step of a large tensor, by a kernel where one can run."""
+"""The step of a large tensor's posterior, by a kernel where one can run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayeslayers.curvature.kernels.launch import attempt, in_one_order, is_large, language_of, runs
 
-_NAME, _RETRACTION = "natural-gradient step", "new precision"
+_NAME, _RETRACTION, _ELBO = "natural-gradient step", "new precision", "step of BBB"
 
 
 class Moving(NamedTuple):
@@ -93,6 +93,29 @@ def retract_(
         return True
 
     return bool(attempt(_RETRACTION, target, launch))
+
+
+def elbo_step_(tensors: Mapping[str, Tensor], numbers: tuple[float, ...]) -> bool:
+    """Make BBB's step by a kernel; return False, with nothing changed, where none can run.
+
+    Args:
+        tensors: By the names of `numba_elbo.step`.
+        numbers: As there.
+    """
+    everything = list(tensors.values())
+    if language_of(everything[0]) != "numba" or not _fits(_ELBO, everything):
+        return False
+
+    def launch() -> bool:
+        from bayeslayers.curvature.kernels import numba_elbo
+
+        none = {"momentum": None, "log_momentum": None}
+        numba_elbo.step(**{**none, **tensors}, numbers=numbers)  # pyright: ignore[reportArgumentType]
+        for name in tensors.keys() - {"grad", "log_sigma_grad", "prior_mean", "prior_precision"}:
+            torch.autograd.graph.increment_version(tensors[name])
+        return True
+
+    return bool(attempt(_ELBO, everything[0], launch))
 
 
 def _fits(name: str, tensors: Sequence[Tensor]) -> bool:
