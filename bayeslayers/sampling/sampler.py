@@ -179,7 +179,7 @@ class Sampler:
     def _small_sites(self, perturbations: Mapping[nn.Module, Perturbation]) -> list[Small | Site]:
         """Return the sites, small ones together: those of the last draw, while the means are of one kind."""
         means = [site.mean for site in self.sites]
-        kinds = [(mean.dtype, mean.device) for mean in means]
+        kinds = [[mean.dtype for mean in means], [mean.device for mean in means]]
         if kinds != self._small_kinds:
             found = sites_together(self.sites, perturbations)
             self._small = [Small.of(bundle) if len(bundle) > 1 else bundle[0][1] for bundle in found]

@@ -180,7 +180,8 @@ class Tracker:
         if self._part is not None or self._kind != "squares":
             return {layer: self._leaves_of(name, layer) for name, layer in self.layers.items()}
         parameters = [p for layer in self.layers.values() for p in layer._parameters.values() if p is not None]
-        kinds = [(id(p), p.requires_grad, p.dtype, p.device, p.shape) for p in parameters]
+        kinds = [[id(p) for p in parameters], [p.requires_grad for p in parameters], [p.dtype for p in parameters]]
+        kinds += [[p.device for p in parameters], [p.shape for p in parameters]]  # lists: a tuple for each takes longer
         if kinds != self._kinds:
             self._own_leaves = {layer: self._leaves_of(name, layer) for name, layer in self.layers.items()}
             self._kinds = kinds
