@@ -15,9 +15,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import bayeslayers as bl
-from bayeslayers.curvature.kernels import launch, numba_draw, numba_jit, step, use_numba
+from bayeslayers.curvature.kernels import launch, measure, numba_draw, numba_elbo, numba_jit, step, use_numba
 from bayeslayers.curvature.kernels.draw import StandardNormal
 from bayeslayers.distributions.gaussian import natural_gradient_step_, retracted_precision
+from bayeslayers.optim import bbb
 
 SAME = {"rtol": 0, "atol": 0}
 
@@ -31,7 +32,7 @@ def launches(monkeypatch):
         names.append(name)
         return attempt(name, tensor, function)
 
-    for module in (sys.modules[StandardNormal.__module__], step):
+    for module in (sys.modules[StandardNormal.__module__], step, measure):
         monkeypatch.setattr(module, "attempt", counted)
     use_numba()
     yield names
@@ -184,6 +185,65 @@ def test_a_new_precision_is_that_of_the_torch_ops(of_root, priors):
     assert statistic._version > before
 
 
+def state_of_bbb(beta1, dtype):
+    torch.manual_seed(0)
+    names = ["grad", "log_sigma_grad", "mean", "precision", "prior_precision"]
+    names += ["second_moment", "log_sigma_second_moment"]
+    names += ["momentum", "log_sigma_momentum"] if beta1 else []
+    state = {name: torch.rand(9001, dtype=torch.float64) for name in names}
+    state["precision"] += 1.0
+    for name in ("grad", "log_sigma_grad"):
+        state[name] -= 0.5
+    return {name: value.to(dtype) for name, value in {**state, "prior_mean": torch.tensor(0.1)}.items()}
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_a_step_of_bbb_is_that_of_the_torch_ops(beta1, launches):
+    group = {"lr": 0.1, "beta1": beta1, "beta2": 0.99}
+    fast, slow = state_of_bbb(beta1, torch.float32), state_of_bbb(beta1, torch.float64)
+    versions = {name: value._version for name, value in fast.items()}
+    for count in range(1, 4):
+        assert bbb._move_by_kernel(fast, group, count, ess=50.0, scale=0.3)
+        bbb._move(slow, group, count, ess=50.0, scale=0.3)
+    assert_close(fast, slow, rtol=1e-5, atol=1e-6, check_dtype=False)
+    changed = {name for name, value in fast.items() if value._version > versions[name]}
+    assert changed == fast.keys() - {"grad", "log_sigma_grad", "prior_mean", "prior_precision"}
+    assert launches == ["step of BBB"] * 3
+    assert not bbb._move_by_kernel(slow, group, 1, ess=50.0, scale=0.3)  # of float64
+
+
+def test_the_exponential_is_exact_to_rounding_and_keeps_what_is_no_number():
+    x = np.concatenate([np.linspace(-87, 88, 10_001), np.linspace(-1e-3, 1e-3, 101)]).astype(np.float32)
+    found = np.array([numba_elbo._exponential(value) for value in x], np.float64)
+    assert np.abs(found / np.exp(x.astype(np.float64)) - 1).max() < 2e-7
+    ends = [numba_elbo._exponential(np.float32(value)) for value in (math.nan, math.inf, -math.inf, 100.0, -100.0)]
+    assert math.isnan(ends[0]) and ends[1:] == [math.inf, 0.0, math.inf, 0.0]
+
+
+def test_norms_and_smallest_values_are_those_of_torch_ops(launches):
+    torch.manual_seed(2)
+    lists = [
+        [torch.randn(70, 100), torch.randn(3)],
+        [],
+        [torch.randn(8, 4, 5, 5).to(memory_format=torch.channels_last)],
+    ]
+    found = measure.norms(lists)
+    assert found is not None
+    for own, tensors in zip(found, lists, strict=True):
+        assert_close(own, [float(x.norm()) for x in tensors], rtol=1e-5, atol=0)
+    positive = [x.abs() for x in lists[0]]
+    assert measure.smallest(positive) == [float(x.min()) for x in positive]
+    for bad in (math.nan, math.inf, -math.inf, -math.nan, 0.0, -1.0):
+        positive[0][5, 7] = bad
+        assert measure.smallest(positive) == [0.0, float(positive[1].min())]
+        assert math.isfinite(measure.norms([positive])[0][0]) == math.isfinite(bad)
+    positive[0][5, 7] = 1e30  # the square of which float32 does not hold
+    assert measure.norms([positive])[0][0] == math.inf
+    ran = len(launches)
+    assert measure.norms([[torch.randn(100)]]) is None and measure.smallest([torch.ones(9000).double()]) is None
+    assert measure.norms([]) is None and len(launches) == ran
+
+
 @pytest.mark.parametrize("change", ["float64", "strided", "small", "subclass"])
 def test_other_tensors_are_left_to_torch_ops(change):
     tensors = moving(9000 if change != "small" else 100, True, False, torch.float64 if change == "float64" else None)
@@ -213,6 +273,7 @@ def net_of(dtype=torch.float32):
     (bl.OGN, {"lr": 1e-3}),
     (bl.IVON, {"lr": 1e-2}),
     (bl.IVON, {"lr": 1e-2, "estimator": "gradsq", "beta1": 0.0, "clip_radius": 0.1}),
+    (bl.BBB, {"lr": 1e-2}),
 ], ids=str)  # fmt: skip
 def test_training_by_kernels_is_training_by_torch_ops(kind, options, launches):
     def trained(on, dtype=torch.float32):
@@ -229,10 +290,10 @@ def test_training_by_kernels_is_training_by_torch_ops(kind, options, launches):
         return net.state_dict(), [own.get("momentum") for own in optimizer.state_dict()["state"].values()]
 
     found = trained(True)
-    assert launches.count("natural-gradient step") == 6  # of the large weight and of all others together, three times
-    assert launches.count("new precision") == (6 if kind is bl.IVON else 0)
+    moves = 2 * 3  # of the large weight, and of all others together; BBB moves each large tensor alone
+    assert launches.count("step of BBB" if kind is bl.BBB else "natural-gradient step") == moves
+    assert launches.count("new precision") == (moves if kind is bl.IVON else 0)
     expected, exact = trained(False), trained(True, torch.float64)
-    assert len(launches) == (12 if kind is bl.IVON else 6)
     assert_close(found, expected, rtol=2e-4, atol=1e-5)
     assert_close(found, exact, rtol=2e-4, atol=1e-5, check_dtype=False)
 
