@@ -17,6 +17,7 @@ eigenvalues of both factors.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,13 +46,18 @@ def damp(input_factor: Tensor, output_factor: Tensor, damping: float) -> tuple[T
         output_factor: G, `(o, o)`, likewise.
         damping: > 0.
     """
-    if not (input_factor.diagonal().any() and output_factor.diagonal().any()):
+    if is_zero_product(input_factor, output_factor):
         return _scaled_identity(input_factor, math.sqrt(damping)), _scaled_identity(output_factor, math.sqrt(damping))
     shares = damping_shares(input_factor, output_factor, damping)
     return (
         input_factor + _scaled_identity(input_factor, shares[0]),
         output_factor + _scaled_identity(output_factor, shares[1]),
     )
+
+
+def is_zero_product(input_factor: Tensor, output_factor: Tensor) -> bool:
+    """Return whether a trace of positive semi-definite factors is 0, and so is their product."""
+    return not (input_factor.diagonal().any() and output_factor.diagonal().any())
 
 
 def damping_shares(input_factor: Tensor, output_factor: Tensor, damping: float) -> tuple[float, float]:
@@ -86,8 +92,11 @@ def inverse_root(matrix: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower, _scaled_identity(lower, 1.0), upper=False).mT.contiguous()
 
 
-def correlated(noise: Tensor, input_root: Tensor, output_root: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Return R_out (S * E) R_in^T for standard normal values E `(o, i)`; S is 1 where it is None."""
+def correlated(noise: Tensor, input_root: Any, output_root: Any, scale: Tensor | None = None) -> Tensor:
+    """Return R_out (S * E) R_in^T for standard normal values E `(o, i)`; S is 1 where it is None.
+
+    A root is a tensor, or another form of one, with `@` and `mT`.
+    """
     return output_root @ (noise if scale is None else noise * scale) @ input_root.mT
 
 

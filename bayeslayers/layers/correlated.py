@@ -8,7 +8,10 @@ the layer's precisions are those of each entry by itself.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +31,22 @@ STRUCTURE = (*POSTERIOR_STRUCTURE, *PRIOR_STRUCTURE)
 LARGEST_BLOCK = 6000  # entries with a dense covariance: a root of 144 MB in float32
 
 Shapes = dict[str, tuple[int, ...]]
+
+_other_forms: ContextVar[Mapping[nn.Module, tuple[Any, Any]] | None] = ContextVar("bayeslayers_roots", default=None)
+
+
+@contextmanager
+def roots_as(other_forms: Mapping[nn.Module, tuple[Any, Any]]) -> Iterator[None]:
+    """Let the calling thread multiply noise by another form of layers' roots inside the scope, one that takes less.
+
+    Args:
+        other_forms: By layer, the roots in a form with `@` and `mT`.
+    """
+    token = _other_forms.set(other_forms)
+    try:
+        yield
+    finally:
+        _other_forms.reset(token)
 
 
 class Correlated(nn.Module, abc.ABC):
@@ -130,7 +149,7 @@ class Correlated(nn.Module, abc.ABC):
             return {}
         joint = [noise[name] for name in self.correlated_tensors()]
         weight, columns = self.get_parameter("weight"), joint[0][0].numel()
-        found = correlated(as_matrix(*joint), *roots, self.root_scale)
+        found = correlated(as_matrix(*joint), *(_other_forms.get() or {}).get(self, roots), self.root_scale)
         changes = {"weight": found[:, :columns].reshape(weight.shape).to(weight.dtype)}
         return changes | ({"bias": found[:, columns].to(joint[1].dtype)} if len(joint) > 1 else {})
 

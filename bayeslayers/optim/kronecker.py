@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +15,12 @@ from bayeslayers.distributions.gaussian import natural_gradient_step_
 from bayeslayers.distributions.matrix_gaussian import as_matrix, leading_root, marginal_precision
 from bayeslayers.dtypes import at_least_float32
 from bayeslayers.layers import BayesianLayer
+from bayeslayers.layers.correlated import roots_as
 from bayeslayers.optim.adam import momentum_average
 from bayeslayers.optim.averages import corrected_weight
 from bayeslayers.optim.bounds import magnitudes, smallest
 from bayeslayers.optim.dense import DenseBlock
+from bayeslayers.optim.drawn_roots import DrawnRoots, kept
 from bayeslayers.optim.factors import FACTORS, averaged, inverse_in, inverses, starting_share
 from bayeslayers.optim.fisher import INPUT, OUTPUT, FisherOptimizer, interval
 from bayeslayers.optim.matrix_prior import MatrixPrior
@@ -34,6 +37,15 @@ class KroneckerFactored(FisherOptimizer):
     def _prepare(self) -> None:
         super()._prepare()
         self._priors: dict[BayesianLayer, MatrixPrior | None] = {}
+        self._drawn_roots = DrawnRoots()
+
+    @contextmanager
+    def _draw(self, noise: Mapping[str, Tensor] | None) -> Iterator[None]:
+        layers = {
+            site.module: self.state[key] for key, site in self._sites.items() if "input_root" in self.state.get(key, {})
+        }
+        with roots_as(self._drawn_roots.of(layers)), super()._draw(noise):
+            yield
 
     def _forget(self) -> None:
         super()._forget()
@@ -138,6 +150,8 @@ class KroneckerFactored(FisherOptimizer):
         new = self._curvatures.pop(site.mean, {})
         roots = new.pop("roots", None)
         state.update(new)
+        if roots is not None and self._sampling_counterpart is None:
+            state.update(kept(roots))
         if "input_inverse" not in state:  # the layer's first statistics are still to come
             return
         columns = site.mean.shape[1:].numel()
@@ -145,13 +159,14 @@ class KroneckerFactored(FisherOptimizer):
         parts = (slice(columns), slice(columns, None))
         inputs, outputs = (inverse_in(state, name) for name in FACTORS)
         step = outputs @ self._gradient_matrix(sites, parts, group) @ inputs
-        precision = None if roots is None else marginal_precision(*roots)
+        whole = [root.whole() for root in roots or ()]
+        precision = marginal_precision(*whole) if whole else None
         for each, part in zip(sites, parts, strict=False):
             each.mean.sub_(step[:, part].view(each.mean.shape), alpha=group["lr"])
             if precision is not None:
                 each.precision.copy_(precision[:, part].view(each.mean.shape))
-        if roots is not None:
-            layer.set_roots(*(root.to(site.mean.dtype) for root in roots))
+        if whole:
+            layer.set_roots(*(root.to(site.mean.dtype) for root in whole))
 
     def _update_block(self, block: DenseBlock, group: dict[str, Any]) -> None:
         """Move all entries of a layer by their gradient, the prior's in it, times the inverse of the curvature."""

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import bayeslayers as bl
-from bayeslayers.distributions.low_rank import Inverse, damped_inverse
+from bayeslayers.distributions.low_rank import Reduced, damped_inverse
 
 DAMPING = 0.01
 
@@ -20,7 +20,7 @@ def damped(size: int, decay: float, dtype=torch.float64) -> torch.Tensor:
     return (basis * values @ basis.T).to(dtype)
 
 
-def whole(inverse: Inverse) -> torch.Tensor:
+def whole(inverse: Reduced) -> torch.Tensor:
     return inverse @ torch.eye(len(inverse.matrix), dtype=inverse.matrix.dtype)
 
 
