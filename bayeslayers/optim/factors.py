@@ -47,6 +47,7 @@ def inverses(
     ess: float,
     damping: float,
     tolerance: float,
+    old: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return what a layer's state keeps of the inverses that a step multiplies by, and of the roots of the posterior.
 
@@ -56,11 +57,12 @@ def inverses(
         prior: The layer's prior, if it is matrix-variate.
         ess: Effective sample size.
         damping: Added to the curvature in the step.
-        tolerance: Largest relative error of an eigenvalue of an inverse, and of a factor of the covariance.
+        tolerance: By how much of itself an eigenvalue of an inverse may be too large, and of a covariance's factor.
+        old: What the state keeps of the last inverses and roots, near which the new ones are looked for.
     """
     if prior is None:
         precision = _mean_over_matrix(site.module, "prior_precision", len(factors[0])) / ess
-        found, roots = _reduced(factors, precision + damping, precision, tolerance)
+        found, roots = _reduced(factors, precision + damping, precision, tolerance, old)
     else:
         found, roots = _with_matrix_prior(factors, prior, damping, ess)
     roots = roots[0], roots[1].scaled(ess**-0.5)
@@ -70,14 +72,26 @@ def inverses(
 
 
 def _reduced(
-    factors: tuple[Tensor, Tensor], damping: float, precision: float, tolerance: float
+    factors: tuple[Tensor, Tensor], damping: float, precision: float, tolerance: float, old: Mapping[str, Any]
 ) -> tuple[list[Reduced], list[Reduced]]:
     """Return the inverses of damped factors, and the roots of those with the prior's precision alone."""
     if is_zero_product(*factors):
         factors = torch.zeros_like(factors[0]), torch.zeros_like(factors[1])
-    shares = damping_shares(*factors, damping), damping_shares(*factors, precision)
-    pairs = [inverse_with_root(*each, tolerance) for each in zip(factors, *shares, strict=True)]
+    dampings = zip(damping_shares(*factors, damping), damping_shares(*factors, precision), strict=True)
+    pairs = [
+        inverse_with_root(factor, *each, tolerance, _start(old, name, factor))
+        for name, factor, each in zip(FACTORS, factors, dampings, strict=True)
+    ]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def _start(old: Mapping[str, Any], name: str, factor: Tensor) -> Tensor | None:
+    """Return the directions of a factor's last root or inverse, None where neither was reduced."""
+    for kind in ("root", "inverse"):
+        rest = "root_rest" if kind == "root" else "rest"
+        if old.get(f"{name}_{rest}") and len(old[f"{name}_{kind}"]) == len(factor):
+            return old[f"{name}_{kind}"].to(factor)
+    return None
 
 
 def _with_matrix_prior(

@@ -102,7 +102,7 @@ class KroneckerFactored(FisherOptimizer):
             rest = new["start"] * (1 - group["factor_lr"]) ** new["updates"]
             factors = new["input"], new["output"] + rest * torch.eye(len(new["output"])).to(new["output"])
             prior = self._matrix_prior(layer, len(new["input"]))
-            new |= inverses(site, factors, prior, self._ess(group), group["damping"], self.inverse_tolerance)
+            new |= inverses(site, factors, prior, self._ess(group), group["damping"], self.inverse_tolerance, state)
             new["inverse_step"] = state.get("step", 0) + 1
         return new
 
