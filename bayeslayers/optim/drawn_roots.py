@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from bayeslayers.distributions.low_rank import Reduced
 from bayeslayers.dtypes import at_least_float32
 from bayeslayers.optim.factors import FACTORS
+from bayeslayers.sampling import Site
 
 Roots = tuple[Reduced, Reduced]
 
@@ -25,14 +26,18 @@ class DrawnRoots:
     def __init__(self) -> None:
         self._known: dict[Any, _Known] = {}
 
-    def of(self, layers: Mapping[Any, Mapping[str, Any]]) -> dict[Any, Roots]:
+    def of(self, sites: Iterable[Site], states: Mapping[Any, Mapping[str, Any]]) -> dict[Any, Roots]:
         """Return the roots that are another form of layers' own, by layer.
 
         Args:
-            layers: The state of each layer's weight.
+            sites: The uncertain tensors.
+            states: The state of the optimiser, by tensor.
         """
         found = {}
-        for layer, state in layers.items():
+        for site in sites:
+            layer: Any = site.module
+            if f"{FACTORS[0]}_root" not in (state := states.get(site.mean, {})):
+                continue
             tensors = [*(state[f"{name}_root"] for name in FACTORS), *(layer.roots or ())]
             if (known := self._known.get(layer)) is None or not known.is_of(tensors):
                 known = _Known(tensors, [tensor._version for tensor in tensors], _reduced(layer.roots, state))

@@ -41,10 +41,7 @@ class KroneckerFactored(FisherOptimizer):
 
     @contextmanager
     def _draw(self, noise: Mapping[str, Tensor] | None) -> Iterator[None]:
-        layers = {
-            site.module: self.state[key] for key, site in self._sites.items() if "input_root" in self.state.get(key, {})
-        }
-        with roots_as(self._drawn_roots.of(layers)), super()._draw(noise):
+        with roots_as(self._drawn_roots.of(self._sites.values(), self.state)), super()._draw(noise):
             yield
 
     def _forget(self) -> None:
@@ -147,7 +144,7 @@ class KroneckerFactored(FisherOptimizer):
         """Move a layer's matrix by its gradient, the prior's in it, between the inverse factors."""
         layer: Any = site.module
         state = self.state[site.mean]
-        new = self._curvatures.pop(site.mean, {})
+        new = self._curvatures.pop(site.mean) if site.mean in self._curvatures else self._curvature(site, group)
         roots = new.pop("roots", None)
         state.update(new)
         if roots is not None and self._sampling_counterpart is None:
@@ -221,34 +218,48 @@ class KroneckerFactored(FisherOptimizer):
             ],
             *([each.matrix for each in own if not each.rest] for own in pairs),
             [state["inverse"] for state in states if "inverse" in state],
+            [self._averages.statistics[name] for site in sites for name in self._new_factors(site)],
         )
         diagonal = [s.precision for s in sites if not self._has_factors(s) and s.mean not in self._blocks]
         least, rests = smallest(readings, diagonal), [max((each.rest for each in own), default=0.0) for own in pairs]
 
         def bound() -> float:
-            (mean, center, prior, gradient, inputs, outputs, dense), ess = found(), self._ess(group)
+            (mean, center, prior, gradient, inputs, outputs, dense, new), ess = found(), self._ess(group)
             inverse = max(
                 max(inputs, rests[0]) * max(outputs, rests[1]), dense, ess / least() if least() > 0 else math.inf
             )
-            return self._factor() * gradient + mean + group["lr"] * (gradient + prior / ess * (mean + center)) * inverse
+            return (
+                self._factor() * (gradient + new)
+                + mean
+                + group["lr"] * (gradient + prior / ess * (mean + center)) * inverse
+            )
 
         return bound
 
     def _moves_curvature(self, sites: Sequence[Site]) -> bool:
-        """Whether a step moves more than means and momenta, or needs an inverse that is not there."""
-        if self._averages.statistics or any(self._priors.values()):
+        """Whether a step moves more than means, momenta and averages of factors, or needs new inverses."""
+        if any(self._priors.values()):
             return True
+        statistics = self._averages.statistics
         for site in sites:
             block = self._blocks.get(site.mean)
             state = self.state.get(site.mean if block is None else block.sites[0].mean, {})
             key, inverse = ("input", "input_inverse") if block is None else ("block", "inverse")
             if block is None and not self._has_factors(site):
-                if "updates" not in state:
+                if "updates" not in state or site.name in statistics:
                     return True
             elif site.key == "weight" or block is not None:
                 if key not in state or self._is_due(state, inverse, state[key]):
                     return True
+                if block is not None and block.statistic in statistics:
+                    return True
+                if any(statistics[name].shape != state["input"].shape for name in self._new_factors(site)[:1]):
+                    return True
         return False
+
+    def _new_factors(self, site: Site) -> list[str]:
+        """Return the names of the statistics of a weight that its factors are averaged with."""
+        return [name for kind in (INPUT, OUTPUT) if (name := site.name + kind) in self._averages.statistics]
 
     def _update_diagonal(self, site: Site, group: dict[str, Any]) -> None:
         """Move a tensor without factors as VOGN does, its curvature averaged as factors are.
