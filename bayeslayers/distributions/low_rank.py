@@ -48,11 +48,6 @@ class Reduced(NamedTuple):
             return left @ self.matrix
         return torch.addmm(left, left @ self.matrix, self.matrix.mT, beta=self.rest, alpha=-1)
 
-    @property
-    def mT(self) -> Reduced:
-        """The transpose."""
-        return self if self.rest else Reduced(self.matrix.mT)
-
     def scaled(self, factor: float) -> Reduced:
         """Return the product with a number > 0."""
         return Reduced(self.matrix * (factor**0.5 if self.rest else factor), self.rest * factor)
@@ -64,6 +59,18 @@ class Reduced(NamedTuple):
         product = self.matrix @ self.matrix.mT
         product.neg_().diagonal().add_(self.rest)
         return product
+
+
+def between(left: Reduced, matrix: Tensor, right: Reduced) -> Tensor:
+    """Return L M R^T for a matrix M `(o, i)`; where both L and R are reduced, in one pass over M after their products.
+
+    With L = s I - V V^T and R = t I - U U^T it is s t M - [s M U | V] [U^T; V^T M R].
+    """
+    if not (left.rest and right.rest):
+        return left @ (matrix @ right if right.rest else matrix @ right.matrix.mT)
+    columns = torch.cat([matrix @ right.matrix * left.rest, left.matrix], 1)
+    rows = torch.cat([right.matrix.mT, (left.matrix.mT @ matrix) @ right])
+    return torch.addmm(matrix, columns, rows, beta=left.rest * right.rest, alpha=-1)
 
 
 class Spectrum(NamedTuple):
@@ -117,7 +124,12 @@ def damped_inverse(matrix: Tensor, damping: float, tolerance: float, start: Tens
 
 
 def inverse_with_root(
-    matrix: Tensor, damping: float, root_damping: float, tolerance: float, start: Tensor | None = None
+    matrix: Tensor,
+    damping: float,
+    root_damping: float,
+    tolerance: float,
+    start: Tensor | None = None,
+    reduces_root: bool = True,
 ) -> tuple[Reduced, Reduced]:
     """Return (A + damping I)^-1, and a root R with R R^T = (A + root_damping I)^-1.
 
@@ -127,11 +139,12 @@ def inverse_with_root(
         root_damping: > 0.
         tolerance: As for `damped_inverse`, of the eigenvalues of R R^T too.
         start: As for `damped_inverse`.
+        reduces_root: Whether the root may be reduced.
 
     Raises:
         FloatingPointError: As for `damped_inverse`.
     """
-    if (spectrum := large_eigenvalues(matrix, root_damping, tolerance, start)) is not None:
+    if reduces_root and (spectrum := large_eigenvalues(matrix, root_damping, tolerance, start)) is not None:
         return spectrum.for_damping(damping, tolerance).inverse(damping), spectrum.inverse_root(root_damping)
     return damped_inverse(matrix, damping, tolerance, start), Reduced(inverse_root(_damped(matrix, root_damping)))
 

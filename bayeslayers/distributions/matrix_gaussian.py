@@ -17,7 +17,6 @@ eigenvalues of both factors.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,11 +91,8 @@ def inverse_root(matrix: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower, _scaled_identity(lower, 1.0), upper=False).mT.contiguous()
 
 
-def correlated(noise: Tensor, input_root: Any, output_root: Any, scale: Tensor | None = None) -> Tensor:
-    """Return R_out (S * E) R_in^T for standard normal values E `(o, i)`; S is 1 where it is None.
-
-    A root is a tensor, or another form of one, with `@` and `mT`.
-    """
+def correlated(noise: Tensor, input_root: Tensor, output_root: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Return R_out (S * E) R_in^T for standard normal values E `(o, i)`; S is 1 where it is None."""
     return output_root @ (noise if scale is None else noise * scale) @ input_root.mT
 
 

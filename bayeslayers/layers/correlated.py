@@ -8,10 +8,9 @@ the layer's precisions are those of each entry by itself.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,21 +31,22 @@ LARGEST_BLOCK = 6000  # entries with a dense covariance: a root of 144 MB in flo
 
 Shapes = dict[str, tuple[int, ...]]
 
-_other_forms: ContextVar[Mapping[nn.Module, tuple[Any, Any]] | None] = ContextVar("bayeslayers_roots", default=None)
+Product = Callable[[Tensor], Tensor]
+_products: ContextVar[Mapping[nn.Module, Product] | None] = ContextVar("bayeslayers_products", default=None)
 
 
 @contextmanager
-def roots_as(other_forms: Mapping[nn.Module, tuple[Any, Any]]) -> Iterator[None]:
-    """Let the calling thread multiply noise by another form of layers' roots inside the scope, one that takes less.
+def multiplying(products: Mapping[nn.Module, Product]) -> Iterator[None]:
+    """Let the calling thread multiply noise by layers' roots in another way inside the scope, one that takes less.
 
     Args:
-        other_forms: By layer, the roots in a form with `@` and `mT`.
+        products: By layer with roots and no scale, what returns R_out E R_in^T.
     """
-    token = _other_forms.set(other_forms)
+    token = _products.set(products)
     try:
         yield
     finally:
-        _other_forms.reset(token)
+        _products.reset(token)
 
 
 class Correlated(nn.Module, abc.ABC):
@@ -149,7 +149,9 @@ class Correlated(nn.Module, abc.ABC):
             return {}
         joint = [noise[name] for name in self.correlated_tensors()]
         weight, columns = self.get_parameter("weight"), joint[0][0].numel()
-        found = correlated(as_matrix(*joint), *(_other_forms.get() or {}).get(self, roots), self.root_scale)
+        product = (_products.get() or {}).get(self)
+        matrix = as_matrix(*joint)
+        found = correlated(matrix, *roots, self.root_scale) if product is None else product(matrix)
         changes = {"weight": found[:, :columns].reshape(weight.shape).to(weight.dtype)}
         return changes | ({"bias": found[:, columns].to(joint[1].dtype)} if len(joint) > 1 else {})
 

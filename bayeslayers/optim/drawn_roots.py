@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayeslayers.distributions.low_rank import Reduced
+from bayeslayers.distributions.low_rank import Reduced, between
 from bayeslayers.dtypes import at_least_float32
+from bayeslayers.layers.correlated import Product
 from bayeslayers.optim.factors import FACTORS
 from bayeslayers.sampling import Site
 
@@ -26,8 +28,8 @@ class DrawnRoots:
     def __init__(self) -> None:
         self._known: dict[Any, _Known] = {}
 
-    def of(self, sites: Iterable[Site], states: Mapping[Any, Mapping[str, Any]]) -> dict[Any, Roots]:
-        """Return the roots that are another form of layers' own, by layer.
+    def of(self, sites: Iterable[Site], states: Mapping[Any, Mapping[str, Any]]) -> dict[Any, Product]:
+        """Return by layer what multiplies noise by its roots, where they are reduced.
 
         Args:
             sites: The uncertain tensors.
@@ -38,13 +40,19 @@ class DrawnRoots:
             layer: Any = site.module
             if f"{FACTORS[0]}_root" not in (state := states.get(site.mean, {})):
                 continue
+            if layer.root_scale is not None:
+                continue
             tensors = [*(state[f"{name}_root"] for name in FACTORS), *(layer.roots or ())]
             if (known := self._known.get(layer)) is None or not known.is_of(tensors):
                 known = _Known(tensors, [tensor._version for tensor in tensors], _reduced(layer.roots, state))
                 self._known[layer] = known
             if known.roots is not None:
-                found[layer] = known.roots
+                found[layer] = functools.partial(_between, *known.roots)
         return found
+
+
+def _between(input_root: Reduced, output_root: Reduced, noise: Tensor) -> Tensor:
+    return between(output_root, noise, input_root)
 
 
 class _Known(NamedTuple):

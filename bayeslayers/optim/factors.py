@@ -48,6 +48,7 @@ def inverses(
     damping: float,
     tolerance: float,
     old: Mapping[str, Any],
+    draws: bool,
 ) -> dict[str, Any]:
     """Return what a layer's state keeps of the inverses that a step multiplies by, and of the roots of the posterior.
 
@@ -59,10 +60,11 @@ def inverses(
         damping: Added to the curvature in the step.
         tolerance: By how much of itself an eigenvalue of an inverse may be too large, and of a covariance's factor.
         old: What the state keeps of the last inverses and roots, near which the new ones are looked for.
+        draws: Whether training multiplies noise by the roots; otherwise they are whole.
     """
     if prior is None:
         precision = _mean_over_matrix(site.module, "prior_precision", len(factors[0])) / ess
-        found, roots = _reduced(factors, precision + damping, precision, tolerance, old)
+        found, roots = _reduced(factors, precision + damping, precision, tolerance, old, draws)
     else:
         found, roots = _with_matrix_prior(factors, prior, damping, ess)
     roots = roots[0], roots[1].scaled(ess**-0.5)
@@ -72,14 +74,19 @@ def inverses(
 
 
 def _reduced(
-    factors: tuple[Tensor, Tensor], damping: float, precision: float, tolerance: float, old: Mapping[str, Any]
+    factors: tuple[Tensor, Tensor],
+    damping: float,
+    precision: float,
+    tolerance: float,
+    old: Mapping[str, Any],
+    draws: bool,
 ) -> tuple[list[Reduced], list[Reduced]]:
     """Return the inverses of damped factors, and the roots of those with the prior's precision alone."""
     if is_zero_product(*factors):
         factors = torch.zeros_like(factors[0]), torch.zeros_like(factors[1])
     dampings = zip(damping_shares(*factors, damping), damping_shares(*factors, precision), strict=True)
     pairs = [
-        inverse_with_root(factor, *each, tolerance, _start(old, name, factor))
+        inverse_with_root(factor, *each, tolerance, _start(old, name, factor), draws)
         for name, factor, each in zip(FACTORS, factors, dampings, strict=True)
     ]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from bayeslayers.checks import at_least_one
 from bayeslayers.distributions.gaussian import natural_gradient_step_
+from bayeslayers.distributions.low_rank import between
 from bayeslayers.distributions.matrix_gaussian import as_matrix, leading_root, marginal_precision
 from bayeslayers.dtypes import at_least_float32
 from bayeslayers.layers import BayesianLayer
-from bayeslayers.layers.correlated import roots_as
+from bayeslayers.layers.correlated import multiplying
 from bayeslayers.optim.adam import momentum_average
 from bayeslayers.optim.averages import corrected_weight
 from bayeslayers.optim.bounds import magnitudes, smallest
@@ -41,7 +42,7 @@ class KroneckerFactored(FisherOptimizer):
 
     @contextmanager
     def _draw(self, noise: Mapping[str, Tensor] | None) -> Iterator[None]:
-        with roots_as(self._drawn_roots.of(self._sites.values(), self.state)), super()._draw(noise):
+        with multiplying(self._drawn_roots.of(self._sites.values(), self.state)), super()._draw(noise):
             yield
 
     def _forget(self) -> None:
@@ -99,7 +100,8 @@ class KroneckerFactored(FisherOptimizer):
             rest = new["start"] * (1 - group["factor_lr"]) ** new["updates"]
             factors = new["input"], new["output"] + rest * torch.eye(len(new["output"])).to(new["output"])
             prior = self._matrix_prior(layer, len(new["input"]))
-            new |= inverses(site, factors, prior, self._ess(group), group["damping"], self.inverse_tolerance, state)
+            options = group["damping"], self.inverse_tolerance, state, self._sampling_counterpart is None
+            new |= inverses(site, factors, prior, self._ess(group), *options)
             new["inverse_step"] = state.get("step", 0) + 1
         return new
 
@@ -155,7 +157,7 @@ class KroneckerFactored(FisherOptimizer):
         sites = [site, self._sites[layer.bias]] if len(state["input"]) > columns else [site]
         parts = (slice(columns), slice(columns, None))
         inputs, outputs = (inverse_in(state, name) for name in FACTORS)
-        step = outputs @ self._gradient_matrix(sites, parts, group) @ inputs
+        step = between(outputs, self._gradient_matrix(sites, parts, group), inputs)
         whole = [root.whole() for root in roots or ()]
         precision = marginal_precision(*whole) if whole else None
         for each, part in zip(sites, parts, strict=False):

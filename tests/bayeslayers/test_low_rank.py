@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import bayeslayers as bl
-from bayeslayers.distributions.low_rank import damped_inverse, inverse_with_root, large_eigenvalues
+from bayeslayers.distributions.low_rank import between, damped_inverse, inverse_with_root, large_eigenvalues
 from bayeslayers.distributions.matrix_gaussian import correlated
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,7 +98,6 @@ def test_products_are_those_with_all_entries_from_both_sides(tolerance):
             assert_close(dense, found.rest * torch.eye(300, dtype=torch.float64) - found.matrix @ found.matrix.T)
         assert_close(found @ right, dense @ right)
         assert_close(left @ found, left @ dense)
-        assert_close(left @ found.mT, left @ dense.T)
         assert_close(found.scaled(0.3).whole(), 0.3 * dense)
 
 
@@ -109,7 +108,7 @@ def test_covariance_of_draws_is_the_kronecker_product_of_the_roots(outputs, inpu
     )  # fmt: skip
     assert (root_in.rest > 0, root_out.rest > 0) == (inputs > 200, outputs > 200)
     noise = torch.randn(outputs, inputs, dtype=torch.float64)
-    assert_close(correlated(noise, root_in, root_out), correlated(noise, root_in.whole(), root_out.whole()))
+    assert_close(between(root_out, noise, root_in), correlated(noise, root_in.whole(), root_out.whole()))
     covariance = [root.whole() @ root.whole().T for root in (root_in, root_out)]
     for found, size in zip(covariance, (inputs, outputs), strict=True):
         relative = ratios(found, damped(factor(size, 0.3)))
@@ -135,6 +134,22 @@ def test_inverse_is_whole_where_low_rank_does_not_pay(size, decay, tolerance):
 def test_step_can_be_reduced_where_the_root_is_whole():
     inverse, root = inverse_with_root(factor(400, 0.02), 0.5, 1e-4, 0.1)
     assert inverse.rest > root.rest == 0
+
+
+def test_root_is_whole_where_nothing_is_drawn_with_it():
+    matrix = factor(400, 0.2)
+    inverse, root = inverse_with_root(matrix, 2 * DAMPING, DAMPING, 0.1, reduces_root=False)
+    assert inverse.rest > root.rest == 0
+    assert_close(root.whole() @ root.whole().T, torch.linalg.inv(damped(matrix)))
+
+
+def test_directions_of_a_matrix_like_it_give_the_same_with_fewer_products():
+    matrix, other = factor(400, 0.05), factor(400, 0.05) + 0.01 * factor(400, 0.01)
+    start = large_eigenvalues(other, DAMPING, 0.3).inverse(DAMPING).matrix
+    found = damped_inverse(matrix, DAMPING, 0.3, start)
+    assert 64 < found.matrix.shape[1] < 150
+    relative = ratios(found.whole(), damped(matrix))
+    assert 0.7 < relative.min() < relative.max() < 1.31
 
 
 def test_damping_below_the_resolution_of_float32_gives_the_whole_inverse():
