@@ -102,7 +102,7 @@ class NoisyKFAC(KroneckerFactored):
         dataset_size: int,
         lr: float = 0.1,
         beta1: float = 0.9,
-        factor_lr: float = 0.01,
+        factor_lr: float = 0.05,
         damping: float = 0.03,
         prior_precision: float | None = None,
         init_precision: float | Literal["curvature"] | None = None,
