@@ -45,13 +45,18 @@ def damp(input_factor: Tensor, output_factor: Tensor, damping: float) -> tuple[T
         output_factor: G, `(o, o)`, likewise.
         damping: > 0.
     """
-    if not (input_factor.diagonal().any() and output_factor.diagonal().any()):
+    if is_zero_product(input_factor, output_factor):
         return _scaled_identity(input_factor, math.sqrt(damping)), _scaled_identity(output_factor, math.sqrt(damping))
     shares = damping_shares(input_factor, output_factor, damping)
     return (
         input_factor + _scaled_identity(input_factor, shares[0]),
         output_factor + _scaled_identity(output_factor, shares[1]),
     )
+
+
+def is_zero_product(input_factor: Tensor, output_factor: Tensor) -> bool:
+    """Return whether a trace of positive semi-definite factors is 0, and so is their product."""
+    return not (input_factor.diagonal().any() and output_factor.diagonal().any())
 
 
 def damping_shares(input_factor: Tensor, output_factor: Tensor, damping: float) -> tuple[float, float]:

@@ -8,7 +8,9 @@ the layer's precisions are those of each entry by itself.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,23 @@ STRUCTURE = (*POSTERIOR_STRUCTURE, *PRIOR_STRUCTURE)
 LARGEST_BLOCK = 6000  # entries with a dense covariance: a root of 144 MB in float32
 
 Shapes = dict[str, tuple[int, ...]]
+
+Product = Callable[[Tensor], Tensor]
+_products: ContextVar[Mapping[nn.Module, Product] | None] = ContextVar("bayeslayers_products", default=None)
+
+
+@contextmanager
+def multiplying(products: Mapping[nn.Module, Product]) -> Iterator[None]:
+    """Let the calling thread multiply noise by layers' roots in another way inside the scope, one that takes less.
+
+    Args:
+        products: By layer with roots and no scale, what returns R_out E R_in^T.
+    """
+    token = _products.set(products)
+    try:
+        yield
+    finally:
+        _products.reset(token)
 
 
 class Correlated(nn.Module, abc.ABC):
@@ -130,7 +149,9 @@ class Correlated(nn.Module, abc.ABC):
             return {}
         joint = [noise[name] for name in self.correlated_tensors()]
         weight, columns = self.get_parameter("weight"), joint[0][0].numel()
-        found = correlated(as_matrix(*joint), *roots, self.root_scale)
+        product = (_products.get() or {}).get(self)
+        matrix = as_matrix(*joint)
+        found = correlated(matrix, *roots, self.root_scale) if product is None else product(matrix)
         changes = {"weight": found[:, :columns].reshape(weight.shape).to(weight.dtype)}
         return changes | ({"bias": found[:, columns].to(joint[1].dtype)} if len(joint) > 1 else {})
 

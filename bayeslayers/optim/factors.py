@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from bayeslayers.distributions.low_rank import Inverse, damped_inverse
-from bayeslayers.distributions.matrix_gaussian import damp, damping_shares, inverse, inverse_root
+from bayeslayers.distributions.low_rank import Reduced, inverse_with_root
+from bayeslayers.distributions.matrix_gaussian import damp, damping_shares, inverse, inverse_root, is_zero_product
 from bayeslayers.dtypes import at_least_float32
 from bayeslayers.optim.averages import corrected_weight
 from bayeslayers.optim.matrix_prior import MatrixPrior
@@ -46,8 +47,10 @@ def inverses(
     ess: float,
     damping: float,
     tolerance: float,
+    old: Mapping[str, Any],
+    draws: bool,
 ) -> dict[str, Any]:
-    """Return what a layer's state keeps of the inverses that a step multiplies by, and the roots of the posterior.
+    """Return what a layer's state keeps of the inverses that a step multiplies by, and of the roots of the posterior.
 
     Args:
         site: The layer's weight.
@@ -55,35 +58,68 @@ def inverses(
         prior: The layer's prior, if it is matrix-variate.
         ess: Effective sample size.
         damping: Added to the curvature in the step.
-        tolerance: Largest relative error of the step's inverses.
+        tolerance: By how much of itself an eigenvalue of an inverse may be too large, and of a covariance's factor.
+        old: What the state keeps of the last inverses and roots, near which the new ones are looked for.
+        draws: Whether training multiplies noise by the roots; otherwise they are whole.
     """
-    inputs = len(factors[0])
     if prior is None:
-        precision = _mean_over_matrix(site.module, "prior_precision", inputs) / ess
+        precision = _mean_over_matrix(site.module, "prior_precision", len(factors[0])) / ess
+        found, roots = _reduced(factors, precision + damping, precision, tolerance, old, draws)
     else:
-        factors, precision, damping = prior.whitened(*factors), 1 / ess, prior.damping(damping)
-    of_posterior, of_step = damp(*factors, precision), damp(*factors, precision + damping)
-    roots = inverse_root(of_posterior[0]), inverse_root(of_posterior[1]) * ess**-0.5
-    if prior is None:
-        shares = damping_shares(*factors, precision + damping)
-        found = [damped_inverse(*each, tolerance) for each in zip(of_step, shares, strict=True)]
-    else:
-        roots = prior.restored(*roots)
-        pairs = zip((prior.input_root, prior.output_root), of_step, strict=True)
-        found = [Inverse(root @ inverse(each) @ root.mT) for root, each in pairs]
+        found, roots = _with_matrix_prior(factors, prior, damping, ess)
+    roots = roots[0], roots[1].scaled(ess**-0.5)
     kept = {f"{name}_inverse": each.matrix for name, each in zip(FACTORS, found, strict=True)}
     rest = {f"{name}_rest": each.rest for name, each in zip(FACTORS, found, strict=True)}
     return {**kept, **rest, "roots": roots}
 
 
-def inverse_in(state: Mapping[str, Any], name: str) -> Inverse:
+def _reduced(
+    factors: tuple[Tensor, Tensor],
+    damping: float,
+    precision: float,
+    tolerance: float,
+    old: Mapping[str, Any],
+    draws: bool,
+) -> tuple[list[Reduced], list[Reduced]]:
+    """Return the inverses of damped factors, and the roots of those with the prior's precision alone."""
+    if is_zero_product(*factors):
+        factors = torch.zeros_like(factors[0]), torch.zeros_like(factors[1])
+    dampings = zip(damping_shares(*factors, damping), damping_shares(*factors, precision), strict=True)
+    pairs = [
+        inverse_with_root(factor, *each, tolerance, _start(old, name, factor), draws)
+        for name, factor, each in zip(FACTORS, factors, dampings, strict=True)
+    ]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def _start(old: Mapping[str, Any], name: str, factor: Tensor) -> Tensor | None:
+    """Return the directions of a factor's last root or inverse, None where neither was reduced."""
+    for kind in ("root", "inverse"):
+        rest = "root_rest" if kind == "root" else "rest"
+        if old.get(f"{name}_{rest}") and len(old[f"{name}_{kind}"]) == len(factor):
+            return old[f"{name}_{kind}"].to(factor)
+    return None
+
+
+def _with_matrix_prior(
+    factors: tuple[Tensor, Tensor], prior: MatrixPrior, damping: float, ess: float
+) -> tuple[list[Reduced], list[Reduced]]:
+    """Return the same, whole, under a matrix-variate prior, in whose coordinates factors are damped."""
+    whitened, precision = prior.whitened(*factors), 1 / ess
+    of_step = damp(*whitened, precision + prior.damping(damping))
+    roots = prior.restored(*(inverse_root(each) for each in damp(*whitened, precision)))
+    pairs = zip((prior.input_root, prior.output_root), of_step, strict=True)
+    return [Reduced(root @ inverse(each) @ root.mT) for root, each in pairs], [Reduced(root) for root in roots]
+
+
+def inverse_in(state: Mapping[str, Any], name: str) -> Reduced:
     """Return one of the inverses that a layer's state keeps.
 
     Args:
         state: The layer's.
         name: One of `FACTORS`.
     """
-    return Inverse(at_least_float32(state[f"{name}_inverse"]), state[f"{name}_rest"])
+    return Reduced(at_least_float32(state[f"{name}_inverse"]), state[f"{name}_rest"])
 
 
 def _mean_over_matrix(layer: Any, name: str, inputs: int) -> float:

@@ -45,7 +45,8 @@ class NoisyKFAC(KroneckerFactored):
         lr: Step size of the mean, in units of the posterior's natural gradient.
         beta1: Momentum, the weight of the past in the average of gradients, in [0, 1).
         factor_lr: Weight of the new factors in their moving averages, in (0, 1].
-        damping: Added to the curvature in the mean's step, >= 0.
+        damping: Added to the curvature in the mean's step, >= 0. With much less, the first steps of wide networks
+            diverge: gradients are those at drawn weights.
         prior_precision: Precision of the prior for every Bayesian tensor; None keeps the layers'.
         init_precision: Precision of the posterior at the start; None keeps the layers' posterior, so that
             a loaded one is trained further. What it is above the prior's is added to the curvature, as
@@ -55,8 +56,9 @@ class NoisyKFAC(KroneckerFactored):
         update_every: Steps from one update of the factors to the next, but a tenth of the steps so far at most.
         inverse_every: Steps from one computation of inverses and roots to the next, likewise; or a function of the
             number of the step that returns them.
-        inverse_tolerance: Largest relative error of an eigenvalue of the step's inverses, which leave out what damping
-            hides where that is cheaper (`distributions.low_rank`); 0 computes them whole. Roots are always whole.
+        inverse_tolerance: By how much of itself an eigenvalue of the step's inverses, and of the factors of the
+            posterior's covariance, may be too large. They leave out eigenvalues that damping and noise hide, where that
+            is cheaper (`distributions.low_rank`); 0 computes them whole. The layers' roots are those of the draws.
         fisher: "sampled" takes the factors at labels that the model's own likelihood draws, by a second
             backward pass: the Fisher proper, which is the loss's Gauss-Newton curvature. "empirical"
             takes them at the data's labels, from the user's backward pass.
@@ -100,14 +102,14 @@ class NoisyKFAC(KroneckerFactored):
         dataset_size: int,
         lr: float = 0.1,
         beta1: float = 0.9,
-        factor_lr: float = 0.01,
-        damping: float = 1e-3,
+        factor_lr: float = 0.05,
+        damping: float = 0.02,
         prior_precision: float | None = None,
         init_precision: float | Literal["curvature"] | None = None,
         temperature: float = 1.0,
-        update_every: int = 1,
-        inverse_every: int | Schedule = 10,
-        inverse_tolerance: float = 0.1,
+        update_every: int = 10,
+        inverse_every: int | Schedule = 100,
+        inverse_tolerance: float = 0.5,
         fisher: Fisher = "sampled",
         likelihood: Likelihood | None = None,
         num_samples: int = 1,
@@ -157,7 +159,7 @@ class KFAC(KroneckerFactored):
         temperature: T of the tempered posterior.
         update_every: Steps between updates of the factors.
         inverse_every: Steps between inverses, or a function of the number of the step.
-        inverse_tolerance: Largest relative error of the step's inverses.
+        inverse_tolerance: By how much of itself an eigenvalue of the step's inverses may be too large; roots are whole.
         fisher: "sampled" or "empirical".
         likelihood: What draws the labels.
         generator: Source of the labels.
@@ -186,7 +188,7 @@ class KFAC(KroneckerFactored):
         temperature: float = 1.0,
         update_every: int = 10,
         inverse_every: int | Schedule = 100,
-        inverse_tolerance: float = 0.1,
+        inverse_tolerance: float = 0.3,
         fisher: Fisher = "sampled",
         likelihood: Likelihood | None = None,
         generator: torch.Generator | None = None,

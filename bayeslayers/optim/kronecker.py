@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 
 from bayeslayers.checks import at_least_one
 from bayeslayers.distributions.gaussian import natural_gradient_step_
+from bayeslayers.distributions.low_rank import between
 from bayeslayers.distributions.matrix_gaussian import as_matrix, leading_root, marginal_precision
 from bayeslayers.dtypes import at_least_float32
 from bayeslayers.layers import BayesianLayer
+from bayeslayers.layers.correlated import multiplying
 from bayeslayers.optim.adam import momentum_average
 from bayeslayers.optim.averages import corrected_weight
 from bayeslayers.optim.bounds import magnitudes, smallest
 from bayeslayers.optim.dense import DenseBlock
+from bayeslayers.optim.drawn_roots import DrawnRoots, kept
 from bayeslayers.optim.factors import FACTORS, averaged, inverse_in, inverses, starting_share
 from bayeslayers.optim.fisher import INPUT, OUTPUT, FisherOptimizer, interval
 from bayeslayers.optim.matrix_prior import MatrixPrior
@@ -34,6 +38,12 @@ class KroneckerFactored(FisherOptimizer):
     def _prepare(self) -> None:
         super()._prepare()
         self._priors: dict[BayesianLayer, MatrixPrior | None] = {}
+        self._drawn_roots = DrawnRoots()
+
+    @contextmanager
+    def _draw(self, noise: Mapping[str, Tensor] | None) -> Iterator[None]:
+        with multiplying(self._drawn_roots.of(self._sites.values(), self.state)), super()._draw(noise):
+            yield
 
     def _forget(self) -> None:
         super()._forget()
@@ -90,7 +100,8 @@ class KroneckerFactored(FisherOptimizer):
             rest = new["start"] * (1 - group["factor_lr"]) ** new["updates"]
             factors = new["input"], new["output"] + rest * torch.eye(len(new["output"])).to(new["output"])
             prior = self._matrix_prior(layer, len(new["input"]))
-            new |= inverses(site, factors, prior, self._ess(group), group["damping"], self.inverse_tolerance)
+            options = group["damping"], self.inverse_tolerance, state, self._sampling_counterpart is None
+            new |= inverses(site, factors, prior, self._ess(group), *options)
             new["inverse_step"] = state.get("step", 0) + 1
         return new
 
@@ -135,23 +146,26 @@ class KroneckerFactored(FisherOptimizer):
         """Move a layer's matrix by its gradient, the prior's in it, between the inverse factors."""
         layer: Any = site.module
         state = self.state[site.mean]
-        new = self._curvatures.pop(site.mean, {})
+        new = self._curvatures.pop(site.mean) if site.mean in self._curvatures else self._curvature(site, group)
         roots = new.pop("roots", None)
         state.update(new)
+        if roots is not None and self._sampling_counterpart is None:
+            state.update(kept(roots))
         if "input_inverse" not in state:  # the layer's first statistics are still to come
             return
         columns = site.mean.shape[1:].numel()
         sites = [site, self._sites[layer.bias]] if len(state["input"]) > columns else [site]
         parts = (slice(columns), slice(columns, None))
         inputs, outputs = (inverse_in(state, name) for name in FACTORS)
-        step = outputs @ self._gradient_matrix(sites, parts, group) @ inputs
-        precision = None if roots is None else marginal_precision(*roots)
+        step = between(outputs, self._gradient_matrix(sites, parts, group), inputs)
+        whole = [root.whole() for root in roots or ()]
+        precision = marginal_precision(*whole) if whole else None
         for each, part in zip(sites, parts, strict=False):
             each.mean.sub_(step[:, part].view(each.mean.shape), alpha=group["lr"])
             if precision is not None:
                 each.precision.copy_(precision[:, part].view(each.mean.shape))
-        if roots is not None:
-            layer.set_roots(*(root.to(site.mean.dtype) for root in roots))
+        if whole:
+            layer.set_roots(*(root.to(site.mean.dtype) for root in whole))
 
     def _update_block(self, block: DenseBlock, group: dict[str, Any]) -> None:
         """Move all entries of a layer by their gradient, the prior's in it, times the inverse of the curvature."""
@@ -206,34 +220,48 @@ class KroneckerFactored(FisherOptimizer):
             ],
             *([each.matrix for each in own if not each.rest] for own in pairs),
             [state["inverse"] for state in states if "inverse" in state],
+            [self._averages.statistics[name] for site in sites for name in self._new_factors(site)],
         )
         diagonal = [s.precision for s in sites if not self._has_factors(s) and s.mean not in self._blocks]
         least, rests = smallest(readings, diagonal), [max((each.rest for each in own), default=0.0) for own in pairs]
 
         def bound() -> float:
-            (mean, center, prior, gradient, inputs, outputs, dense), ess = found(), self._ess(group)
+            (mean, center, prior, gradient, inputs, outputs, dense, new), ess = found(), self._ess(group)
             inverse = max(
                 max(inputs, rests[0]) * max(outputs, rests[1]), dense, ess / least() if least() > 0 else math.inf
             )
-            return self._factor() * gradient + mean + group["lr"] * (gradient + prior / ess * (mean + center)) * inverse
+            return (
+                self._factor() * (gradient + new)
+                + mean
+                + group["lr"] * (gradient + prior / ess * (mean + center)) * inverse
+            )
 
         return bound
 
     def _moves_curvature(self, sites: Sequence[Site]) -> bool:
-        """Whether a step moves more than means and momenta, or needs an inverse that is not there."""
-        if self._averages.statistics or any(self._priors.values()):
+        """Whether a step moves more than means, momenta and averages of factors, or needs new inverses."""
+        if any(self._priors.values()):
             return True
+        statistics = self._averages.statistics
         for site in sites:
             block = self._blocks.get(site.mean)
             state = self.state.get(site.mean if block is None else block.sites[0].mean, {})
             key, inverse = ("input", "input_inverse") if block is None else ("block", "inverse")
             if block is None and not self._has_factors(site):
-                if "updates" not in state:
+                if "updates" not in state or site.name in statistics:
                     return True
             elif site.key == "weight" or block is not None:
                 if key not in state or self._is_due(state, inverse, state[key]):
                     return True
+                if block is not None and block.statistic in statistics:
+                    return True
+                if any(statistics[name].shape != state["input"].shape for name in self._new_factors(site)[:1]):
+                    return True
         return False
+
+    def _new_factors(self, site: Site) -> list[str]:
+        """Return the names of the statistics of a weight that its factors are averaged with."""
+        return [name for kind in (INPUT, OUTPUT) if (name := site.name + kind) in self._averages.statistics]
 
     def _update_diagonal(self, site: Site, group: dict[str, Any]) -> None:
         """Move a tensor without factors as VOGN does, its curvature averaged as factors are.

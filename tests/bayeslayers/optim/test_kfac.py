@@ -191,7 +191,7 @@ def test_conjugate_problem_reaches_its_fixed_point(fisher, temperature):
     factor_lr = 0.3 if fisher == "empirical" else 0.01
     optimizer = make_optimizer(
         model, bl.NoisyKFAC, dataset_size=12, lr=1.0, beta1=0.0, factor_lr=factor_lr, prior_precision=0.4,
-        temperature=temperature, fisher=fisher, init_precision="curvature",
+        temperature=temperature, fisher=fisher, init_precision="curvature", damping=1e-3, update_every=1,
     )  # fmt: skip
     steps, pair = 80, [{name: sign * e for name, e in make_noise(model).items()} for sign in (1, -1)]
     noises = pair if fisher == "sampled" else list(axes(model))
