@@ -103,7 +103,7 @@ class NoisyKFAC(KroneckerFactored):
         lr: float = 0.1,
         beta1: float = 0.9,
         factor_lr: float = 0.05,
-        damping: float = 0.02,
+        damping: float = 0.01,
         prior_precision: float | None = None,
         init_precision: float | Literal["curvature"] | None = None,
         temperature: float = 1.0,
