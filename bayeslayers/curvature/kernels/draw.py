@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayeslayers.curvature.kernels.launch import attempt, in_one_order, is_large, language_of, runs
+from bayeslayers.curvature.kernels.launch import attempt, is_large, language_of, takes
 
 _NAME = "draw"
 
@@ -82,12 +82,7 @@ def fits(mean: Tensor, *others: Tensor) -> bool:
         mean: The mean, or the memory of noise alone.
         *others: What else the kernel reads.
     """
-    return (
-        is_large(mean)
-        and all(x.dtype == torch.float32 for x in (mean, *others))
-        and in_one_order(mean, *others)
-        and runs(_NAME, mean, *others)
-    )
+    return is_large(mean) and takes(_NAME, (mean, *others))
 
 
 def _module(tensor: Tensor) -> Any:

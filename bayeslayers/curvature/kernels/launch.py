@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -83,15 +83,28 @@ def runs(name: str, first: Tensor, *tensors: Tensor) -> bool:
         first: What it reads and writes.
         *tensors: More of it.
     """
-    language = language_of(first)
-    return (
-        language != ""
-        and language not in _State.off
-        and (language, name) not in _State.failed
-        and all(x.device == first.device and type(x) in (Tensor, nn.Parameter) for x in (first, *tensors))
-        and is_eager()
-        and _has(language)
-    )
+    language, device = language_of(first), first.device
+    if language == "" or language in _State.off or (language, name) in _State.failed:
+        return False
+    for x in (first, *tensors):
+        if (type(x) is not Tensor and type(x) is not nn.Parameter) or x.device != device:
+            return False
+    return is_eager() and _has(language)
+
+
+def takes(name: str, tensors: Sequence[Tensor]) -> bool:
+    """Return whether an elementwise kernel may run on tensors: of float32, as `runs` and `in_one_order` say.
+
+    Args:
+        name: Of the kernel.
+        tensors: What it reads and writes; those of no dimension are single values.
+    """
+    first = tensors[0]
+    shape, stride = first.shape, first.stride()
+    for x in tensors:
+        if x.dtype is not torch.float32 or (x.dim() > 0 and (x.stride() != stride or x.shape != shape)):
+            return False
+    return in_one_order(first) and runs(name, *tensors)
 
 
 def attempt(name: str, tensor: Tensor, launch: Callable[[], T]) -> T | None:

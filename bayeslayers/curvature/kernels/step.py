@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayeslayers.curvature.kernels.launch import attempt, in_one_order, is_large, language_of, runs
+from bayeslayers.curvature.kernels.launch import attempt, is_large, language_of, takes
 
 _NAME, _RETRACTION, _ELBO = "natural-gradient step", "new precision", "step of BBB"
 
@@ -119,13 +119,7 @@ def elbo_step_(tensors: Mapping[str, Tensor], numbers: tuple[float, ...]) -> boo
 
 
 def _fits(name: str, tensors: Sequence[Tensor]) -> bool:
-    whole = [x for x in tensors if x.dim() > 0]
-    return (
-        is_large(tensors[0])
-        and all(x.dtype == torch.float32 for x in tensors)
-        and in_one_order(*whole)
-        and runs(name, *tensors)
-    )
+    return is_large(tensors[0]) and takes(name, tensors)
 
 
 def _step(moving: Moving, numbers: tuple[float, ...], is_new_precision: bool, clips: bool) -> bool:

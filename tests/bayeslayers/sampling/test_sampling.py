@@ -336,7 +336,7 @@ def test_samples_of_small_tensors_stay_when_the_next_is_drawn_and_follow_the_mod
         before = [value.clone() for value in first]
         with sampler.draw():
             for site, own, copy in zip(sampler.sites, first, before, strict=True):
-                noise, factor = sampler.noise[site.name]
+                noise = sampler.noise[site.name]
                 assert site.value.dtype == site.mean.dtype
                 assert_close(own, copy, **SAME)
                 assert not torch.equal(own, site.value)
