@@ -161,7 +161,7 @@ class Bundle:
         return self._scratch.gather((name, self.parameters[0]), tensors)
 
     def _write(self, name: str, tensors: Sequence[Tensor]) -> None:
-        """Write back what `_moving` returned."""
+        """Write back what `_gathered` returned."""
         self._scratch.scatter((name, self.parameters[0]), tensors)
 
     def pieces(self) -> list[Bundle]:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy import float32, int32, uint32, uint64
 from torch import Tensor
 
-from bayeslayers.curvature.kernels.numba_jit import floats, jit
+from bayeslayers.curvature.kernels.numba_jit import floats, in_parts, jit
 
 _COUNTERS = 256  # at a time, whose words and values stay in the first cache
 _VALUES = 8 * _COUNTERS
@@ -153,7 +153,8 @@ def fill(noise: Tensor, seed: Tensor, offset: int) -> None:
         seed: A number.
         offset: The first counter.
     """
-    _fill(noise.data_ptr(), noise.numel(), seed.item(), offset)
+    place, key = noise.data_ptr(), seed.item()
+    in_parts(noise.numel(), lambda start, count: _fill(place + 4 * start, count, key, offset + start // 8), _VALUES)
 
 
 def sample(
@@ -170,6 +171,11 @@ def sample(
         seed: A number.
         offset: The first counter.
     """
-    places = out.data_ptr(), mean.data_ptr(), spread.data_ptr()
-    kept = 0 if noise is None else noise.data_ptr()
-    _sample(*places, of_precision, kept, out.numel(), seed.item(), offset)
+    places, key = (out.data_ptr(), mean.data_ptr(), spread.data_ptr()), seed.item()
+    memory = 0 if noise is None else noise.data_ptr()
+
+    def run(start: int, count: int) -> None:
+        kept = memory and memory + 4 * start
+        _sample(*(place + 4 * start for place in places), of_precision, kept, count, key, offset + start // 8)
+
+    in_parts(out.numel(), run, _VALUES)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy import float32, int32
 from torch import Tensor
 
-from bayeslayers.curvature.kernels.numba_jit import floats, jit
+from bayeslayers.curvature.kernels.numba_jit import floats, in_parts, jit, places
 from bayeslayers.curvature.kernels.numba_step import VALUES, spread, update_average
 
 
@@ -68,11 +68,12 @@ def _scale(precision, direction, lr):
 @jit
 def _step(
     mean, precision, grad, log_sigma_grad, prior_mean, prior_precision, momentum, second, log_momentum, log_second,
-    size, priors, ess, scale, lr, newest, weight, correction,
+    size, single, ess, scale, lr, newest, weight, correction,
 ):  # fmt: skip
     mean, precision = floats(mean, size), floats(precision, size)
     grad, log_sigma_grad = floats(grad, size), floats(log_sigma_grad, size)
-    prior_mean, prior_precision = floats(prior_mean, priors[0]), floats(prior_precision, priors[1])
+    prior_mean = floats(prior_mean, 1 if single[0] else size)
+    prior_precision = floats(prior_precision, 1 if single[1] else size)
     momentum, log_momentum = (
         floats(momentum, size if momentum else 0),
         floats(log_momentum, size if log_momentum else 0),
@@ -116,6 +117,6 @@ def step(
             that of the newest square, and what an average of squares is divided by.
     """
     tensors = mean, precision, grad, log_sigma_grad, prior_mean, prior_precision
-    averages = momentum, second, log_momentum, log_second
-    places = (0 if x is None else x.data_ptr() for x in (*tensors, *averages))
-    _step(*places, mean.numel(), (prior_mean.numel(), prior_precision.numel()), *numbers)
+    everything = *tensors, momentum, second, log_momentum, log_second
+    single = prior_mean.numel() == 1, prior_precision.numel() == 1
+    in_parts(mean.numel(), lambda start, count: _step(*places(everything, start), count, single, *numbers))

@@ -1,13 +1,23 @@
-"""How the kernels of the CPU are compiled, and how they see a tensor."""
+"""How the kernels of the CPU are compiled, how they see a tensor, and how threads share a large one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numba
+import torch
 from numba import types
 from numba.extending import intrinsic
+from torch import Tensor
+
+_SHARE = 2**19  # values of a thread, at least: with fewer, handing them over takes longer than it saves
+
+T = TypeVar("T")
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -36,3 +46,37 @@ def _pointer(typing_context, address):  # pyright: ignore[reportUnusedParameter]
 def floats(address, size):
     """Return the memory of float32 values as an array: to make one of a tensor in Python takes ten times as long."""
     return numba.carray(_pointer(address), size)  # pyright: ignore[reportCallIssue, reportPrivateImportUsage]
+
+
+def places(tensors: Sequence[Tensor | None], start: int) -> list[int]:
+    """Return the addresses of the values of tensors from one place on; 0 for none, and that of a single value.
+
+    Args:
+        tensors: Float32 tensors that fill their memory in one order, and single values.
+        start: The place.
+    """
+    return [0 if x is None else x.data_ptr() + (4 * start if x.numel() > 1 else 0) for x in tensors]
+
+
+def in_parts(size: int, run: Callable[[int, int], T], unit: int = 1) -> list[T]:
+    """Return what a function returns for parts of a tensor, at once where torch uses several threads.
+
+    Args:
+        size: Number of values.
+        run: Takes the first place of a part, and how many there are; what it does must release Python's lock.
+        unit: What the first place of each part is a multiple of.
+    """
+    count = min(torch.get_num_threads(), size // _SHARE)
+    if count < 2:
+        return [run(0, size)]
+    share = math.ceil(size / count / unit) * unit
+    return list(_threads().map(lambda start: run(start, min(share, size - start)), range(0, size, share)))
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), "bayeslayers")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has no threads but its own

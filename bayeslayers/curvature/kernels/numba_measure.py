@@ -11,7 +11,7 @@ import numpy as np
 from numpy import float32, int32
 from torch import Tensor
 
-from bayeslayers.curvature.kernels.numba_jit import floats, jit
+from bayeslayers.curvature.kernels.numba_jit import floats, in_parts, jit
 
 
 @partial(jit, fastmath={"contract", "reassoc"})
@@ -49,7 +49,8 @@ def norm(values: Tensor) -> float:
     Args:
         values: Any number, which fill their memory.
     """
-    return _norm(values.data_ptr(), values.numel())
+    place = values.data_ptr()
+    return math.hypot(*in_parts(values.numel(), lambda start, count: _norm(place + 4 * start, count)))
 
 
 def smallest(values: Tensor) -> float:
@@ -58,4 +59,5 @@ def smallest(values: Tensor) -> float:
     Args:
         values: At least one, which fill their memory.
     """
-    return _smallest(values.data_ptr(), values.numel())
+    place = values.data_ptr()
+    return min(in_parts(values.numel(), lambda start, count: _smallest(place + 4 * start, count)))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy import float32
 from torch import Tensor
 
-from bayeslayers.curvature.kernels.numba_jit import floats, jit
+from bayeslayers.curvature.kernels.numba_jit import floats, in_parts, jit, places
 
 VALUES = 256  # of a run: few, so that all streams of memory are read ahead together
 
@@ -66,17 +66,15 @@ def _move(mean, direction, precision, damping, lr, clip_radius):
 
 @jit
 def _step(
-    mean, precision, average, grad, curvature, prior_mean, prior_precision, size, priors,
+    mean, precision, average, grad, curvature, prior_mean, prior_precision, size, single,
     newest, ess, lr, precision_lr, curvature_weight, damping, clip_radius, is_new_precision,
 ):  # fmt: skip
     mean, precision, average = floats(mean, size), floats(precision, size), floats(average, size if average else 0)
     grad, curvature = floats(grad, size), floats(curvature, size)
-    prior_mean, prior_precision = floats(prior_mean, priors[0]), floats(prior_precision, priors[1])
-    center, prior, direction = (
-        np.empty(VALUES, np.float32),
-        np.empty(VALUES, np.float32),
-        np.empty(VALUES, np.float32),
-    )
+    prior_mean = floats(prior_mean, 1 if single[0] else size)
+    prior_precision = floats(prior_precision, 1 if single[1] else size)
+    buffers = np.empty((3, VALUES), np.float32)
+    center, prior, direction = buffers[0], buffers[1], buffers[2]
     for start in range(0, len(mean), VALUES):
         stop = start + VALUES
         m, p, g, c = mean[start:stop], precision[start:stop], grad[start:stop], curvature[start:stop]
@@ -94,8 +92,9 @@ def _step(
 
 
 @jit
-def _retract(precision, target, prior_precision, size, priors, factor, weight, of_root):
-    precision, target, prior_precision = floats(precision, size), floats(target, size), floats(prior_precision, priors)
+def _retract(precision, target, prior_precision, size, single, factor, weight, of_root):
+    precision, target = floats(precision, size), floats(target, size)
+    prior_precision = floats(prior_precision, 1 if single else size)
     prior = np.empty(VALUES, np.float32)
     for start in range(0, len(precision), VALUES):
         p, t = precision[start : start + VALUES], target[start : start + VALUES]
@@ -139,8 +138,12 @@ def step(
         clips: Whether the move is bounded; otherwise its bound is infinite.
     """
     tensors = mean, precision, average, grad, curvature, prior_mean, prior_precision
-    places = (0 if x is None else x.data_ptr() for x in tensors)
-    _step(*places, mean.numel(), (prior_mean.numel(), prior_precision.numel()), *numbers, is_new_precision)
+    single = prior_mean.numel() == 1, prior_precision.numel() == 1
+
+    def run(start: int, count: int) -> None:
+        _step(*places(tensors, start), count, single, *numbers, is_new_precision)
+
+    in_parts(mean.numel(), run)
 
 
 def retract(
@@ -158,5 +161,9 @@ def retract(
         weight: Of the target.
         of_root: Whether sqrt(p) is a factor of it too.
     """
-    places = (x.data_ptr() for x in (precision, target, prior_precision))
-    _retract(*places, target.numel(), prior_precision.numel(), factor, weight, of_root)
+    tensors, single = (precision, target, prior_precision), prior_precision.numel() == 1
+
+    def run(start: int, count: int) -> None:
+        _retract(*places(tensors, start), count, single, factor, weight, of_root)
+
+    in_parts(target.numel(), run)

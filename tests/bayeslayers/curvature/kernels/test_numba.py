@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -318,6 +321,58 @@ def test_threads_sample_and_step_at_once():
     for thread in threads:
         thread.join()
     assert_close(found, expected, **SAME)
+
+
+def everything_of(size):
+    """Return what all kernels make of tensors of a size."""
+    out, noise = torch.empty(size), torch.empty(size)
+    mean, precision = torch.linspace(-1, 1, size), torch.linspace(0.5, 2, size)
+    StandardNormal(torch.Generator().manual_seed(1)).sample_(out, mean, precision, None, noise)
+    filled = StandardNormal(torch.Generator().manual_seed(2)).fill_(torch.empty(size))
+    tensors = step.Moving(mean, precision, noise.clone(), out, out.square(), filled, torch.tensor(2.0))
+    assert step.step_(tensors, newest=0.2, ess=10.0, lr=0.1, precision_lr=0.5)
+    statistic = filled.clone()
+    assert step.retract_(precision, statistic, precision.clone(), factor=0.1, weight=0.1, of_root=True)
+    moments = {name: noise.square() for name in ("momentum", "second", "log_momentum", "log_second")}
+    names = ("mean", "precision", "grad", "log_sigma_grad", "prior_mean", "prior_precision")
+    posterior = dict(zip(names, (mean, precision, out, filled, torch.tensor(0.0), precision.clone()), strict=True))
+    assert step.elbo_step_(posterior | moments, (10.0, 0.3, 0.1, 0.2, 0.1, 0.5))
+    return [out, noise, filled, *tensors[:3], statistic, *moments.values()]
+
+
+def test_threads_share_a_large_tensor_without_changing_a_value(monkeypatch):
+    monkeypatch.setattr(numba_jit, "_SHARE", 10_000)
+    found, threads = {}, torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found[count] = everything_of(50_003)
+            norm, least = measure.norms([found[count]]), measure.smallest([found[count][4].abs() + 0.1])
+            assert_close(norm[0], [float(x.norm()) for x in found[count]], rtol=1e-4, atol=0)
+            assert least == [float((found[count][4].abs() + 0.1).min())]
+    finally:
+        torch.set_num_threads(threads)
+    assert numba_jit._threads.cache_info().currsize == 1
+    assert_close(found[1], found[3], **SAME)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_starts_threads_of_its_own(monkeypatch):
+    monkeypatch.setattr(numba_jit, "_SHARE", 10_000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert len(numba_jit.in_parts(30_000, lambda start, count: start)) == 2
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if len(numba_jit.in_parts(30_000, lambda start, count: start)) == 2 else 1)
+    for _ in range(100):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        pytest.fail("the child waits for threads that it has not got")
+    assert status == 0
 
 
 def test_code_that_cannot_be_kept_is_compiled_all_the_same(monkeypatch):
