@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 _READS = {aten._local_scalar_dense, aten.equal, aten.nonzero, aten.is_nonzero, aten.masked_select, aten._unique2}
 _COPIES = ("tolist", "numpy")  # of values on the CPU, which no op sees
-_ON_CPU = ("/distributions/noise.py",)  # what reads tensors of the CPU alone
+_ON_CPU = ("/kernels/numba_draw.py",)  # what reads tensors of the CPU alone
 
 
 class _Reads(TorchDispatchMode):
