@@ -13,6 +13,8 @@ from torch import Tensor
 
 from bayeslayers.storage.card import PosteriorError
 
+_REDUCED = ("_inverse", "_root")  # ends of the names of what may have a low rank
+
 
 @contextmanager
 def in_a_sentence(path: Path) -> Iterator[None]:
@@ -94,6 +96,8 @@ def check_extent(state: Mapping[str, Any], steps: int, epochs: int, chosen_by: s
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Check the tensors that an optimizer has loaded: finite, of a parameter's shape or those of a Kronecker factor.
 
+    The inverse and the root of a factor may have a low rank.
+
     Raises:
         ValueError: If one is not.
     """
@@ -108,8 +112,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _check_tensor(key: str, value: Tensor, shape: torch.Size) -> None:
+    tall = value.dim() == 2 and key.endswith(_REDUCED) and value.shape[1] <= value.shape[0]
     square = value.dim() == 2 and len(set(value.shape)) == 1
-    if value.numel() != 1 and value.shape != shape and not square:
+    if value.numel() != 1 and value.shape != shape and not (square or tall):
         raise ValueError(f"{key} of the optimizer must have the shape {tuple(shape)}, got {tuple(value.shape)}")
     if not value.isfinite().all():
         raise ValueError(f"{key} of the optimizer must be finite, got NaN or infinite values")

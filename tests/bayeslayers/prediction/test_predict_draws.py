@@ -87,7 +87,7 @@ def test_large_weights_have_the_values_of_the_sampler(layout):
     with torch.no_grad(), bl.sampled(net, generator()):
         expected = net(x)
     found = bl.predict(net, x, 1, generator=generator(), likelihood=bl.Gaussian(1.0))
-    assert torch.equal(found.mean, expected)
+    assert_close(found.mean, expected, rtol=1e-5, atol=1e-5)  # one knows the deviation, one the precision
 
 
 @pytest.mark.parametrize("options", [{}, {"antithetic": True}, {"checkpoint": 16}])
@@ -214,7 +214,7 @@ def test_figures_of_pairs_are_those_of_a_plain_loop():
         for _ in range(23):
             with sampler.draw():
                 outputs.append(net(x).softmax(1))
-            with sampler.draw({name: -values * factor for name, (values, factor) in sampler.noise.items()}):
+            with sampler.draw({name: -values for name, values in sampler.noise.items()}):
                 outputs.append(net(x).softmax(1))
     each = torch.stack(outputs)
     found = bl.predict(net, x, 46, antithetic=True, generator=generator())  # merged in several parts

@@ -313,7 +313,7 @@ def test_demo_refuses_a_folder_that_may_not_be_written(capsys, tmp_path):
 
 def test_each_command_is_one_file_and_each_file_one_command():
     files = {path.stem for path in Path(parser.__file__).parent.glob("*.py")}
-    assert files - {"__init__", "__main__", "parser", "options"} == set(COMMANDS)
+    assert files - {"__init__", "__main__", "allocator", "parser", "options"} == set(COMMANDS)
     for name, command in COMMANDS.items():
         assert command.__name__ == f"recipes.cli.{name}" and (command.run.__doc__ or "").count("\n") == 0
 
