@@ -148,20 +148,10 @@ def assert_same_to_rounding(folder, whole):
 
 def printed(world, folder):
     """Return what the command prints."""
-    words = "regression/gap_noisykfac --optimizer {name:vogn} --epochs 1 --passes 1 --evaluation.num_samples 2"
+    words = "regression/gap_noisykfac --epochs 1 --passes 1 --evaluation.num_samples 2".split()
+    words += ["--optimizer", "{name: vogn}", "--json", "--output", str(folder / "gap")]
     with redirect_stdout(StringIO()) as out:
-        assert (
-            main(
-                [
-                    "train",
-                    *(word.replace(":", ": ") for word in words.split()),
-                    "--json",
-                    "--output",
-                    str(folder / "gap"),
-                ]
-            )
-            == 0
-        )
+        assert main(["train", *words]) == 0
     return out.getvalue()
 
 
