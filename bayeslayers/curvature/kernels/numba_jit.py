@@ -17,21 +17,37 @@ from torch import Tensor
 
 _SHARE = 2**19  # values of a thread, at least: with fewer, handing them over takes longer than it saves
 
+_config: Any = numba.config  # pyright: ignore[reportPrivateImportUsage]
+
 T = TypeVar("T")
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Return a function compiled when it is first called; the machine code is kept on disk where a place is found.
+    """Return a function compiled when it is first called; the machine code is kept in the user's cache on disk.
+
+    Numba would keep it in the package's own folder, where it stays when the package is uninstalled. `NUMBA_CACHE_DIR`
+    and `XDG_CACHE_HOME` in the environment name other places; where none can be written, nothing is kept.
 
     Args:
         function: The function, on arrays and numbers.
         **options: Options of Numba.
     """
     options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}, **options}
+    place = _config.CACHE_DIR
+    folder = place or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bayeslayers")
+    _config.CACHE_DIR = folder
     try:
-        return numba.njit(function, cache=True, **options)
-    except RuntimeError:  # neither the package's folder nor the user's can be written
-        return numba.njit(function, **options)
+        return numba.njit(function, cache=_is_writable(folder), **options)
+    finally:
+        _config.CACHE_DIR = place
+
+
+def _is_writable(folder: str) -> bool:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 @intrinsic

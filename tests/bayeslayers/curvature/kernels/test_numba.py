@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -375,16 +376,36 @@ def test_a_forked_process_starts_threads_of_its_own(monkeypatch):
     assert status == 0
 
 
-def test_code_that_cannot_be_kept_is_compiled_all_the_same(monkeypatch):
-    njit = numba_jit.numba.njit
-
-    def without_a_place(function, cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return njit(function, **options)
-
-    monkeypatch.setattr(numba_jit.numba, "njit", without_a_place)
-    assert numba_jit.jit(lambda x: x + 1)(2) == 3
+def test_machine_code_is_kept_in_the_users_cache_and_never_beside_the_source(tmp_path):
+    code = """if True:
+        import torch
+        from bayeslayers.curvature.kernels.draw import StandardNormal
+        StandardNormal().fill_(torch.empty(10_000))
+        import numba
+        print(repr(numba.config.CACHE_DIR))
+    """
+    beside = Path(numba_jit.__file__).parent
+    before = {*beside.rglob("*.nbi")}
+    variables = {key: value for key, value in os.environ.items() if key != "NUMBA_CACHE_DIR"}
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    for name, place, kept in (
+        ("XDG_CACHE_HOME", tmp_path / "cache", True),
+        ("NUMBA_CACHE_DIR", tmp_path / "numba", True),
+        ("XDG_CACHE_HOME", blocked, False),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code],
+            env={**variables, name: str(place)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == repr(str(place) if name == "NUMBA_CACHE_DIR" else "")
+        assert any(tmp_path.rglob("*.nbi")) == kept
+        for path in tmp_path.rglob("*.nbi"):
+            path.unlink()
+    assert {*beside.rglob("*.nbi")} == before
 
 
 def test_a_platform_without_numba_trains_by_torch_ops():
