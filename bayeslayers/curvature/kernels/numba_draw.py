@@ -21,7 +21,7 @@ import numpy as np
 from numpy import float32, int32, uint32, uint64
 from torch import Tensor
 
-from bayeslayers.curvature.kernels.numba_jit import floats, in_parts, jit
+from bayeslayers.curvature.kernels.numba_jit import floats, in_parts, jit, places
 
 _COUNTERS = 256  # at a time, whose words and values stay in the first cache
 _VALUES = 8 * _COUNTERS
@@ -125,7 +125,7 @@ def _add(out, mean, spread, noise, of_precision):
 
 
 @jit
-def _sample(out, mean, spread, of_precision, kept, size, key, first):
+def _sample(out, mean, spread, kept, of_precision, size, key, first):
     out, mean, spread = floats(out, size), floats(mean, size), floats(spread, size)
     kept = floats(kept, size if kept else 0)
     words, values = np.empty((4, _COUNTERS), np.int32), np.empty((4, 2, _COUNTERS), np.float32)
@@ -153,8 +153,12 @@ def fill(noise: Tensor, seed: Tensor, offset: int) -> None:
         seed: A number.
         offset: The first counter.
     """
-    place, key = noise.data_ptr(), seed.item()
-    in_parts(noise.numel(), lambda start, count: _fill(place + 4 * start, count, key, offset + start // 8), _VALUES)
+    key = seed.item()
+
+    def run(start: int, count: int) -> None:
+        _fill(*places((noise,), start), count, key, offset + start // 8)
+
+    in_parts(noise.numel(), run, _VALUES)
 
 
 def sample(
@@ -171,11 +175,9 @@ def sample(
         seed: A number.
         offset: The first counter.
     """
-    places, key = (out.data_ptr(), mean.data_ptr(), spread.data_ptr()), seed.item()
-    memory = 0 if noise is None else noise.data_ptr()
+    tensors, key = (out, mean, spread, noise), seed.item()
 
     def run(start: int, count: int) -> None:
-        kept = memory and memory + 4 * start
-        _sample(*(place + 4 * start for place in places), of_precision, kept, count, key, offset + start // 8)
+        _sample(*places(tensors, start), of_precision, count, key, offset + start // 8)
 
     in_parts(out.numel(), run, _VALUES)

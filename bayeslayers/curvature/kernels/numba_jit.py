@@ -79,7 +79,8 @@ def in_parts(size: int, run: Callable[[int, int], T], unit: int = 1) -> list[T]:
 
     Args:
         size: Number of values.
-        run: Takes the first place of a part, and how many there are; what it does must release Python's lock.
+        run: Takes the first place of a part, and how many there are; what it does must release Python's lock. It holds
+            the tensors, not their addresses alone: it may still run when the caller has been interrupted.
         unit: What the first place of each part is a multiple of.
     """
     count = min(torch.get_num_threads(), size // _SHARE)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy import float32, int32
 from torch import Tensor
 
-from bayeslayers.curvature.kernels.numba_jit import floats, in_parts, jit
+from bayeslayers.curvature.kernels.numba_jit import floats, in_parts, jit, places
 
 
 @partial(jit, fastmath={"contract", "reassoc"})
@@ -49,8 +49,7 @@ def norm(values: Tensor) -> float:
     Args:
         values: Any number, which fill their memory.
     """
-    place = values.data_ptr()
-    return math.hypot(*in_parts(values.numel(), lambda start, count: _norm(place + 4 * start, count)))
+    return math.hypot(*in_parts(values.numel(), lambda start, count: _norm(*places((values,), start), count)))
 
 
 def smallest(values: Tensor) -> float:
@@ -59,5 +58,4 @@ def smallest(values: Tensor) -> float:
     Args:
         values: At least one, which fill their memory.
     """
-    place = values.data_ptr()
-    return min(in_parts(values.numel(), lambda start, count: _smallest(place + 4 * start, count)))
+    return min(in_parts(values.numel(), lambda start, count: _smallest(*places((values,), start), count)))

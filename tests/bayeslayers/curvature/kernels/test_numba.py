@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,17 @@ from torch import nn
 from torch.testing import assert_close
 
 import bayeslayers as bl
-from bayeslayers.curvature.kernels import launch, measure, numba_draw, numba_elbo, numba_jit, step, use_numba
+from bayeslayers.curvature.kernels import (
+    launch,
+    measure,
+    numba_draw,
+    numba_elbo,
+    numba_jit,
+    numba_measure,
+    numba_step,
+    step,
+    use_numba,
+)
 from bayeslayers.curvature.kernels.draw import StandardNormal
 from bayeslayers.distributions.gaussian import natural_gradient_step_, retracted_precision
 from bayeslayers.optim import bbb
@@ -355,6 +367,35 @@ def test_threads_share_a_large_tensor_without_changing_a_value(monkeypatch):
         torch.set_num_threads(threads)
     assert numba_jit._threads.cache_info().currsize == 1
     assert_close(found[1], found[3], **SAME)
+
+
+@pytest.mark.parametrize("call", [
+    lambda out, x: numba_draw.fill(out, torch.tensor(1), 0),
+    lambda out, x: numba_draw.sample(out, x, x, True, None, torch.tensor(1), 0),
+    lambda out, x: numba_measure.norm(out),
+    lambda out, x: numba_measure.smallest(out),
+    lambda out, x: numba_step.retract(x, out, x, 0.1, 0.1, True),
+])  # fmt: skip
+def test_what_a_thread_still_does_after_an_interruption_holds_its_tensors(call, monkeypatch):
+    parts = []
+
+    def interrupted(size, run, unit=1):
+        parts.append(run)
+        raise KeyboardInterrupt
+
+    for module in (numba_draw, numba_measure, numba_step):
+        monkeypatch.setattr(module, "in_parts", interrupted)
+    out = torch.ones(9000)
+    known = weakref.ref(out)
+    with pytest.raises(KeyboardInterrupt):
+        call(out, torch.ones(9000))
+    del out
+    gc.collect()
+    assert known() is not None
+    parts[0](0, 9000)
+    parts.clear()
+    gc.collect()
+    assert known() is None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
