@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bayeslayers.curvature.accumulate import tile_elements
+from bayeslayers.curvature.conv_routes import UNFOLDED
 from bayeslayers.curvature.settings import Settings
 
 
@@ -100,7 +101,7 @@ def convolution_costs(x: Tensor, g: Tensor, weight_shape: Sequence[int], setting
     entries = n * positions * i * size  # of the unfolded input, which is copied in runs
     copies = entries * (1 / 4 + 8 / g.shape[-1]) * device.copy
     matmul = entries * o * (1 + device.vector / o) * (1 + device.vector / (i * size)) * device.product
-    calls = n + 5 * math.ceil(entries / (4 * budget)) + 4 * math.ceil(values / budget)
+    calls = n + 5 * math.ceil(entries / (UNFOLDED * budget)) + 4 * math.ceil(values / budget)
     products = matmul + copies + values * device.value + calls * device.call
     pairs = _pairs(device, n, positions, o, i * size) + copies
     return {"pairs": groups * pairs, "groups": by_groups, "products": groups * products}

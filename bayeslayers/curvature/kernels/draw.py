@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayeslayers.curvature.kernels.launch import attempt, is_large, language_of, takes
+from bayeslayers.curvature.kernels.launch import attempt, kernels_of, takes
 
 _NAME = "draw"
 
@@ -56,13 +56,13 @@ class StandardNormal:
         torch.addcmul(mean, values, (spread.rsqrt() if of_precision else spread).to(mean.dtype), out=out)
 
     def _fill(self, out: Tensor) -> bool:
-        module = _module(out)
+        module = kernels_of("draw", out)
         with torch.cuda.device_of(out):
             module.fill(out, *self._place(module, out))
         return True
 
     def _sample(self, out: Tensor, mean: Tensor, spread: Tensor, of_precision: bool, noise: Tensor | None) -> bool:
-        module = _module(out)
+        module = kernels_of("draw", out)
         with torch.cuda.device_of(out):
             module.sample(out, mean, spread, of_precision, noise, *self._place(module, out))
         return True
@@ -82,13 +82,4 @@ def fits(mean: Tensor, *others: Tensor) -> bool:
         mean: The mean, or the memory of noise alone.
         *others: What else the kernel reads.
     """
-    return is_large(mean) and takes(_NAME, (mean, *others))
-
-
-def _module(tensor: Tensor) -> Any:
-    """Return the kernels of a tensor's device."""
-    if language_of(tensor) == "triton":
-        from bayeslayers.curvature.kernels import triton_draw as module
-    else:
-        from bayeslayers.curvature.kernels import numba_draw as module
-    return module
+    return takes(_NAME, (mean, *others))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,16 @@ def language_of(tensor: Tensor) -> str:
     return LANGUAGES.get(tensor.device.type, "")
 
 
+def kernels_of(concept: str, tensor: Tensor) -> Any:
+    """Return the module of the kernels for a tensor's device, which imports their language.
+
+    Args:
+        concept: What they compute: "draw" or "step".
+        tensor: The tensor, of a device with a language.
+    """
+    return importlib.import_module(f"bayeslayers.curvature.kernels.{language_of(tensor)}_{concept}")
+
+
 def is_large(tensor: Tensor) -> bool:
     """Return whether a kernel for the elements of a tensor is worth its launch.
 
@@ -93,13 +104,15 @@ def runs(name: str, first: Tensor, *tensors: Tensor) -> bool:
 
 
 def takes(name: str, tensors: Sequence[Tensor]) -> bool:
-    """Return whether an elementwise kernel may run on tensors: of float32, as `runs` and `in_one_order` say.
+    """Return whether an elementwise kernel may run on tensors: large ones of float32, as `runs` and `in_one_order` say.
 
     Args:
         name: Of the kernel.
         tensors: What it reads and writes; those of no dimension are single values.
     """
     first = tensors[0]
+    if not is_large(first):
+        return False
     shape, stride = first.shape, first.stride()
     for x in tensors:
         if x.dtype is not torch.float32 or (x.dim() > 0 and (x.stride() != stride or x.shape != shape)):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bayeslayers.curvature.kernels.launch import attempt, is_large, language_of, takes
+from bayeslayers.curvature.kernels.launch import attempt, kernels_of, language_of, takes
 
 _NAME, _RETRACTION, _ELBO = "natural-gradient step", "new precision", "step of BBB"
 
@@ -59,7 +59,7 @@ def step_(
         curvature_scale: See there.
         clip_radius: See there.
     """
-    if not _fits(_NAME, [x for x in moving if x is not None]):
+    if not takes(_NAME, [x for x in moving if x is not None]):
         return False
     weight = 0.0 if precision_lr is None else precision_lr
     numbers = (newest, ess, lr, weight, weight * ess * curvature_scale, ess * damping, clip_radius)
@@ -82,7 +82,7 @@ def retract_(
         of_root: Whether the root of the precision is a factor of the statistic too.
     """
     tensors = precision, target, prior_precision
-    if language_of(target) != "numba" or not _fits(_RETRACTION, tensors):
+    if language_of(target) != "numba" or not takes(_RETRACTION, tensors):
         return False
 
     def launch() -> bool:
@@ -103,7 +103,7 @@ def elbo_step_(tensors: Mapping[str, Tensor], numbers: tuple[float, ...]) -> boo
         numbers: As there.
     """
     everything = list(tensors.values())
-    if language_of(everything[0]) != "numba" or not _fits(_ELBO, everything):
+    if language_of(everything[0]) != "numba" or not takes(_ELBO, everything):
         return False
 
     def launch() -> bool:
@@ -118,23 +118,10 @@ def elbo_step_(tensors: Mapping[str, Tensor], numbers: tuple[float, ...]) -> boo
     return bool(attempt(_ELBO, everything[0], launch))
 
 
-def _fits(name: str, tensors: Sequence[Tensor]) -> bool:
-    return is_large(tensors[0]) and takes(name, tensors)
-
-
 def _step(moving: Moving, numbers: tuple[float, ...], is_new_precision: bool, clips: bool) -> bool:
     with torch.cuda.device_of(moving.mean):
-        _module(moving.mean).step(*moving, numbers, is_new_precision, clips)
+        kernels_of("step", moving.mean).step(*moving, numbers, is_new_precision, clips)
     for changed in moving[:3]:
         if changed is not None:  # the kernel has changed them past autograd
             torch.autograd.graph.increment_version(changed)
     return True
-
-
-def _module(tensor: Tensor) -> Any:
-    """Return the kernels of a tensor's device."""
-    if language_of(tensor) == "triton":
-        from bayeslayers.curvature.kernels import triton_step as module
-    else:
-        from bayeslayers.curvature.kernels import numba_step as module
-    return module

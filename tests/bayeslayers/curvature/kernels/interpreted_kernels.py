@@ -15,6 +15,7 @@ import torch
 import triton.language as tl
 from scipy import stats
 from support.curvature_cases import potential
+from support.kernel_steps import assert_step_is_that_of_torch_ops, moving
 from torch import nn
 from torch.testing import assert_close
 
@@ -26,7 +27,6 @@ from bayeslayers.curvature.kernels import draw, launch, squares, step, triton_dr
 from bayeslayers.curvature.kernels.draw import StandardNormal
 from bayeslayers.curvature.kernels.squares import convolution_squares, linear_squares
 from bayeslayers.curvature.settings import Settings
-from bayeslayers.distributions.gaussian import natural_gradient_step_
 from bayeslayers.optim import bundle
 from bayeslayers.prediction.chunks import Plan
 from bayeslayers.prediction.draws import Networks
@@ -378,37 +378,12 @@ def test_networks_at_once_are_those_of_the_sampler(launches, monkeypatch):
 # The step.
 
 
-def moving(size, momentum, priors):
-    torch.manual_seed(0)
-    mean, grad = torch.randn(2, size).unbind(0)
-    precision, curvature = (torch.rand(2, size) + 0.1).unbind(0)
-    prior = (torch.randn(size), torch.rand(size) + 0.5) if priors else (torch.tensor(0.3), torch.tensor(2.0))
-    return step.Moving(
-        mean.clone(), precision.clone(), torch.randn(size) if momentum else None, grad, curvature, *prior
-    )
-
-
 @pytest.mark.parametrize("precision_lr", [1e-3, 1.0])
 @pytest.mark.parametrize("clip_radius", [math.inf, 0.5])
 @pytest.mark.parametrize("priors", [False, True], ids=["scalars", "tensors"])
 @pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
 def test_a_step_is_that_of_the_torch_ops(momentum, priors, clip_radius, precision_lr):
-    numbers = {
-        "ess": 50.0, "lr": 0.1, "precision_lr": precision_lr, "damping": 0.01, "curvature_scale": 0.5,
-        "clip_radius": clip_radius,
-    }  # fmt: skip
-    fast, slow = moving(3000, momentum, priors), moving(3000, momentum, priors)
-    versions = [None if x is None else x._version for x in fast]
-    assert step.step_(fast, newest=0.2, **numbers)
-    average = slow.grad if slow.average is None else slow.average.lerp_(slow.grad, 0.2)
-    prior = {"prior_mean": slow.prior_mean, "prior_precision": slow.prior_precision}
-    natural_gradient_step_(slow.mean, slow.precision, average, slow.curvature, **prior, **numbers)
-    assert_close(fast.mean, slow.mean, rtol=1e-5, atol=1e-5)
-    assert_close(fast.precision, slow.precision, rtol=1e-6, atol=0)
-    if momentum:
-        assert_close(fast.average, slow.average, rtol=1e-5, atol=1e-6)
-    changed = [None if x is None else x._version > before for x, before in zip(fast, versions, strict=True)]
-    assert changed == [True, True, True if momentum else None, False, False, False, False]
+    assert_step_is_that_of_torch_ops(3000, momentum, priors, clip_radius, precision_lr)
 
 
 def test_a_precision_stays_positive_where_the_prior_is_small():

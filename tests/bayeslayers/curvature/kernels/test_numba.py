@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.kernel_steps import assert_step_is_that_of_torch_ops, moving
 from torch import nn
 from torch.testing import assert_close
 
@@ -33,7 +34,7 @@ from bayeslayers.curvature.kernels import (
     use_numba,
 )
 from bayeslayers.curvature.kernels.draw import StandardNormal
-from bayeslayers.distributions.gaussian import natural_gradient_step_, retracted_precision
+from bayeslayers.distributions.gaussian import retracted_precision
 from bayeslayers.optim import bbb
 
 SAME = {"rtol": 0, "atol": 0}
@@ -143,41 +144,12 @@ def test_memory_in_channels_last_order_is_sampled_in_its_own_order():
     assert_close(out, mean + noise * precision.rsqrt())
 
 
-def moving(size, momentum, priors, dtype=torch.float32):
-    torch.manual_seed(0)
-    mean, grad = torch.randn(2, size, dtype=dtype).unbind(0)
-    precision, curvature = (torch.rand(2, size, dtype=dtype) + 0.1).unbind(0)
-    prior = [torch.randn(size, dtype=dtype), torch.rand(size, dtype=dtype) + 0.5]
-    if not priors:
-        prior = [torch.tensor(0.3, dtype=dtype), torch.tensor(2.0, dtype=dtype)]
-    average = torch.randn(size, dtype=dtype) if momentum else None
-    return step.Moving(mean.clone(), precision.clone(), average, grad, curvature, *prior)
-
-
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("precision_lr", [None, 1e-3, 1.0])
 @pytest.mark.parametrize("clip_radius", [math.inf, 0.5])
 @pytest.mark.parametrize("priors", [False, True], ids=["scalars", "tensors"])
 def test_a_step_is_that_of_the_torch_ops(momentum, priors, clip_radius, precision_lr):
-    numbers = {"ess": 50.0, "lr": 0.1, "clip_radius": clip_radius}
-    more = {} if precision_lr is None else {"precision_lr": precision_lr, "damping": 0.01, "curvature_scale": 0.5}
-    fast, slow = moving(9001, momentum, priors), moving(9001, momentum, priors)
-    versions = [None if x is None else x._version for x in fast]
-    assert step.step_(fast, newest=0.2, **numbers, **more)
-    average = slow.grad if slow.average is None else slow.average.lerp_(slow.grad, 0.2)
-    prior = {"prior_mean": slow.prior_mean, "prior_precision": slow.prior_precision}
-    if precision_lr is None:  # the curvature is the new precision: as with weight 1 and a prior of nothing beside it
-        slow.precision.copy_(slow.curvature)
-        move = (50 * average + slow.prior_precision * (slow.mean - slow.prior_mean)) / slow.precision
-        slow.mean.sub_(0.1 * move.clamp(-clip_radius, clip_radius))
-    else:
-        natural_gradient_step_(slow.mean, slow.precision, average, slow.curvature, **prior, **numbers, **more)
-    assert_close(fast.mean, slow.mean, rtol=1e-5, atol=1e-5)
-    assert_close(fast.precision, slow.precision, rtol=1e-6, atol=0)
-    if momentum:
-        assert_close(fast.average, slow.average, rtol=1e-5, atol=1e-6)
-    changed = [None if x is None else x._version > before for x, before in zip(fast, versions, strict=True)]
-    assert changed == [True, True, True if momentum else None, False, False, False, False]
+    assert_step_is_that_of_torch_ops(9001, momentum, priors, clip_radius, precision_lr)
 
 
 def test_what_is_not_a_number_stays_so():
